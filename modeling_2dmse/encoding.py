@@ -56,8 +56,7 @@ def pooled_states(
     Returns:
         (exits, len(texts), hidden), float32, on the CPU.
     """
-    # Tokenized in pieces, so that a long corpus is never held twice as Python lists of numbers.
-    lengths = np.array([len(text) for text in texts])
+    # Tokenized in pieces, so that a long corpus is never held as Python lists of numbers.
     piece = max(batch_size, 64 * 256)
     total = -(-len(texts) // batch_size)
     bar = _progress_bar(total, show_progress_bar)
@@ -78,7 +77,8 @@ def pooled_states(
 
 
 def _progress_bar(batches: int, show: bool | None):
-    disable = batches < _BATCHES_FOR_A_BAR if show is None else not show
+    # By default a bar needs long work and a terminal (tqdm's disable=None).
+    disable = (True if batches < _BATCHES_FOR_A_BAR else None) if show is None else not show
     return logging.tqdm(total=batches, desc="Encoding", unit="batch", leave=False, disable=disable)
 
 

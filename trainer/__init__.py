@@ -1,0 +1,7 @@
+"""How an elastic encoder learns: objectives, losses, alignment, data and evaluation."""
+
+from .arguments import TwoDMSETrainingArguments
+from .objectives import Objective, Plan, plan_loss
+from .trainer import TwoDMSETrainer
+
+__all__ = ["Objective", "Plan", "TwoDMSETrainer", "TwoDMSETrainingArguments", "plan_loss"]

@@ -1,0 +1,165 @@
+"""What the scripts share: recipes and flags, errors in one line, loading a model, tables and pictures."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, HfArgumentParser
+
+from modeling_2dmse import Size, TwoDMSEConfig, TwoDMSEModel
+from trainer.evaluation import main_scores
+
+from .quickstart import MODEL_NAME, minilm_path
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with a YAML recipe as the first argument; flags override the recipe."""
+
+    def __init__(self, dataclass_types, default_recipe: str | None = None, **kwargs):
+        kwargs.setdefault("usage", "%(prog)s [RECIPE.yaml] [--flag value ...]")
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.default_recipe = default_recipe
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+        """The dataclasses, filled from recipe and flags; without any argument, from the default recipe."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        recipe = self.default_recipe if not argv else None
+        if argv and not argv[0].startswith("-"):
+            recipe = argv.pop(0)
+        return self.parse_args_into_dataclasses([*(_recipe_flags(recipe) if recipe else []), *argv])
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message) -> None:
+    """End the program with one line on stderr and exit code 2."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        line = " ".join(str(message).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Around the work before training starts: wrong input ends in one line, not in a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
+    """A TwoDMSE folder or repository as it is, any other text encoder as the backbone of a new elastic model."""
+    if name_or_path == MODEL_NAME:
+        name_or_path = minilm_path()
+    looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
+    if looks_like_a_path and not os.path.isdir(name_or_path):
+        raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise ValueError(f"model_name_or_path: {name_or_path} holds no config.json, so it is not a model")
+    hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+    if AutoConfig.from_pretrained(name_or_path, **hub).model_type == TwoDMSEConfig.model_type:
+        model = TwoDMSEModel.from_pretrained(name_or_path, **kwargs)
+        if pooling is not None and pooling != model.config.pooling:
+            raise ValueError(f"pooling: {pooling} is not what {name_or_path} was trained with ({model.config.pooling})")
+        return model
+    return TwoDMSEModel.from_backbone(name_or_path, sizes=sizes, pooling=pooling, **kwargs)
+
+
+def check_output_dir(path: str, allowed: bool) -> None:
+    """ValueError if the folder holds files of another run."""
+    if os.path.isfile(path):
+        raise ValueError(f"output_dir: {path} is a file")
+    if os.path.isdir(path) and os.listdir(path) and not allowed:
+        raise ValueError(
+            f"output_dir: {path} is not empty; choose another folder, pass --overwrite to replace it, or "
+            "--resume_from_checkpoint true to go on"
+        )
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` sets OMP_NUM_THREADS=1 where it is not told otherwise; one process may use every core."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and not torch.cuda.is_available() and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    os.replace(partial, path)
+
+
+def score_table(columns: dict[str, dict[str, float]], sizes: Sequence[Size], header: str) -> str:
+    """A text table, a row a size: `columns` maps a title to {size: score}."""
+    lines = [f"{header:<10}" + "".join(f"{title:>14}" for title in columns)]
+    for size in sizes:
+        lines.append(f"{size!s:<10}" + "".join(f"{column[str(size)]:>14.4f}" for column in columns.values()))
+    return "\n".join(lines)
+
+
+def save_heatmap(results: dict, sizes: Sequence[Size], path: str | Path) -> None:
+    """A picture of every task's main metric: layers down, dims across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    scores = main_scores(results)
+    layers, dims = sorted({s.num_layers for s in sizes}), sorted({s.dim for s in sizes})
+    width = max(3.5, 0.7 * len(dims) + 1.5)
+    figure, axes = plt.subplots(
+        1, len(scores), figsize=(width * len(scores), 0.45 * len(layers) + 1.6), squeeze=False, layout="constrained"
+    )
+    for axis, (task, values) in zip(axes[0], scores.items(), strict=True):
+        grid = np.full((len(layers), len(dims)), np.nan)
+        for size in sizes:
+            grid[layers.index(size.num_layers), dims.index(size.dim)] = values[str(size)]
+        axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
+        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                color = "white" if value < middle else "black"
+                axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
+        metric = "Spearman" if task in results.get("sts", {}) else "nDCG@10"
+        axis.set(title=f"{task}, {metric}", xlabel="dimensions", ylabel="layers")
+        axis.set_xticks(range(len(dims)), dims)
+        axis.set_yticks(range(len(layers)), layers)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _recipe_flags(path: str) -> list[str]:
+    """The flags that a YAML recipe stands for."""
+    if not os.path.isfile(path):
+        raise ValueError(f"recipe: {path} is not a file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe: {path} must hold `name: value` lines")
+    flags = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [str(item).lower() if isinstance(item, bool) else str(item) for item in values]
+    return flags

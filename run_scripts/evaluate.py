@@ -1,0 +1,74 @@
+"""Evaluate an elastic encoder at every size: `python run_scripts/evaluate.py --model_name_or_path M --sts_files F`."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from run_scripts import common
+from trainer.evaluation import evaluate_tasks, grid_sizes, load_beir, load_sts, main_scores, mean_scores
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated on what."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a TwoDMSE model or any text encoder."})
+    output_dir: str = field(metadata={"help": "Folder for results.json and heatmap.png."})
+    sts_files: list[str] | None = field(
+        default=None, metadata={"help": "Tables (sentence1, sentence2, score): csv, tsv, jsonl, parquet, also .gz."}
+    )
+    beir_dirs: list[str] | None = field(default=None, metadata={"help": "Folders in BEIR layout."})
+    split: str = field(default="test", metadata={"help": "Which qrels of the BEIR folders."})
+    sizes: list[str] = field(
+        default_factory=lambda: ["ladder"],
+        metadata={"help": "ladder (the model's own), grid (every layer by every dim of the ladder), or LAYERSxDIM ..."},
+    )
+    pooling: str | None = field(default=None, metadata={"help": "Pooling, for a model that does not say."})
+    batch_size: int = field(default=32, metadata={"help": "Texts a batch."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+
+
+def main(argv=None) -> None:
+    """Parse, load, evaluate, write."""
+    with common.user_errors():
+        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+        if not args.sts_files and not args.beir_dirs:
+            raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
+        if args.batch_size < 1:
+            raise ValueError(f"batch_size: {args.batch_size} is not allowed; use a whole number from 1")
+        if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
+            raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
+        tasks = [load_sts(path) for path in args.sts_files or []]
+        tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
+        model = common.load_encoder(args.model_name_or_path, pooling=args.pooling)
+        sizes = choose_sizes(model, args.sizes)
+        os.makedirs(args.output_dir, exist_ok=True)
+    started = time.perf_counter()
+    results = {"model": args.model_name_or_path}
+    results |= evaluate_tasks(model, tasks, sizes, batch_size=args.batch_size, max_length=args.max_length)
+    common.write_json(os.path.join(args.output_dir, "results.json"), results)
+    common.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
+    columns = main_scores(results)
+    if len(columns) > 1:
+        columns["mean"] = mean_scores(results)
+    print(common.score_table(columns, sizes, "size"))
+    print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
+
+
+def choose_sizes(model: TwoDMSEModel, names: list[str]) -> list[Size]:
+    """The sizes that `ladder`, `grid` or a list of LAYERSxDIM stands for."""
+    if names == ["ladder"]:
+        return model.config.ladder
+    if names == ["grid"]:
+        return grid_sizes(model.num_layers, [size.dim for size in model.config.ladder])
+    return parse_ladder(names, model.num_layers, model.config.hidden_size)
+
+
+if __name__ == "__main__":
+    main()

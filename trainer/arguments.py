@@ -1,0 +1,109 @@
+"""TwoDMSETrainingArguments: transformers' TrainingArguments and what an elastic encoder adds.
+
+Defaults that differ from transformers': batch size 64 (in-batch negatives need company), warm-up over the first tenth,
+unused columns kept (the collator reads the text columns), evaluation and checkpoints at each quarter of the run with
+the best checkpoint (by the ladder's mean) kept in the end, and bf16 switched on where a CPU has instructions for it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .losses import LOSSES, SCALE
+from .objectives import ALIGNMENTS, OBJECTIVES
+
+logger = logging.get_logger(__name__)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@dataclass
+class TwoDMSETrainingArguments(TrainingArguments):
+    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+
+    objective: str = field(
+        default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."}
+    )
+    sizes: list[str] | None = field(
+        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
+    )
+    alignment: str | None = field(
+        default=None,
+        metadata={"help": "What smaller sizes learn from the largest: none, feature_kl or score_kl. "
+                  "Default: feature_kl for 2dmse, score_kl for starbucks, none otherwise."},
+    )  # fmt: skip
+    alignment_weight: float | None = field(
+        default=None,
+        metadata={"help": "Factor of the alignment. Default: 1, and 0.3 for starbucks with feature_kl."},
+    )
+    compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
+    loss: str | None = field(
+        default=None,
+        metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "
+                  "scored pairs."},
+    )  # fmt: skip
+    loss_scale: float = field(
+        default=SCALE, metadata={"help": "Factor of the similarities in the loss (1 / temperature)."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Longest text, in tokens; longer ones are cut."})
+    num_buckets: int = field(
+        default=6,
+        metadata={"help": "Groups of similar length that the rows of a step run in, inside one call of the model."},
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(
+        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint in the end."})
+    metric_for_best_model: str | None = field(
+        default="ladder_mean", metadata={"help": "Metric that chooses the best checkpoint."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be large."})
+
+    def __post_init__(self):
+        faults = [
+            f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}"
+            for name, value, allowed in (
+                ("objective", self.objective, tuple(OBJECTIVES)),
+                ("alignment", self.alignment or "none", ALIGNMENTS),
+                ("loss", self.loss or "infonce", LOSSES),
+            )
+            if value not in allowed
+        ]
+        faults += [
+            f"{name}: {value!r} is not allowed; use a number of at least {least}"
+            for name, value, least in (
+                ("max_length", self.max_length, 3),
+                ("num_buckets", self.num_buckets, 1),
+                ("compression_dim", self.compression_dim, 1),
+                ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
+            )
+            if value < least
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        if self.bf16 is None:
+            on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+            self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
+            if self.bf16:
+                logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        super().__post_init__()

@@ -1,0 +1,151 @@
+"""Training tables: reading, checking, splitting, and collating their texts into one batch of rows."""
+
+import os
+import re
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+FORMATS = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
+
+
+def read_table(path: str, argument: str = "train_file") -> Dataset:
+    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming the argument for anything else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{argument}: {path} is not a file")
+    suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{argument}: {path} is empty")
+    builder, options = FORMATS[suffix]
+    try:
+        table = datasets.load_dataset(builder, data_files=path, split="train", **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
+    if len(table) == 0:
+        raise ValueError(f"{argument}: {path} has no rows")
+    return table
+
+
+def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
+    """Check columns and values of a training or evaluation table.
+
+    Returns:
+        the table with its columns in the order of their roles; ValueError naming column and row otherwise.
+    """
+    names = _ordered_columns(table.column_names, argument)
+    table = table.select_columns(names)
+    for name in names:
+        if name == "score":
+            table = _check_scores(table, argument)
+        else:
+            _check_texts(table, name, argument)
+    return table
+
+
+def text_columns(table: Dataset) -> list[str]:
+    """The columns that hold texts, in the order of their roles."""
+    return [name for name in table.column_names if name != "score"]
+
+
+def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Dataset, float]:
+    """Scores divided by their highest (0 to 5 becomes 0 to 1), which cosine_mse needs, and that highest score."""
+    scores = np.asarray(table["score"], dtype=np.float64)
+    if scores.min() < 0:
+        raise ValueError("loss: cosine_mse needs scores from 0 up; the score column holds negative ones")
+    highest = max(1.0, float(scores.max())) if highest is None else highest
+    return table.remove_columns("score").add_column("score", (scores / highest).tolist()), highest
+
+
+def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
+    first = np.asarray(table[table.column_names[0]], dtype=object)
+    _, group = np.unique(first.astype(str), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(group.max() + 1)
+    sizes = np.bincount(group)[order].cumsum()
+    chosen = np.zeros(group.max() + 1, dtype=bool)
+    chosen[order[: max(1, int(np.searchsorted(sizes, rows, side="right")))]] = True
+    held = chosen[group]
+    return table.select(np.flatnonzero(~held)), table.select(np.flatnonzero(held))
+
+
+class PairCollator:
+    """Turns examples into ONE batch of rows, column after column, padded on the right.
+
+    Args:
+        tokenizer: of the model.
+        columns: the text columns in the order of their roles.
+        max_length: in tokens.
+
+    Returns (per call): `input_ids`, `attention_mask` (num_columns * B, length), `num_columns`, and `scores` (B,)
+    where the examples carry a score.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
+        self.tokenizer = tokenizer
+        self.columns = list(columns)
+        self.max_length = max_length
+
+    def __call__(self, examples: list[dict]) -> dict:
+        texts = [example[column] for column in self.columns for example in examples]
+        batch = self.tokenizer(
+            texts, truncation=True, max_length=self.max_length, padding=True, padding_side="right", return_tensors="pt"
+        )
+        known = ("input_ids", "attention_mask", "token_type_ids")
+        output = {key: batch[key] for key in known if key in batch}
+        output["num_columns"] = len(self.columns)
+        if "score" in examples[0]:
+            output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
+        return output
+
+
+def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
+    if set(names) == {"sentence1", "sentence2", "score"}:
+        return ["sentence1", "sentence2", "score"]
+    negatives = [name for name in names if re.fullmatch(r"negative(_\d+)?", name)]
+    if set(names) == {"anchor", "positive", *negatives}:
+        return ["anchor", "positive", *sorted(negatives, key=lambda name: int(name[9:] or 0))]
+    raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
+
+
+def _check_texts(table: Dataset, name: str, argument: str) -> None:
+    column = table.with_format("arrow")[:][name]
+    if not (str(column.type) in ("string", "large_string")):
+        raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
+    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
+    count = pc.sum(empty).as_py()
+    if count:
+        row = pc.index(empty, True).as_py()
+        raise ValueError(
+            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows"
+        )
+
+
+def _check_scores(table: Dataset, argument: str) -> Dataset:
+    column = table.with_format("arrow")[:]["score"]
+    try:
+        scores = pc.cast(column, "float64").to_numpy(zero_copy_only=False)
+    except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(f"{argument}: column score must hold numbers: {str(error).splitlines()[0]}") from error
+    broken = np.flatnonzero(~np.isfinite(scores))
+    if len(broken):
+        raise ValueError(
+            f"{argument}: column score holds {len(broken)} values that are not finite numbers, "
+            f"the first in row {broken[0] + 1}"
+        )
+    return table.remove_columns("score").add_column("score", scores.tolist())

@@ -1,0 +1,217 @@
+"""Evaluation at every size from one encoding pass: STS (Spearman, Pearson) and retrieval (nDCG, MRR, recall)."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+
+from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.pooling import cut_and_normalize
+
+from .data import check_table, read_table
+from .ranking import merge_top, ranking_metrics, top_documents
+
+# Documents whose states are held at once; a longer corpus is ranked in several pieces.
+_CORPUS_CHUNK = 50_000
+
+
+@dataclass(frozen=True)
+class StsData:
+    """Scored sentence pairs."""
+
+    name: str
+    sentence1: Sequence[str]
+    sentence2: Sequence[str]
+    score: Sequence[float]
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """Queries, documents and judgements; `qrels[query_id][document_id]` is the gain."""
+
+    name: str
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+class EmbeddingSimilarity(evaluate.Metric):
+    """Spearman and Pearson correlation of predicted similarities with gold scores, as an `evaluate.Metric`.
+
+    Instantiated directly, it needs no network: `EmbeddingSimilarity().compute(predictions=..., references=...)`.
+    """
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
+        return evaluate.MetricInfo(
+            description="Spearman and Pearson correlation of cosine similarities with gold scores.",
+            citation="",
+            inputs_description="predictions: similarities; references: gold scores.",
+            features=features,
+        )
+
+    def _compute(self, predictions, references):
+        return correlations(np.asarray(predictions), np.asarray(references))
+
+
+def correlations(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """{"spearman", "pearson"} of two (n,) arrays; 0 where one of them is constant."""
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return {"spearman": 0.0, "pearson": 0.0}
+    spearman, pearson = spearmanr(predictions, references), pearsonr(predictions, references)
+    return {"spearman": float(spearman.statistic), "pearson": float(pearson.statistic)}
+
+
+def load_sts(path: str) -> StsData:
+    """Read a table (sentence1, sentence2, score)."""
+    table = check_table(read_table(path, "sts_files"), "sts_files")
+    if "score" not in table.column_names:
+        raise ValueError(f"sts_files: {path} needs the columns (sentence1, sentence2, score)")
+    name = os.path.basename(path).split(".")[0]
+    return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
+
+
+def load_beir(folder: str, split: str = "test") -> RetrievalData:
+    """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+
+    A document is its title, a space and its text, stripped.
+    """
+    paths = [os.path.join(folder, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"beir_dirs: {folder} is not in BEIR layout: {missing[0]} is missing")
+    corpus = {row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _jsonl(paths[0])}
+    queries = {row["_id"]: row["text"] for row in _jsonl(paths[1])}
+    qrels: dict[str, dict[str, int]] = {}
+    with open(paths[2], encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+    qrels = {query: gains for query, gains in qrels.items() if query in queries and any(g > 0 for g in gains.values())}
+    name = os.path.basename(os.path.normpath(folder))
+    return RetrievalData(name, {query: queries[query] for query in qrels}, corpus, qrels)
+
+
+def retrieval_from_pairs(name: str, table: datasets.Dataset) -> RetrievalData:
+    """A search task from (anchor, positive[, negative ...]) rows: each distinct anchor is a query, each distinct other
+    text a document, and an anchor's positives are its relevant documents."""
+    documents = list(dict.fromkeys(text for column in table.column_names[1:] for text in table[column]))
+    number = {text: f"d{index}" for index, text in enumerate(documents)}
+    queries, qrels = {}, {}
+    for anchor, positive in zip(table["anchor"], table["positive"], strict=True):
+        query = queries.setdefault(anchor, f"q{len(queries)}")
+        qrels.setdefault(query, {})[number[positive]] = 1
+    return RetrievalData(
+        name, {query: text for text, query in queries.items()}, {number[t]: t for t in documents}, qrels
+    )
+
+
+def task_from_table(name: str, table: datasets.Dataset) -> StsData | RetrievalData:
+    """The evaluation task that a checked table stands for: STS with scores, retrieval without."""
+    if "score" in table.column_names:
+        return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
+    return retrieval_from_pairs(name, table)
+
+
+def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **encode) -> dict:
+    """Spearman and Pearson of the cosine similarity at every size.
+
+    Args:
+        encode: `batch_size`, `max_length`, `show_progress_bar` of `TwoDMSEModel.encode_states`.
+
+    Returns:
+        {"n": pairs, "spearman": {"1x32": ...}, "pearson": {"1x32": ...}}
+    """
+    texts = list(dict.fromkeys([*data.sentence1, *data.sentence2]))
+    row = {text: index for index, text in enumerate(texts)}
+    left = torch.tensor([row[text] for text in data.sentence1])
+    right = torch.tensor([row[text] for text in data.sentence2])
+    gold = np.asarray(data.score, dtype=np.float64)
+    states = _states(model, texts, sizes, **encode)
+    result = {"n": len(gold), "spearman": {}, "pearson": {}}
+    for size in sizes:
+        embeddings = cut_and_normalize(states[size.num_layers], size.dim)
+        cosine = (embeddings[left] * embeddings[right]).sum(dim=1)
+        for metric, value in correlations(cosine.double().numpy(), gold).items():
+            result[metric][str(size)] = value
+    return result
+
+
+def evaluate_retrieval(model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], **encode) -> dict:
+    """nDCG@10, MRR@10 and recall@100 at every size, trec_eval's way (see `ranking`).
+
+    Returns:
+        {"n_queries": ..., "ndcg@10": {"1x32": ...}, "mrr@10": {...}, "recall@100": {...}}
+    """
+    query_ids = list(data.queries)
+    # trec_eval breaks ties by the larger document id; a stable ranking over this order does the same.
+    document_ids = sorted(data.corpus, reverse=True)
+    queries = _states(model, [data.queries[query] for query in query_ids], sizes, **encode)
+    top = dict.fromkeys(sizes)
+    for start in range(0, len(document_ids), _CORPUS_CHUNK):
+        chunk = document_ids[start : start + _CORPUS_CHUNK]
+        documents = _states(model, [data.corpus[document] for document in chunk], sizes, **encode)
+        for size in sizes:
+            found = top_documents(
+                cut_and_normalize(queries[size.num_layers], size.dim),
+                cut_and_normalize(documents[size.num_layers], size.dim),
+                k=100,
+                first=start,
+            )
+            top[size] = found if top[size] is None else merge_top(top[size], found, k=100)
+    gains = [data.qrels[query] for query in query_ids]
+    result = {"n_queries": len(query_ids), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
+    for size in sizes:
+        ranked = [[document_ids[i] for i in row] for row in top[size][1].tolist()]
+        for metric, value in ranking_metrics(ranked, gains).items():
+            result[metric][str(size)] = value
+    return result
+
+
+def evaluate_tasks(
+    model: TwoDMSEModel, tasks: Sequence[StsData | RetrievalData], sizes: Sequence[Size], **encode
+) -> dict:
+    """All tasks at all sizes, as `results.json` holds them: {"sts": {name: ...}, "retrieval": {name: ...}}."""
+    results: dict = {}
+    for task in tasks:
+        if isinstance(task, StsData):
+            results.setdefault("sts", {})[task.name] = evaluate_sts(model, task, sizes, **encode)
+        else:
+            results.setdefault("retrieval", {})[task.name] = evaluate_retrieval(model, task, sizes, **encode)
+    return results
+
+
+def main_scores(results: dict) -> dict[str, dict[str, float]]:
+    """The main metric of every task: {task: {size: Spearman or nDCG@10}}."""
+    sts = {name: task["spearman"] for name, task in results.get("sts", {}).items()}
+    retrieval = {name: task["ndcg@10"] for name, task in results.get("retrieval", {}).items()}
+    return sts | retrieval
+
+
+def mean_scores(results: dict) -> dict[str, float]:
+    """The main metric of every size, mean over tasks."""
+    scores = list(main_scores(results).values())
+    return {size: float(np.mean([task[size] for task in scores])) for size in scores[0]}
+
+
+def grid_sizes(num_layers: int, dims: Sequence[int]) -> list[Size]:
+    """Every layer by every dim, layer-major."""
+    return [Size(n, dim) for n in range(1, num_layers + 1) for dim in sorted(set(dims))]
+
+
+def _states(model: TwoDMSEModel, texts: list[str], sizes: Sequence[Size], **encode) -> dict[int, torch.Tensor]:
+    layers = sorted({size.num_layers for size in sizes})
+    return dict(zip(layers, model.encode_states(texts, layers, **encode), strict=True))
+
+
+def _jsonl(path: str):
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)

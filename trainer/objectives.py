@@ -1,0 +1,208 @@
+"""Objectives: which sizes a step trains, with which weights, and which sizes learn from which.
+
+An objective turns a ladder and a random generator into a `Plan`; `plan_loss` turns a plan and the pooled states into
+a loss. Nothing else enters, which is what makes gathering across processes and gradient caching the same for all.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from modeling_2dmse.configuration_2dmse import Size
+from modeling_2dmse.pooling import cut_and_normalize
+
+from .alignment import feature_kl, pca_distance, score_kl
+from .losses import SCALE, Rows, base_loss
+
+ALIGNMENTS = ("none", "feature_kl", "score_kl")
+
+
+class Term(NamedTuple):
+    """weight * loss(size)."""
+
+    size: Size
+    weight: float
+
+
+class Alignment(NamedTuple):
+    """weight * distance of `student` to `teacher`; `kind` is feature_kl, raw_feature_kl, score_kl or pca."""
+
+    kind: str
+    student: Size
+    teacher: Size
+    weight: float
+
+
+class Plan(NamedTuple):
+    """What one step computes."""
+
+    terms: tuple[Term, ...]
+    alignments: tuple[Alignment, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The exits the step needs, ascending."""
+        sizes = [term.size for term in self.terms]
+        sizes += [size for a in self.alignments for size in (a.student, a.teacher)]
+        return tuple(sorted({size.num_layers for size in sizes}))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One of the training objectives, set up for a model.
+
+    Args:
+        name: `2dmse`, `starbucks`, `matryoshka`, `separate` or `espresso`.
+        ladder: the sizes to train, small to large.
+        num_layers: layers of the model, N.
+        hidden_size: H.
+        alignment: `none`, `feature_kl` or `score_kl`; the objective's own choice when left out.
+        alignment_weight: factor of the alignment; the objective's own when left out.
+        compression_dim: dimensions that `espresso` compresses to.
+    """
+
+    name: str
+    ladder: Sequence[Size]
+    num_layers: int
+    hidden_size: int
+    alignment: str | None = None
+    alignment_weight: float | None = None
+    compression_dim: int = 128
+
+    def plan(self, rng: random.Random) -> Plan:
+        """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
+        return OBJECTIVES[self.name](self, rng)
+
+    @property
+    def kind(self) -> str:
+        """The alignment in force."""
+        return self.alignment or DEFAULT_ALIGNMENT.get(self.name, "none")
+
+
+def geometric_dims(hidden_size: int, smallest: int = 8) -> list[int]:
+    """8, 16, 32, ... below H, then H: the dims that `2dmse` draws from.
+
+    >>> geometric_dims(384)
+    [8, 16, 32, 64, 128, 256, 384]
+    """
+    dims = []
+    while smallest < hidden_size:
+        dims.append(smallest)
+        smallest *= 2
+    return [*dims, hidden_size]
+
+
+def plan_2dmse(spec: Objective, rng: random.Random) -> Plan:
+    """loss(N,H) + loss(k,H)/k + T ln(2+k) KL(k, N) + loss(N,d) + loss(k,d)/k (2DMSE, section 3.2; T = 1)."""
+    n, h = spec.num_layers, spec.hidden_size
+    dim = rng.choice(geometric_dims(h))
+    if n == 1:
+        return Plan((Term(Size(1, h), 1.0), Term(Size(1, dim), 1.0)))
+    k = rng.randint(1, n - 1)
+    full, shallow = Size(n, h), Size(k, h)
+    terms = (Term(full, 1.0), Term(shallow, 1 / k), Term(Size(n, dim), 1.0), Term(Size(k, dim), 1 / k))
+    weight = math.log(2 + k) * _weight(spec, 1.0)
+    kind = "raw_feature_kl" if spec.kind == "feature_kl" else spec.kind
+    return Plan(terms, () if kind == "none" else (Alignment(kind, shallow, full, weight),))
+
+
+def plan_starbucks(spec: Objective, rng: random.Random) -> Plan:
+    """Every size of the ladder, every step, and all but the largest learn from the largest (Starbucks, SRL)."""
+    largest = spec.ladder[-1]
+    terms = tuple(Term(size, 1.0) for size in spec.ladder)
+    if spec.kind == "none":
+        return Plan(terms)
+    # 0.3 is the factor of Starbucks' STS code; its retrieval code, which aligns scores, uses 1.
+    weight = _weight(spec, 0.3 if spec.kind == "feature_kl" else 1.0)
+    return Plan(terms, tuple(Alignment(spec.kind, size, largest, weight) for size in spec.ladder[:-1]))
+
+
+def plan_matryoshka(spec: Objective, rng: random.Random) -> Plan:
+    """loss(N, d) for every dim of the ladder (MRL, eq. 1, all weights 1)."""
+    sizes = [Size(spec.num_layers, dim) for dim in sorted({size.dim for size in spec.ladder})]
+    return plan_starbucks(replace(spec, ladder=sizes, alignment=spec.kind), rng)
+
+
+def plan_separate(spec: Objective, rng: random.Random) -> Plan:
+    """loss at the ladder's largest size alone: the small model that is trained on its own (Starbucks, table A1)."""
+    return Plan((Term(spec.ladder[-1], 1.0),))
+
+
+def plan_espresso(spec: Objective, rng: random.Random) -> Plan:
+    """loss(N,H) + sum over layers n of w_n (loss(n,k) + PCA alignment at n), w_n = 1 / (1 + ln n), w_N = 1 (ESE)."""
+    n, k = spec.num_layers, min(spec.compression_dim, spec.hidden_size)
+    weights = {layer: 1 / (1 + math.log(layer)) for layer in range(1, n)} | {n: 1.0}
+    terms = [Term(Size(n, spec.hidden_size), 1.0)]
+    terms += [Term(Size(layer, k), weight) for layer, weight in weights.items()]
+    factor = _weight(spec, 1.0)
+    return Plan(
+        tuple(terms),
+        tuple(Alignment("pca", Size(layer, k), Size(layer, k), weight * factor) for layer, weight in weights.items()),
+    )
+
+
+def _weight(spec: Objective, default: float) -> float:
+    return default if spec.alignment_weight is None else spec.alignment_weight
+
+
+OBJECTIVES = {
+    "2dmse": plan_2dmse,
+    "starbucks": plan_starbucks,
+    "matryoshka": plan_matryoshka,
+    "separate": plan_separate,
+    "espresso": plan_espresso,
+}
+DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
+
+
+def plan_loss(
+    plan: Plan,
+    states: torch.Tensor,
+    rows: Rows,
+    loss: str,
+    scale: float = SCALE,
+    layers: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a step.
+
+    Args:
+        plan: what to compute.
+        states: (len(layers), rows, hidden) pooled states, raw.
+        rows: the roles of the rows.
+        loss: name of the base loss.
+        layers: the exits that `states` holds; `plan.layers` when left out.
+
+    Returns:
+        the weighted sum, and each part by name (`loss/2x64`, `alignment/2x64`), detached and without its weight.
+    """
+    state = dict(zip(layers or plan.layers, states.float(), strict=True))
+    embeddings: dict[Size, torch.Tensor] = {}
+
+    def embedding(size: Size) -> torch.Tensor:
+        if size not in embeddings:
+            embeddings[size] = cut_and_normalize(state[size.num_layers], size.dim)
+        return embeddings[size]
+
+    total, parts = states.new_zeros((), dtype=torch.float32), {}
+    for size, weight in plan.terms:
+        name = f"loss/{size}"
+        value = base_loss(loss, embedding(size), rows, scale)
+        total, parts[name] = total + weight * value, value.detach()
+    for kind, student, teacher, weight in plan.alignments:
+        value = _distance(kind, student, teacher, state, embedding, scale)
+        total, parts[f"alignment/{student}"] = total + weight * value, value.detach()
+    return total, parts
+
+
+def _distance(kind, student: Size, teacher: Size, state, embedding, scale) -> torch.Tensor:
+    if kind == "pca":
+        return pca_distance(state[student.num_layers], student.dim)
+    if kind == "raw_feature_kl":
+        return feature_kl(state[student.num_layers], state[teacher.num_layers])
+    if kind == "feature_kl":
+        return feature_kl(embedding(student), embedding(Size(teacher.num_layers, student.dim)))
+    return score_kl(embedding(student), embedding(teacher), scale)

@@ -1,0 +1,212 @@
+"""TwoDMSETrainer: transformers' Trainer with an elastic loss and an evaluation at every size."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+
+from .arguments import TwoDMSETrainingArguments
+from .data import PairCollator, check_table, rescale_scores, text_columns
+from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
+from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
+from .objectives import Objective, plan_loss
+
+logger = logging.get_logger(__name__)
+
+Task = StsData | RetrievalData
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Evaluates after the last step too, so that the final weights compete for the best checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class TwoDMSETrainer(Trainer):
+    """
+    Trains a [`TwoDMSEModel`] on tables of texts.
+
+    Args:
+        model: the model, or a peft model around it.
+        args: [`TwoDMSETrainingArguments`].
+        train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
+            (sentence1, sentence2, score).
+        eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
+            Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
+        processing_class: the tokenizer; the model's own when left out.
+        kwargs: passed to `Trainer`.
+
+    Raises:
+        ValueError: columns, loss and objective do not fit each other, or a size does not fit the model.
+    """
+
+    # compute_loss returns the mean of one batch; Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TwoDMSETrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Sequence[Task] | None = None,
+        processing_class=None,
+        **kwargs,
+    ):
+        self.encoder = find_encoder(model)
+        self.ladder = resolve_ladder(self.encoder, args)
+        self.encoder.config.set_ladder(self.ladder)
+        tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
+        self.encoder.tokenizer = tokenizer
+        columns = None
+        if train_dataset is not None:
+            train_dataset = check_table(train_dataset, "train_dataset")
+            args.loss = resolve_loss(args.loss, train_dataset, self.ladder, args.objective)
+            if args.loss == "cosine_mse":
+                train_dataset, highest = rescale_scores(train_dataset)
+                logger.info(f"cosine_mse: scores were divided by {highest:g}")
+            columns = text_columns(train_dataset)
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
+        if args.n_gpu > 1:
+            logger.warning("using one GPU; start with `accelerate launch` to use them all")
+            args._n_gpu = 1
+        self.objective = Objective(
+            name=args.objective,
+            ladder=self.ladder,
+            num_layers=self.encoder.num_layers,
+            hidden_size=self.encoder.config.hidden_size,
+            alignment=args.alignment,
+            alignment_weight=args.alignment_weight,
+            compression_dim=args.compression_dim,
+        )
+        if not eval_dataset:
+            args.eval_strategy, args.load_best_model_at_end = "no", False
+        self._part_sums: dict[str, torch.Tensor] = {}
+        self._part_counts: dict[str, int] = {}
+        self._micro_step = (-1, 0)
+        collator = kwargs.pop("data_collator", None)
+        if collator is None and columns is not None:
+            collator = PairCollator(tokenizer, columns, min(args.max_length, self.encoder.max_length))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=collator,
+            callbacks=[EvaluateLastStep(), *(kwargs.pop("callbacks", None) or [])],
+            **kwargs,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective's loss on one batch; all columns go through one call of the wrapped model."""
+        inputs = dict(inputs)
+        rows = Rows(inputs.pop("num_columns"), inputs.pop("scores", None))
+        plan = self.objective.plan(self._step_generator())
+        outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets)
+        loss, parts = plan_loss(plan, outputs.layer_embeddings, rows, self.args.loss, self.args.loss_scale)
+        self._record(parts)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Score every ladder size on the evaluation tasks.
+
+        Returns:
+            `eval_spearman_1x32` or `eval_ndcg@10_1x32`, ... (with the task's name in between when there are
+            several), and `eval_ladder_mean`.
+        """
+        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(tasks, Dataset):
+            tasks = [task_from_table("eval", check_table(tasks, "eval_dataset"))]
+        if not tasks:
+            raise ValueError("eval_dataset: there is none; pass one to the trainer or to evaluate")
+        metrics = self.score(tasks, self.ladder, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, tasks: Sequence[Task], sizes: Sequence[Size], prefix: str = "eval") -> dict[str, float]:
+        """The metrics of `evaluate`, without logging them."""
+        results = self.results(tasks, sizes)
+        metrics = {}
+        for task in tasks:
+            metric = "spearman" if isinstance(task, StsData) else "ndcg@10"
+            name = metric if len(tasks) == 1 else f"{task.name}_{metric}"
+            for size, value in main_scores(results)[task.name].items():
+                metrics[f"{prefix}_{name}_{size}"] = value
+        means = mean_scores(results)
+        metrics[f"{prefix}_ladder_mean"] = sum(means.values()) / len(means)
+        return metrics
+
+    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode) -> dict:
+        """All metrics of all tasks at the given sizes, as `results.json` holds them."""
+        encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
+        encode.setdefault("max_length", self.args.max_length)
+        if self.args.disable_tqdm:
+            encode.setdefault("show_progress_bar", False)
+        return evaluate_tasks(self.encoder, tasks, sizes, **encode)
+
+    def log(self, logs, start_time=None):
+        """Add each size's mean loss since the last entry: `loss/2x64`, `alignment/2x64`."""
+        if "loss" in logs:
+            for name, total in self._part_sums.items():
+                logs[name] = total.item() / self._part_counts[name]
+            self._part_sums, self._part_counts = {}, {}
+        super().log(logs, start_time)
+
+    def _record(self, parts: dict[str, torch.Tensor]) -> None:
+        # Sums stay on the device: no step waits for a number that is only logged.
+        for name, value in parts.items():
+            self._part_sums[name] = self._part_sums[name] + value if name in self._part_sums else value
+            self._part_counts[name] = self._part_counts.get(name, 0) + 1
+
+    def _step_generator(self) -> random.Random:
+        """A generator that depends on the seed and the position alone: the same in every process and after a resume."""
+        step, micro = self._micro_step
+        self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
+
+
+def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
+    """The TwoDMSEModel itself, or the one inside a peft model."""
+    encoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(encoder, TwoDMSEModel):
+        raise ValueError(f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}")
+    return encoder
+
+
+def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> list[Size]:
+    """The ladder of the arguments, else the model's own; checked against the model."""
+    sizes = args.sizes if args.sizes is not None else encoder.config.sizes
+    if sizes is None:
+        raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
+    ladder = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)
+    args.sizes = [str(size) for size in ladder]
+    if args.objective == "espresso" and args.compression_dim > encoder.config.hidden_size:
+        raise ValueError(
+            f"compression_dim: {args.compression_dim} is not allowed; the backbone has 1 to "
+            f"{encoder.config.hidden_size} dimensions"
+        )
+    return ladder
+
+
+def resolve_loss(loss: str | None, table: Dataset, ladder: Sequence[Size], objective: str) -> str:
+    """The base loss, chosen from the columns when none is named; ValueError where it does not fit them."""
+    scored = "score" in table.column_names
+    fitting = tuple(SCORE_LOSSES) if scored else PAIR_LOSSES
+    loss = loss or ("cosent" if scored else "infonce")
+    if loss not in fitting:
+        raise ValueError(
+            f"loss: {loss} does not fit the columns ({', '.join(table.column_names)}); use {' or '.join(fitting)}"
+        )
+    odd = [str(size) for size in ladder if size.dim % 2]
+    if loss == "angle" and odd:
+        raise ValueError(f"sizes: {', '.join(odd)} has an odd dim, which the angle loss cannot split in two halves")
+    return loss
