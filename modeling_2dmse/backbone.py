@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,9 @@ def find_layer_stack(backbone: PreTrainedModel) -> str:
 
 def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
     """Paths that may be the norm behind the last layer, likeliest first; `""` (no norm) comes last."""
-    parents = [stack.rsplit(".", depth)[0] if depth <= stack.count(".") else "" for depth in range(1, stack.count(".") + 2)]
+    parents = [
+        stack.rsplit(".", depth)[0] if depth <= stack.count(".") else "" for depth in range(1, stack.count(".") + 2)
+    ]
     norms = []
     for parent in parents:
         for name, module in backbone.get_submodule(parent).named_children():
@@ -124,6 +127,16 @@ def accepted_inputs(backbone: nn.Module) -> set[str]:
     """Names among a text encoder's usual inputs that the backbone's forward takes."""
     known = {"attention_mask", "token_type_ids", "position_ids", "use_cache"}
     return known & set(inspect.signature(backbone.forward).parameters)
+
+
+def count_positions(backbone: nn.Module) -> int:
+    """Longest input that the backbone has positions for, in tokens."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in backbone.named_modules():
+        # RoBERTa's kin count positions from behind the padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1
+    return positions
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

@@ -126,6 +126,10 @@ class TwoDMSEConfig(PreTrainedConfig):
         backbone = self.backbone_config
         self.sizes = [str(size) for size in parse_ladder(sizes, backbone.num_hidden_layers, self.hidden_size)]
 
+    def cut_ladder(self, num_layers: int, dim: int) -> None:
+        """Drop the sizes that are larger than (num_layers, dim)."""
+        self.set_ladder([s for s in map(parse_size, self.sizes or []) if s.num_layers <= num_layers and s.dim <= dim])
+
     def to_dict(self):
         """The configuration as JSON holds it, with the keys that other libraries read."""
         output = super().to_dict()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbone import (
     accepted_inputs,
     build_backbone,
     check_exits,
+    count_positions,
     cut_config,
     drop_pooler,
     find_final_norms,
@@ -24,6 +25,8 @@ from .configuration_2dmse import TwoDMSEConfig
 from .encoding import check_batch_size, check_texts, pooled_states, quantize
 from .pooling import cut_and_normalize, pool
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -68,8 +71,7 @@ class TwoDMSEModel(PreTrainedModel):
         _check_between("dim", config.dim, config.hidden_size)
         if config.num_layers < stored:
             config.backbone_config = cut_config(config.backbone_config, config.num_layers)
-            kept = [size for size in config.ladder if size.num_layers <= config.num_layers]
-            config.set_ladder(kept)
+            config.cut_ladder(config.num_layers, config.hidden_size)
         self.backbone = build_backbone(config.backbone_config)
         if config.layer_stack is None:
             config.layer_stack = find_layer_stack(self.backbone)
@@ -102,7 +104,9 @@ class TwoDMSEModel(PreTrainedModel):
         name_or_path = str(name_or_path)
         backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **kwargs))
         if getattr(backbone.config, "is_encoder_decoder", False):
-            raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use an encoder or a decoder")
+            raise ValueError(
+                f"backbone: {type(backbone).__name__} has an encoder and a decoder; use an encoder or a decoder"
+            )
         if pooling is None:
             hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
             pooling = read_pooling(name_or_path, **hub) or ("lasttoken" if _is_decoder(backbone) else "mean")
@@ -134,9 +138,7 @@ class TwoDMSEModel(PreTrainedModel):
             ValueError: the weights do not fill the model, which would leave layers with random weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         if absent:
             raise ValueError(
@@ -166,8 +168,7 @@ class TwoDMSEModel(PreTrainedModel):
     @property
     def max_length(self) -> int:
         """Longest input in tokens: the smaller of what the tokenizer and the positions of the backbone allow."""
-        positions = getattr(self.config.backbone_config, "max_position_embeddings", None)
-        return min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+        return min(self.tokenizer.model_max_length, count_positions(self.backbone))
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -231,8 +232,7 @@ class TwoDMSEModel(PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.num_layers = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
         config.dim = self.config.dim if dim is None else self._check_dim(dim)
-        kept = [size for size in self.config.ladder if size.num_layers <= config.num_layers and size.dim <= config.dim]
-        config.set_ladder(kept)
+        config.cut_ladder(config.num_layers, config.dim)
         with torch.device("meta"):
             small = type(self)(config)
         tensors = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
@@ -333,20 +333,13 @@ class TwoDMSEModel(PreTrainedModel):
         if not is_main_process:
             return
         max_length = None
-        if self._tokenizer is not None or self.config.name_or_path:
-            try:
-                self.tokenizer.save_pretrained(save_directory)
-                max_length = self.max_length
-            except (OSError, ValueError) as error:
-                # A model whose folder held no tokenizer is still a model.
-                self._tokenizer = None
-                if os.path.isdir(self.config.name_or_path):
-                    return self._write_st_files(save_directory, max_length)
-                raise error
-        self._write_st_files(save_directory, max_length)
-
-    def _write_st_files(self, folder, max_length) -> None:
-        write_sentence_transformers_files(str(folder), self.config, max_length)
+        try:
+            self.tokenizer.save_pretrained(save_directory)
+            max_length = self.max_length
+        except (OSError, ValueError) as error:
+            # A model that came without a tokenizer is still a model.
+            logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")
+        write_sentence_transformers_files(str(save_directory), self.config, max_length)
 
     def _states(self, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
@@ -380,7 +373,9 @@ class TwoDMSEModel(PreTrainedModel):
         for n in layers:
             _check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
         if not layers or sorted(set(layers)) != layers:
-            raise ValueError(f"layers: {layers} must be ascending and name each layer once, from 1 to {self.num_layers}")
+            raise ValueError(
+                f"layers: {layers} must be ascending and name each layer once, from 1 to {self.num_layers}"
+            )
         return layers
 
     def _check_dim(self, dim) -> int:

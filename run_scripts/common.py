@@ -33,7 +33,11 @@ class Parser(HfArgumentParser):
         recipe = self.default_recipe if not argv else None
         if argv and not argv[0].startswith("-"):
             recipe = argv.pop(0)
-        return self.parse_args_into_dataclasses([*(_recipe_flags(recipe) if recipe else []), *argv])
+        flags = [*(_recipe_flags(recipe) if recipe else []), *argv]
+        *parsed, unknown = self.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"flags: {' '.join(unknown)} is unknown; --help lists what there is")
+        return tuple(parsed)
 
     def error(self, message):
         fail(message)
@@ -66,7 +70,14 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"model_name_or_path: {name_or_path} holds no config.json, so it is not a model")
     hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
-    if AutoConfig.from_pretrained(name_or_path, **hub).model_type == TwoDMSEConfig.model_type:
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model_name_or_path: {name_or_path} is no folder, and the Hub does not give it: {reason}"
+        ) from error
+    if config.model_type == TwoDMSEConfig.model_type:
         model = TwoDMSEModel.from_pretrained(name_or_path, **kwargs)
         if pooling is not None and pooling != model.config.pooling:
             raise ValueError(f"pooling: {pooling} is not what {name_or_path} was trained with ({model.config.pooling})")
@@ -88,7 +99,12 @@ def check_output_dir(path: str, allowed: bool) -> None:
 def use_all_cores() -> None:
     """`accelerate launch` sets OMP_NUM_THREADS=1 where it is not told otherwise; one process may use every core."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and not torch.cuda.is_available() and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if (
+        alone
+        and not torch.cuda.is_available()
+        and torch.get_num_threads() == 1
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 

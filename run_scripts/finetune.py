@@ -4,6 +4,7 @@ Without arguments it runs recipes/quickstart.yaml: all-MiniLM-L6-v2, trained to 
 """
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ from transformers import trainer_utils
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
-from run_scripts.quickstart import DATASET_NAME, python_docs
+from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import check_table, hold_out, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
+from trainer.model_card import build_card, write_card
 
 
 @dataclass
@@ -86,12 +88,12 @@ def main(argv=None) -> None:
         resume = _find_checkpoint(args)
         common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_tables(data_args, args)
+        _check_batches(args, len(train))
         encoder = _load_model(model_args, args)
         model = _add_adapters(encoder, model_args)
         tasks = [] if evaluation is None else [task_from_table("eval", evaluation)]
         previous = _move_aside(args) if data_args.overwrite and not resume else None
         trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
-        _check_batches(trainer, len(train))
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
     trainer.train(resume_from_checkpoint=resume)
@@ -100,8 +102,11 @@ def main(argv=None) -> None:
     if tasks:
         _report(trainer, encoder, tasks, before, results)
     if trainer.is_world_process_zero():
+        write_card(args.output_dir, _card(trainer, encoder, model_args, data_args, results))
         _remove(previous)
-        print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n\n{_usage(args.output_dir, trainer.ladder[0])}")
+        print(
+            f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n\n{_usage(args.output_dir, trainer.ladder[0])}"
+        )
 
 
 def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
@@ -177,8 +182,8 @@ def _find_checkpoint(args: TwoDMSETrainingArguments) -> str | None:
     return newest
 
 
-def _check_batches(trainer: TwoDMSETrainer, rows: int) -> None:
-    batch = trainer.args.per_device_train_batch_size
+def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
+    batch = args.per_device_train_batch_size
     if rows < batch:
         raise ValueError(
             f"train_file: {rows} rows are fewer than one batch of {batch}; "
@@ -199,8 +204,6 @@ def _move_aside(args: TwoDMSETrainingArguments) -> str | None:
 
 def _remove(folder: str | None) -> None:
     if folder is not None:
-        import shutil
-
         shutil.rmtree(folder)
 
 
@@ -232,6 +235,33 @@ def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict,
     print(f"\n{metric} on {', '.join(main_scores(results))}, untrained and trained:\n")
     print(common.score_table({"before": old, "after": new, "gain": gain}, trainer.ladder, "size"))
     print(f"\nEvery layer by every dim: {os.path.join(folder, 'heatmap.png')}")
+
+
+def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_args: DataArguments, results: dict):
+    args, name = trainer.args, os.path.basename(os.path.normpath(trainer.args.output_dir))
+    local = os.path.exists(model_args.model_name_or_path)
+    built_in = data_args.dataset_name is None or data_args.dataset_name == DATASET_NAME
+    settings = {
+        "backbone": os.path.basename(os.path.normpath(model_args.model_name_or_path))
+        if local
+        else model_args.model_name_or_path,
+        "data": os.path.basename(data_args.train_file) if data_args.train_file else data_args.dataset_name,
+        "rows": len(trainer.train_dataset),
+        "sizes": " ".join(map(str, trainer.ladder)),
+        "loss": args.loss,
+        "alignment": trainer.objective.kind,
+        "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": trainer.state.max_steps,
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "max_length": args.max_length,
+        "seed": args.seed,
+    }
+    base = "sentence-transformers/all-MiniLM-L6-v2" if model_args.model_name_or_path == MODEL_NAME else None
+    base = base or (None if local else model_args.model_name_or_path)
+    datasets_used = [] if built_in else [data_args.dataset_name]
+    return build_card(
+        name, encoder, trainer.objective, settings, results if "before" in results else {}, base, datasets_used
+    )
 
 
 def _usage(folder: str, size) -> str:

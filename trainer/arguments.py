@@ -27,9 +27,7 @@ def cpu_has_bf16() -> bool:
 class TwoDMSETrainingArguments(TrainingArguments):
     """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
 
-    objective: str = field(
-        default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."}
-    )
+    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
     sizes: list[str] | None = field(
         default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
     )
@@ -73,7 +71,12 @@ class TwoDMSETrainingArguments(TrainingArguments):
     save_steps: float = field(
         default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
     )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint in the end."})
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the best checkpoint in the end. Default: yes where evaluations and checkpoints coincide."
+        },
+    )
     metric_for_best_model: str | None = field(
         default="ladder_mean", metadata={"help": "Metric that chooses the best checkpoint."}
     )
@@ -106,4 +109,7 @@ class TwoDMSETrainingArguments(TrainingArguments):
             self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
             if self.bf16:
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        if self.load_best_model_at_end is None:
+            same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
+            self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
         super().__post_init__()

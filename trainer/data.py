@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -31,15 +33,24 @@ def read_table(path: str, argument: str = "train_file") -> Dataset:
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
-    builder, options = FORMATS[suffix]
     try:
-        table = datasets.load_dataset(builder, data_files=path, split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+        table = _load(path, suffix)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
+        if "corresponds to no data" in cause:  # what datasets says of a header without rows
+            raise ValueError(f"{argument}: {path} has no rows") from error
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
     if len(table) == 0:
         raise ValueError(f"{argument}: {path} has no rows")
     return table
+
+
+def _load(path: str, suffix: str) -> Dataset:
+    if suffix == ".parquet" and path.lower().endswith(".gz"):  # the one format that datasets does not unpack
+        with pa.input_stream(path, compression="gzip") as stream:
+            return Dataset(pq.read_table(pa.BufferReader(stream.read())))
+    builder, options = FORMATS[suffix]
+    return datasets.load_dataset(builder, data_files=path, split="train", **options)
 
 
 def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
@@ -125,7 +136,7 @@ def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
 
 def _check_texts(table: Dataset, name: str, argument: str) -> None:
     column = table.with_format("arrow")[:][name]
-    if not (str(column.type) in ("string", "large_string")):
+    if str(column.type) not in ("string", "large_string"):
         raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
     count = pc.sum(empty).as_py()

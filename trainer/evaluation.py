@@ -49,7 +49,9 @@ class EmbeddingSimilarity(evaluate.Metric):
     """
 
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
+        features = datasets.Features(
+            {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+        )
         return evaluate.MetricInfo(
             description="Spearman and Pearson correlation of cosine similarities with gold scores.",
             citation="",

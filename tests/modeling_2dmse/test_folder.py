@@ -1,0 +1,126 @@
+"""The saved folder as a traveller: loaded by remote code, by sentence-transformers, and refused when it is broken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SENTENCES
+from safetensors.torch import load_file, save_file
+
+from modeling_2dmse import TwoDMSEModel
+
+LOAD_ELSEWHERE = """
+import sys
+assert not any("modeling_2dmse" in name for name in sys.modules)
+import numpy as np
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+else:
+    raise AssertionError("loaded without trust_remote_code")
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+small = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, num_layers=2)
+texts = open(sys.argv[2]).read().splitlines()
+np.savez(sys.argv[3], full=model.encode(texts, dim=16), small=small.encode(texts, dim=16))
+try:
+    import modeling_2dmse
+except ImportError:
+    pass
+else:
+    raise AssertionError("the project is on the path; this proves nothing")
+"""
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_remote_code_in_a_fresh_process(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "here")
+    elsewhere = shutil.move(tmp_path / "here", tmp_path / "elsewhere")
+    (tmp_path / "texts").write_text("\n".join(SENTENCES))
+    # -S -I would drop site-packages too; a path file of an editable install is left out by name instead.
+    runner = tmp_path / "run.py"
+    runner.write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        f"sys.path[:] = [p for p in sys.path if p and not p.startswith({os.getcwd()!r})] + {_site()!r}\n"
+        + LOAD_ELSEWHERE
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    arguments = [sys.executable, str(runner), str(elsewhere), str(tmp_path / "texts"), str(tmp_path / "out.npz")]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = np.load(tmp_path / "out.npz")
+    assert np.allclose(got["full"], model.encode(SENTENCES, dim=16), atol=1e-6)
+    assert np.allclose(got["small"], model.encode(SENTENCES, num_layers=2, dim=16), atol=1e-6)
+
+
+def _site() -> list[str]:
+    # pytest puts the project's root on the path; what is installed is all that the fresh process may have.
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+
+
+def test_stock_sentence_transformers_with_the_size_per_call(tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert [type(module).__module__.split(".")[0] for module in stock] == ["sentence_transformers"] * 3
+    for n in (1, 3, 4):
+        theirs = stock.encode(SENTENCES, num_layers=n)
+        assert np.allclose(theirs, model.encode(SENTENCES, num_layers=n), atol=1e-6)
+    cut = stock.encode(SENTENCES, num_layers=2, truncate_dim=8, normalize_embeddings=True)
+    assert np.allclose(cut, model.encode(SENTENCES, num_layers=2, dim=8), atol=1e-6)
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tiny_model, tmp_path):
+    tiny_model().truncate(2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_layers"] = config["backbone_config"]["num_hidden_layers"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the weights lack 32 of the tensors"):
+        TwoDMSEModel.from_pretrained(tmp_path)
+
+
+def test_a_cut_off_weights_file_is_refused(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)safetensor|incomplete|header|metadata"):
+        TwoDMSEModel.from_pretrained(tmp_path)
+
+
+def test_tensors_of_the_wrong_shape_are_refused(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "backbone.encoder.layer.1.output.dense.bias"
+    tensors[name] = tensors[name][:8].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((RuntimeError, ValueError)):
+        TwoDMSEModel.from_pretrained(tmp_path)
+
+
+def test_only_safetensors_and_the_tokenizer_are_written(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "modeling_2dmse.py"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt"))]
+
+
+def test_a_model_without_a_tokenizer_saves_and_says_what_is_missing(tmp_path):
+    from modeling_2dmse import TwoDMSEConfig
+
+    config = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2,
+              "intermediate_size": 16, "vocab_size": 30, "max_position_embeddings": 16}  # fmt: skip
+    model = TwoDMSEModel(TwoDMSEConfig(backbone_config=config))
+    with pytest.raises(ValueError, match="tokenizer: this model was not loaded from a folder"):
+        model.encode(["a"])
+    model.save_pretrained(tmp_path)
+    assert TwoDMSEModel.from_pretrained(tmp_path).num_layers == 2

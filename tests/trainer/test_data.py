@@ -1,0 +1,106 @@
+"""Tables: every format, every fault, splitting, collating."""
+
+import gzip
+
+import pytest
+import torch
+from conftest import SENTENCES
+from datasets import Dataset
+
+from trainer.data import PairCollator, check_table, hold_out, read_table, text_columns
+
+ROWS = {"anchor": ["one, two", "None"], "positive": ['a "quoted" text', "NA"]}
+
+
+def write(path, text: str):
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv", "t.tsv.gz", "t.jsonl", "t.jsonl.gz", "t.parquet"])
+def test_formats(name, tmp_path):
+    table = Dataset.from_dict(ROWS)
+    plain = tmp_path / name.removesuffix(".gz")
+    if ".parquet" in name:
+        table.to_parquet(plain)
+    elif ".jsonl" in name:
+        table.to_json(plain)
+    else:
+        table.to_csv(plain, sep="\t" if ".tsv" in name else ",", index=False)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    read = check_table(read_table(str(tmp_path / name)))
+    assert read.to_dict() == ROWS  # commas, quotes and words that pandas takes for missing values survive
+
+
+def test_parquet_gz(tmp_path):
+    Dataset.from_dict(ROWS).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet.gz").write_bytes(gzip.compress((tmp_path / "t.parquet").read_bytes()))
+    assert read_table(str(tmp_path / "t.parquet.gz")).to_dict() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "", "is empty"),
+        ("t.csv", "anchor,positive\n", "has no rows"),
+        ("t.txt", "a", "unknown format; use one of .csv, .tsv"),
+        ("t.csv", "anchor,negative\na,b\n", r"accepted sets: \(anchor, positive\[, negative"),
+        ("t.csv", "anchor,positive,extra\na,b,c\n", "the columns .anchor, positive, extra. are not one of"),
+        ("t.csv", "sentence1,sentence2\na,b\n", "are not one of the accepted sets"),
+        ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds 1 empty texts, the first in row 1"),
+        ("t.csv", "anchor,positive\na,b\n  ,c\n", "column anchor holds 1 empty texts, the first in row 2"),
+        ("t.csv", "sentence1,sentence2,score\na,b,high\n", "column score must hold numbers"),
+        ("t.csv", "sentence1,sentence2,score\na,b,1\nc,d,\n", "column score must hold numbers"),
+        ("t.csv", "sentence1,sentence2,score\na,b,1\nc,d,nan\n", "column score"),
+        ("t.jsonl", '{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "column score"),
+        ("t.jsonl", '{"anchor": "a", "positive": null}\n', "column positive holds"),
+        ("t.jsonl", '{"anchor": 3, "positive": "b"}\n', "column anchor holds int64, not texts"),
+        ("t.jsonl", "not json\n", "cannot be read as jsonl"),
+    ],
+)
+def test_faults(name, text, message, tmp_path):
+    path = write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_table(read_table(path))
+    assert str(caught.value).startswith("train_file:")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"train_file: .*absent.csv is not a file"):
+        read_table(str(tmp_path / "absent.csv"))
+
+
+def test_columns_are_put_in_the_order_of_their_roles():
+    table = Dataset.from_dict({"negative_2": ["d"], "positive": ["b"], "negative": ["c"], "anchor": ["a"]})
+    assert check_table(table).column_names == ["anchor", "positive", "negative", "negative_2"]
+    scored = Dataset.from_dict({"score": [1], "sentence2": ["b"], "sentence1": ["a"]})
+    assert text_columns(check_table(scored)) == ["sentence1", "sentence2"]
+    assert check_table(scored)["score"][:] == [1.0]
+
+
+def test_hold_out_keeps_an_anchor_on_one_side():
+    anchors = [f"anchor {i % 10}" for i in range(40)]
+    table = Dataset.from_dict({"anchor": anchors, "positive": [f"p {i}" for i in range(40)]})
+    train, held = hold_out(table, 8, seed=3)
+    assert len(train) + len(held) == 40
+    assert len(held) == 8
+    assert not set(train["anchor"]) & set(held["anchor"])
+    assert hold_out(table, 8, seed=3)[1].to_dict() == held.to_dict()
+
+
+def test_collator_lays_out_columns_one_after_another(tokenizer):
+    collator = PairCollator(tokenizer, ["sentence1", "sentence2"], 6)
+    examples = [{"sentence1": SENTENCES[i], "sentence2": SENTENCES[i + 2], "score": i} for i in (0, 1)]
+    batch = collator(examples)
+    texts = [SENTENCES[0], SENTENCES[1], SENTENCES[2], SENTENCES[3]]
+    for row, text in enumerate(texts):
+        expected = tokenizer(text, truncation=True, max_length=6)["input_ids"]
+        length = int(batch["attention_mask"][row].sum())
+        assert batch["input_ids"][row, :length].tolist() == expected
+        assert batch["attention_mask"][row, :length].all()  # padding is on the right
+    assert batch["num_columns"] == 2
+    assert torch.equal(batch["scores"], torch.tensor([0.0, 1.0]))

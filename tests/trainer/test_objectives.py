@@ -1,0 +1,150 @@
+"""Every objective against a plain float64 reference that loops over its equation."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from modeling_2dmse import Size, parse_ladder
+from trainer.alignment import feature_kl, pca_distance, score_kl
+from trainer.losses import Rows, base_loss
+from trainer.objectives import OBJECTIVES, Objective, geometric_dims, plan_loss
+
+N, H = 4, 32
+LADDER = parse_ladder(["1x8", "2x16", "4x32"])
+STATES = torch.randn(N, 12, H, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TRIPLETS = Rows(3)
+
+
+def objective(name, **kwargs) -> Objective:
+    return Objective(name, LADDER, N, H, **kwargs)
+
+
+def compute(spec: Objective, rng=None, states=STATES, rows=TRIPLETS, loss="infonce"):
+    plan = spec.plan(rng or random.Random(0))
+    return plan_loss(plan, states[[n - 1 for n in plan.layers]], rows, loss)
+
+
+def emb(n, d, states=STATES):
+    return torch.nn.functional.normalize(states[n - 1].double()[:, :d], dim=-1)
+
+
+def loss(n, d):
+    return base_loss("infonce", emb(n, d), TRIPLETS).item()
+
+
+@pytest.mark.parametrize("alignment", ["none", "feature_kl", "score_kl"])
+def test_starbucks(alignment):
+    expected = loss(1, 8) + loss(2, 16) + loss(4, 32)
+    for n, d in ((1, 8), (2, 16)):
+        if alignment == "feature_kl":
+            expected += 0.3 * feature_kl(emb(n, d), emb(4, d)).item()
+        if alignment == "score_kl":
+            expected += score_kl(emb(n, d), emb(4, 32)).item()
+    total, parts = compute(objective("starbucks", alignment=alignment))
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert parts["loss/2x16"].item() == pytest.approx(loss(2, 16), rel=1e-5)
+    assert ("alignment/1x8" in parts) == (alignment != "none")
+    assert "alignment/4x32" not in parts
+
+
+def test_starbucks_aligns_scores_unless_told_otherwise():
+    default, _ = compute(objective("starbucks"))
+    assert default.item() == compute(objective("starbucks", alignment="score_kl"))[0].item()
+    doubled, parts = compute(objective("starbucks", alignment_weight=2.0))
+    aligned = sum(value for name, value in parts.items() if name.startswith("alignment"))
+    assert doubled.item() == pytest.approx(default.item() + aligned.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_2dmse(seed):
+    plan = objective("2dmse").plan(random.Random(seed))
+    full, shallow, full_cut, shallow_cut = (term.size for term in plan.terms)
+    k, d = shallow.num_layers, full_cut.dim
+    assert (full, shallow, full_cut, shallow_cut) == (Size(N, H), Size(k, H), Size(N, d), Size(k, d))
+    expected = loss(N, H) + loss(k, H) / k + loss(N, d) + loss(k, d) / k
+    expected += math.log(2 + k) * feature_kl(STATES[k - 1], STATES[N - 1]).item()
+    total, _ = compute(objective("2dmse"), random.Random(seed))
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_2dmse_draws_every_layer_but_the_last_and_every_geometric_dim():
+    draws = [objective("2dmse").plan(random.Random(seed)).terms for seed in range(400)]
+    layers = [terms[1].size.num_layers for terms in draws]
+    dims = [terms[2].size.dim for terms in draws]
+    assert set(layers) == {1, 2, 3}  # neither the embedding output nor the last layer
+    assert set(dims) == set(geometric_dims(H)) == {8, 16, 32}
+    for values, choices in ((layers, 3), (dims, 3)):
+        assert min(values.count(v) for v in set(values)) > 400 / choices * 0.75
+    assert geometric_dims(768) == [8, 16, 32, 64, 128, 256, 512, 768]
+
+
+def test_matryoshka():
+    total, parts = compute(objective("matryoshka"))
+    assert total.item() == pytest.approx(loss(N, 8) + loss(N, 16) + loss(N, 32), rel=1e-5)
+    assert set(parts) == {"loss/4x8", "loss/4x16", "loss/4x32"}
+    assert objective("matryoshka").plan(random.Random(0)).layers == (4,)
+    aligned, _ = compute(objective("matryoshka", alignment="score_kl"))
+    expected = total.item() + sum(score_kl(emb(N, d), emb(N, 32)).item() for d in (8, 16))
+    assert aligned.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_separate():
+    total, _ = compute(objective("separate"))
+    assert total.item() == pytest.approx(loss(4, 32), rel=1e-6)
+    small = Objective("separate", parse_ladder(["2x16"]), N, H)
+    assert small.plan(random.Random(0)).layers == (2,)
+    assert compute(small)[0].item() == pytest.approx(loss(2, 16), rel=1e-6)
+
+
+def test_espresso():
+    expected = loss(N, H)
+    for n in range(1, N + 1):
+        weight = 1.0 if n == N else 1 / (1 + math.log(n))
+        expected += weight * (loss(n, 16) + pca_distance(STATES[n - 1].float(), 16).item())
+    total, _ = compute(objective("espresso", compression_dim=16))
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("alignment", ["feature_kl", "score_kl"])
+def test_the_teacher_gets_no_gradient_from_the_alignment(name, alignment):
+    spec = objective(name, alignment=alignment, compression_dim=16)
+    plan = spec.plan(random.Random(1))
+    aligned = plan._replace(terms=())
+    if not aligned.alignments:
+        assert name == "separate"
+        return
+    states = STATES[[n - 1 for n in aligned.layers]].clone().requires_grad_()
+    total, _ = plan_loss(aligned, states, TRIPLETS, "infonce")
+    total.backward()
+    teachers = {a.teacher.num_layers for a in aligned.alignments} - {a.student.num_layers for a in aligned.alignments}
+    for index, n in enumerate(aligned.layers):
+        if n in teachers:
+            assert states.grad[index].abs().max() == 0
+        elif name != "matryoshka":
+            assert states.grad[index].abs().max() > 0
+    if name == "matryoshka":  # teacher and student share a state: beyond the students' columns nothing may arrive
+        assert states.grad[..., :16].abs().max() > 0
+        assert states.grad[..., 16:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("base", ["infonce", "cosent", "angle", "cosine_mse"])
+def test_every_objective_takes_every_loss(name, base):
+    rows = TRIPLETS if base == "infonce" else Rows(2, torch.linspace(0, 1, 6))
+    states = STATES.clone().requires_grad_()
+    spec = objective(name, compression_dim=16)
+    total, parts = compute(spec, states=states, rows=rows, loss=base)
+    total.backward()
+    assert total.isfinite()
+    assert states.grad.isfinite().all()
+    assert states.grad[N - 1].abs().max() > 0
+    assert all(not value.requires_grad for value in parts.values())
+
+
+def test_one_layer_model():
+    plan = Objective("2dmse", parse_ladder(["1x8"]), 1, H).plan(random.Random(0))
+    assert plan.layers == (1,)
+    assert plan.alignments == ()
