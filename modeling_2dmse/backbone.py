@@ -42,11 +42,9 @@ def find_layer_stack(backbone: PreTrainedModel) -> str:
 
 def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
     """Paths that may be the norm behind the last layer, likeliest first; `""` (no norm) comes last."""
-    parents = [
-        stack.rsplit(".", depth)[0] if depth <= stack.count(".") else "" for depth in range(1, stack.count(".") + 2)
-    ]
-    norms = []
-    for parent in parents:
+    norms, parent = [], stack
+    while parent:
+        parent = parent.rpartition(".")[0]
         for name, module in backbone.get_submodule(parent).named_children():
             if type(module).__name__.endswith("Norm"):
                 norms.append(f"{parent}.{name}" if parent else name)

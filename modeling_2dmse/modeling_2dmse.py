@@ -104,9 +104,7 @@ class TwoDMSEModel(PreTrainedModel):
         name_or_path = str(name_or_path)
         backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **kwargs))
         if getattr(backbone.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"backbone: {type(backbone).__name__} has an encoder and a decoder; use an encoder or a decoder"
-            )
+            raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if pooling is None:
             hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
             pooling = read_pooling(name_or_path, **hub) or ("lasttoken" if _is_decoder(backbone) else "mean")
@@ -373,9 +371,7 @@ class TwoDMSEModel(PreTrainedModel):
         for n in layers:
             _check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
         if not layers or sorted(set(layers)) != layers:
-            raise ValueError(
-                f"layers: {layers} must be ascending and name each layer once, from 1 to {self.num_layers}"
-            )
+            raise ValueError(f"layers: {layers} must ascend and name each layer once, from 1 to {self.num_layers}")
         return layers
 
     def _check_dim(self, dim) -> int:

@@ -19,7 +19,7 @@ _MODULES = [
 
 
 def write_sentence_transformers_files(folder: str, config, max_length: int | None) -> None:
-    """Write modules.json and its companions beside the weights: Transformer (num_layers per call), Pooling, Normalize."""
+    """Write modules.json and its companions: Transformer (num_layers per call), Pooling, Normalize."""
     truncated = config.dim if config.dim < config.hidden_size else None
     pooling = {
         "word_embedding_dimension": config.hidden_size,

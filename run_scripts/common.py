@@ -98,13 +98,8 @@ def check_output_dir(path: str, allowed: bool) -> None:
 
 def use_all_cores() -> None:
     """`accelerate launch` sets OMP_NUM_THREADS=1 where it is not told otherwise; one process may use every core."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if (
-        alone
-        and not torch.cuda.is_available()
-        and torch.get_num_threads() == 1
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available()
+    if alone and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 

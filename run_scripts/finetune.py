@@ -104,9 +104,8 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         write_card(args.output_dir, _card(trainer, encoder, model_args, data_args, results))
         _remove(previous)
-        print(
-            f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n\n{_usage(args.output_dir, trainer.ladder[0])}"
-        )
+        print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
+        print(_usage(args.output_dir, trainer.ladder[0]))
 
 
 def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
@@ -238,13 +237,11 @@ def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict,
 
 
 def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_args: DataArguments, results: dict):
-    args, name = trainer.args, os.path.basename(os.path.normpath(trainer.args.output_dir))
-    local = os.path.exists(model_args.model_name_or_path)
+    args, backbone = trainer.args, model_args.model_name_or_path
+    local = os.path.exists(backbone)
     built_in = data_args.dataset_name is None or data_args.dataset_name == DATASET_NAME
     settings = {
-        "backbone": os.path.basename(os.path.normpath(model_args.model_name_or_path))
-        if local
-        else model_args.model_name_or_path,
+        "backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone,
         "data": os.path.basename(data_args.train_file) if data_args.train_file else data_args.dataset_name,
         "rows": len(trainer.train_dataset),
         "sizes": " ".join(map(str, trainer.ladder)),
@@ -256,11 +253,15 @@ def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_arg
         "max_length": args.max_length,
         "seed": args.seed,
     }
-    base = "sentence-transformers/all-MiniLM-L6-v2" if model_args.model_name_or_path == MODEL_NAME else None
-    base = base or (None if local else model_args.model_name_or_path)
-    datasets_used = [] if built_in else [data_args.dataset_name]
+    published = "sentence-transformers/all-MiniLM-L6-v2" if backbone == MODEL_NAME else backbone
     return build_card(
-        name, encoder, trainer.objective, settings, results if "before" in results else {}, base, datasets_used
+        os.path.basename(os.path.normpath(args.output_dir)),
+        encoder,
+        trainer.objective,
+        settings,
+        results,
+        base_model=None if local else published,
+        datasets=[] if built_in else [data_args.dataset_name],
     )
 
 

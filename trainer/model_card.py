@@ -81,20 +81,18 @@ def write_card(folder: str, card: ModelCard) -> None:
 
 
 def _scores(results: dict, ladder: Sequence[Size]) -> str:
-    tasks = main_scores(results) if results else {}
+    tasks = main_scores(results)
     if not tasks:
         return "Not evaluated."
     titles = [f"{task} ({'Spearman' if task in results.get('sts', {}) else 'nDCG@10'})" for task in tasks]
     lines = [f"| size | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
-    lines += [
-        f"| {size} | " + " | ".join(f"{scores[str(size)]:.4f}" for scores in tasks.values()) + " |" for size in ladder
-    ]
+    lines += [f"| {' | '.join([str(s), *(f'{task[str(s)]:.4f}' for task in tasks.values())])} |" for s in ladder]
     return "\n".join(lines)
 
 
 def _eval_results(results: dict, ladder: Sequence[Size]) -> list[EvalResult]:
     found = []
-    for task, scores in (main_scores(results) if results else {}).items():
+    for task, scores in main_scores(results).items():
         sts = task in results.get("sts", {})
         found += [
             EvalResult(

@@ -168,10 +168,8 @@ def test_gradients_through_exits_and_buckets_equal_those_of_separate_passes(tiny
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     together = gradients((model(**inputs, layers=(2, 4), num_buckets=2).layer_embeddings * weight).sum())
-    apart = sum(
-        (model(**inputs, layers=(n,)).layer_embeddings[0] * w).sum() for n, w in zip((2, 4), weight, strict=True)
-    )
-    apart = gradients(apart)
+    passes = [model(**inputs, layers=(n,)).layer_embeddings[0] for n in (2, 4)]
+    apart = gradients(sum((state * w).sum() for state, w in zip(passes, weight, strict=True)))
     assert all(gradient.abs().max() > 0 for name, gradient in apart.items() if "tok_embeddings" not in name)
     for name in apart:
         assert torch.allclose(together[name], apart[name], atol=1e-5), name
@@ -188,14 +186,8 @@ def test_half_precision_weights_pool_in_float32(dtype, tiny_model, tmp_path):
 def test_a_backbone_whose_layers_cannot_be_found_is_refused(tmp_path):
     from transformers import AlbertConfig, T5Config, XLNetConfig
 
-    shared = AlbertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        embedding_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    shared = AlbertConfig(**shape, embedding_size=8, num_hidden_layers=3)
     both = T5Config(vocab_size=50, d_model=16, num_layers=2, d_kv=8, num_heads=2, d_ff=16)
     odd = XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=16)
     for config, message in (

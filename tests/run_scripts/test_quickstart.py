@@ -24,11 +24,11 @@ def test_split_docstring():
     body = "It copies every file below the folder, and follows no symbolic link on its way down."
     assert quickstart.split_docstring(f"Copy a whole folder.\n\n    {body}\n") == ("Copy a whole folder.", body)
     headings = f"Copy a whole folder.\n\nArgs:\n\n{body}\n\nReturns\n-------\n\nCopy a whole folder. Done."
-    assert (
-        quickstart.split_docstring(headings)[1] == f"{body} . Done."
-        or "Args" not in quickstart.split_docstring(headings)[1]
-    )
-    assert "Copy a whole folder." not in quickstart.split_docstring(headings)[1]
+    kept = quickstart.split_docstring(headings)[1]
+    assert kept.startswith(body)
+    assert kept.endswith("Done.")
+    for left_out in ("Args", "Returns", "Copy a whole folder."):
+        assert left_out not in kept
     assert quickstart.split_docstring(f"Copy.\n\n{body}") is None  # a summary that says nothing
     assert quickstart.split_docstring("Copy a whole folder.\n\nArgs:") is None
     assert quickstart.split_docstring("Copy a whole folder.") is None

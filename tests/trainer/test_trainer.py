@@ -88,19 +88,6 @@ def test_all_columns_go_through_one_call_of_the_wrapped_model(tiny_model, tmp_pa
     assert loss.requires_grad
 
 
-def plain_loss(model, data, n=4, d=32) -> torch.Tensor:
-    left, right = (
-        torch.nn.functional.normalize(
-            model(**model.tokenizer(data[c][:], padding=True, return_tensors="pt"), layers=(n,)).layer_embeddings[0][
-                :, :d
-            ],
-            dim=-1,
-        )
-        for c in ("sentence1", "sentence2")
-    )
-    return (((left * right).sum(-1) - torch.tensor(data["score"][:])) ** 2).mean()
-
-
 @pytest.mark.parametrize("objective", ["separate", "matryoshka"])
 def test_accumulated_batches_equal_one_large_batch(objective, tiny_model, tmp_path):
     """cosine_mse does not couple rows, nor does plain SGD remember: 4 batches of 2 must equal one of 8."""
