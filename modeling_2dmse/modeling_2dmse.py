@@ -83,6 +83,7 @@ class TwoDMSEModel(PreTrainedModel):
             deeper = "|".join(str(n) for n in range(config.num_layers, stored))
             self._keys_to_ignore_on_load_unexpected = [rf"^backbone\.{stack}\.({deeper})\."]
         self._tokenizer = None
+        self._hub_kwargs = {}
         self.post_init()
 
     @classmethod
@@ -105,9 +106,11 @@ class TwoDMSEModel(PreTrainedModel):
         backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **kwargs))
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
+        if isinstance(backbone, cls):
+            raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
         if pooling is None:
-            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-            pooling = read_pooling(name_or_path, **hub) or ("lasttoken" if _is_decoder(backbone) else "mean")
+            pooling = read_pooling(name_or_path, **_hub_kwargs(kwargs))
+            pooling = pooling or ("lasttoken" if _is_decoder(backbone) else "mean")
         stack = find_layer_stack(backbone)
         config = TwoDMSEConfig(
             backbone_config=backbone.config,
@@ -125,6 +128,7 @@ class TwoDMSEModel(PreTrainedModel):
         model.backbone = backbone
         model.config.backbone_config = backbone.config
         model.config.name_or_path = name_or_path
+        model._hub_kwargs = _hub_kwargs(kwargs)
         return model.eval()
 
     @classmethod
@@ -137,11 +141,13 @@ class TwoDMSEModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model._hub_kwargs = _hub_kwargs(kwargs)
         absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         if absent:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors that config.json "
-                f"({model.config.num_layers} layers) asks for, {absent[0]} among them; they would be random"
+                f"({model.config.num_layers} layers) asks for, {absent[0]} among them; they would be random "
+                "(a plain encoder is imported with TwoDMSEModel.from_backbone)"
             )
         return (model, info) if wants_info else model
 
@@ -156,11 +162,13 @@ class TwoDMSEModel(PreTrainedModel):
         if self._tokenizer is None:
             if not self.config.name_or_path:
                 raise ValueError("tokenizer: this model was not loaded from a folder; set model.tokenizer first")
-            self._tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # Llama's has none; padding is masked whatever it is
         self._tokenizer = tokenizer
 
     @property
@@ -243,7 +251,7 @@ class TwoDMSEModel(PreTrainedModel):
                 if module._buffers[key] is not None:
                     module._buffers[key] = tensors[f"{name}.{key}"]
         small.tie_weights()
-        small._tokenizer = self._tokenizer
+        small._tokenizer, small._hub_kwargs = self._tokenizer, self._hub_kwargs
         return small.train(self.training)
 
     def encode(
@@ -393,6 +401,12 @@ class TwoDMSEModel(PreTrainedModel):
 def _check_between(name: str, value, highest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
         raise ValueError(f"{name}: {value!r} is not allowed; this model has 1 to {highest}")
+
+
+def _hub_kwargs(kwargs: dict) -> dict:
+    """What the companions of the weights (tokenizer, pooling) must be fetched with as well."""
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _is_decoder(backbone: PreTrainedModel) -> bool:

@@ -55,6 +55,14 @@ def test_wrong_values(tiny_model, tmp_path):
         TwoDMSEModel.from_pretrained(tmp_path, num_layers=5)
 
 
+def test_the_two_ways_of_loading_are_not_mixed_up(tiny_model, backbone_path, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an elastic model already; load it with from_pretrained"):
+        TwoDMSEModel.from_backbone(tmp_path)
+    with pytest.raises(ValueError, match="a plain encoder is imported with"):
+        TwoDMSEModel.from_pretrained(backbone_path("bert"))
+
+
 def test_pooling_is_read_from_a_sentence_transformers_folder(backbone_path, tmp_path):
     import shutil
 

@@ -55,6 +55,17 @@ def test_longer_texts_are_cut_at_the_last_position(family, tiny_model):
     assert model.max_length == expected - offset
 
 
+def test_a_tokenizer_without_a_padding_token(tiny_model, tokenizer):
+    import copy
+
+    model = tiny_model("llama")
+    expected = model.encode(SENTENCES[:4])
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token, bare.eos_token = None, "[SEP]"
+    model.tokenizer = bare
+    assert np.allclose(model.encode(SENTENCES[:4]), expected, atol=1e-6)
+
+
 def test_tensors_and_training_mode(tiny_model):
     model = tiny_model().train()
     tensor = model.encode(SENTENCES[:2], convert_to_tensor=True)
