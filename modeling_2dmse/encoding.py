@@ -1,10 +1,14 @@
-"""Texts in, pooled states out: batches by length, a progress bar on long work, and compact output formats."""
+"""Texts in, embeddings out: batches by length, a progress bar on long work, and compact output formats."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging
+
+from .backbone import count_positions
+from .pooling import cut_and_normalize
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
 # A bar appears once there are this many batches; shorter work ends before a person would read it.
@@ -37,6 +41,24 @@ def pad(tokenizer, rows: list[dict], device=None) -> dict[str, torch.Tensor]:
     """Rows of tokens as (batch, longest) tensors, padded on the right whatever the tokenizer's own side is."""
     batch = tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def length_groups(mask: torch.Tensor, count: int) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
+    """Rows sorted by length, in at most `count` groups of equal size.
+
+    Args:
+        mask: (batch, length) attention mask.
+
+    Returns:
+        (rows, columns up to the last real token of the longest row) of each group, and the permutation that puts the
+        groups' rows, one behind the other, back in order. Trailing columns alone are cut: positions stay as they are.
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    widths = (mask.to(torch.long) * columns).amax(dim=1)
+    order = widths.argsort(stable=True)
+    groups = [rows for rows in order.tensor_split(count) if len(rows)]
+    longest = torch.stack([widths[rows[-1]] for rows in groups]).clamp(min=1).tolist()
+    return list(zip(groups, longest, strict=True)), order.argsort()
 
 
 def pooled_states(
@@ -105,3 +127,121 @@ def quantize(embeddings: torch.Tensor, precision: str) -> torch.Tensor:
     if precision == "binary":
         return torch.from_numpy(np.packbits((embeddings > 0).cpu().numpy(), axis=-1))
     return embeddings
+
+
+def check_between(name: str, value, highest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+        raise ValueError(f"{name}: {value!r} is not allowed; this model has 1 to {highest}")
+
+
+class EncodeMixin:
+    """`encode` and what it needs, for a model with `config`, `backbone`, `num_layers` and `truncate`'s checks."""
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of the folder or repository that the model was loaded from."""
+        if self._tokenizer is None:
+            if not self.config.name_or_path:
+                raise ValueError("tokenizer: this model was not loaded from a folder; set model.tokenizer first")
+            self.tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # Llama's has none; padding is masked whatever it is
+        self._tokenizer = tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens: the smaller of what the tokenizer and the positions of the backbone allow."""
+        return min(self.tokenizer.model_max_length, count_positions(self.backbone))
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        num_layers: int | None = None,
+        dim: int | None = None,
+        batch_size: int = 32,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_length: int | None = None,
+        precision: str = "float32",
+        convert_to_tensor: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray | torch.Tensor:
+        """
+        Embed texts at one size.
+
+        Args:
+            texts: a string, or a list of strings.
+            num_layers: layers to run, 1 to N; the model's own number when left out.
+            dim: dimensions to keep, 1 to the hidden size; the model's own number when left out.
+            batch_size: texts a batch; batches are filled by length.
+            prompt: text put in front of every text; or `prompt_name`, one of the config's prompts.
+            max_length: in tokens; longer texts are cut.
+            precision: `float32`, `float16`, `int8` or `binary`, see `encoding.quantize`.
+            convert_to_tensor: return a tensor on the model's device in place of a numpy array.
+            show_progress_bar: by default on work of 20 batches and more.
+
+        Returns:
+            (len(texts), dim) unit vectors in the texts' order, or (dim,) for a single string.
+        """
+        dim = self.config.dim if dim is None else self._check_dim(dim)
+        layers = [self.num_layers if num_layers is None else num_layers]
+        check_batch_size(batch_size)
+        texts, single = check_texts(texts)
+        states = self.encode_states(
+            texts, layers, batch_size, self._find_prompt(prompt, prompt_name), max_length, show_progress_bar
+        )
+        embeddings = quantize(cut_and_normalize(states[0], dim), precision)
+        embeddings = embeddings[0] if single else embeddings
+        return embeddings.to(self.device) if convert_to_tensor else embeddings.numpy()
+
+    def encode_states(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        batch_size: int = 32,
+        prompt: str = "",
+        max_length: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> torch.Tensor:
+        """
+        Pooled states of texts at several exits, each text read once; every size is a slice of them.
+
+        Args:
+            layers: exits, ascending; all layers when left out.
+
+        Returns:
+            (len(layers), len(texts), hidden), float32, on the CPU, neither cut nor normalised.
+        """
+        layers = self._check_layers(range(1, self.num_layers + 1) if layers is None else layers)
+        if not texts:
+            return torch.empty(len(layers), 0, self.config.hidden_size)
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                return pooled_states(
+                    lambda batch: self(**batch, layers=layers).layer_embeddings,
+                    self.tokenizer,
+                    [prompt + text for text in texts] if prompt else texts,
+                    min(max_length or self.max_length, self.max_length),
+                    batch_size,
+                    self.device,
+                    show_progress_bar,
+                )
+        finally:
+            self.train(training)
+
+    def _find_prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = name if name is not None else self.config.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.config.prompts:
+            known = ", ".join(sorted(self.config.prompts)) or "none is set"
+            raise ValueError(f"prompt_name: {name!r} is unknown; this model's prompts: {known}")
+        return self.config.prompts[name]

@@ -5,16 +5,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbone import (
     accepted_inputs,
     build_backbone,
     check_exits,
-    count_positions,
     cut_config,
     drop_pooler,
     find_final_norms,
@@ -22,8 +20,9 @@ from .backbone import (
     run_layers,
 )
 from .configuration_2dmse import TwoDMSEConfig
-from .encoding import check_batch_size, check_texts, pooled_states, quantize
-from .pooling import cut_and_normalize, pool
+from .encoding import EncodeMixin, check_between, length_groups
+from .export import check_export, export
+from .pooling import pool
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
 
 logger = logging.get_logger(__name__)
@@ -45,7 +44,7 @@ class TwoDMSEOutput(ModelOutput):
     layer_embeddings: torch.Tensor | None = None
 
 
-class TwoDMSEModel(PreTrainedModel):
+class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     """
     An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al. 2024).
 
@@ -67,8 +66,8 @@ class TwoDMSEModel(PreTrainedModel):
     def __init__(self, config: TwoDMSEConfig):
         super().__init__(config)
         stored = config.backbone_config.num_hidden_layers
-        _check_between("num_layers", config.num_layers, stored)
-        _check_between("dim", config.dim, config.hidden_size)
+        check_between("num_layers", config.num_layers, stored)
+        check_between("dim", config.dim, config.hidden_size)
         if config.num_layers < stored:
             config.backbone_config = cut_config(config.backbone_config, config.num_layers)
             config.cut_ladder(config.num_layers, config.hidden_size)
@@ -156,26 +155,6 @@ class TwoDMSEModel(PreTrainedModel):
         """Transformer layers of this model."""
         return self.config.num_layers
 
-    @property
-    def tokenizer(self):
-        """The tokenizer of the folder or repository that the model was loaded from."""
-        if self._tokenizer is None:
-            if not self.config.name_or_path:
-                raise ValueError("tokenizer: this model was not loaded from a folder; set model.tokenizer first")
-            self.tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer):
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # Llama's has none; padding is masked whatever it is
-        self._tokenizer = tokenizer
-
-    @property
-    def max_length(self) -> int:
-        """Longest input in tokens: the smaller of what the tokenizer and the positions of the backbone allow."""
-        return min(self.tokenizer.model_max_length, count_positions(self.backbone))
-
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
 
@@ -235,6 +214,8 @@ class TwoDMSEModel(PreTrainedModel):
 
         Its weights share this model's memory until one of the two is moved or converted.
         """
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError("adapters: this model holds adapters of peft; merge them first with merge_and_unload()")
         config = copy.deepcopy(self.config)
         config.num_layers = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
         config.dim = self.config.dim if dim is None else self._check_dim(dim)
@@ -254,83 +235,18 @@ class TwoDMSEModel(PreTrainedModel):
         small._tokenizer, small._hub_kwargs = self._tokenizer, self._hub_kwargs
         return small.train(self.training)
 
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        num_layers: int | None = None,
-        dim: int | None = None,
-        batch_size: int = 32,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        max_length: int | None = None,
-        precision: str = "float32",
-        convert_to_tensor: bool = False,
-        show_progress_bar: bool | None = None,
-    ) -> np.ndarray | torch.Tensor:
+    def export(self, path, num_layers=None, dim=None, format="transformers", dtype="float32") -> str:
         """
-        Embed texts at one size.
+        Write one size as a small model that needs no code of ours; see `export.export`.
 
         Args:
-            texts: a string, or a list of strings.
-            num_layers: layers to run, 1 to N; the model's own number when left out.
-            dim: dimensions to keep, 1 to the hidden size; the model's own number when left out.
-            batch_size: texts a batch; batches are filled by length.
-            prompt: text put in front of every text; or `prompt_name`, one of the config's prompts.
-            max_length: in tokens; longer texts are cut.
-            precision: `float32`, `float16`, `int8` or `binary`, see `encoding.quantize`.
-            convert_to_tensor: return a tensor on the model's device in place of a numpy array.
-            show_progress_bar: by default on work of 20 batches and more.
-
-        Returns:
-            (len(texts), dim) unit vectors in the texts' order, or (dim,) for a single string.
+            path: a folder that does not exist yet, or an empty one.
+            format: `transformers` (plain backbone and sentence-transformers files) or `onnx` (one file from token
+                ids to unit vectors).
+            dtype: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`.
         """
-        dim = self.config.dim if dim is None else self._check_dim(dim)
-        layers = [self.num_layers if num_layers is None else num_layers]
-        check_batch_size(batch_size)
-        texts, single = check_texts(texts)
-        states = self.encode_states(
-            texts, layers, batch_size, self._find_prompt(prompt, prompt_name), max_length, show_progress_bar
-        )
-        embeddings = quantize(cut_and_normalize(states[0], dim), precision)
-        embeddings = embeddings[0] if single else embeddings
-        return embeddings.to(self.device) if convert_to_tensor else embeddings.numpy()
-
-    def encode_states(
-        self,
-        texts: Sequence[str],
-        layers: Sequence[int] | None = None,
-        batch_size: int = 32,
-        prompt: str = "",
-        max_length: int | None = None,
-        show_progress_bar: bool | None = None,
-    ) -> torch.Tensor:
-        """
-        Pooled states of texts at several exits, each text read once; every size is a slice of them.
-
-        Args:
-            layers: exits, ascending; all layers when left out.
-
-        Returns:
-            (len(layers), len(texts), hidden), float32, on the CPU, neither cut nor normalised.
-        """
-        layers = self._check_layers(range(1, self.num_layers + 1) if layers is None else layers)
-        if not texts:
-            return torch.empty(len(layers), 0, self.config.hidden_size)
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                return pooled_states(
-                    lambda batch: self(**batch, layers=layers).layer_embeddings,
-                    self.tokenizer,
-                    [prompt + text for text in texts] if prompt else texts,
-                    min(max_length or self.max_length, self.max_length),
-                    batch_size,
-                    self.device,
-                    show_progress_bar,
-                )
-        finally:
-            self.train(training)
+        check_export(str(path), format, dtype)
+        return export(self.truncate(num_layers, dim), str(path), format, dtype)
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """Save the model as ONE folder that AutoModel, sentence-transformers and this package load."""
@@ -358,49 +274,27 @@ class TwoDMSEModel(PreTrainedModel):
         return torch.stack([pool(state, attention_mask, self.config.pooling) for state in states])
 
     def _bucketed(self, layers, inputs: dict[str, torch.Tensor], num_buckets: int) -> torch.Tensor:
-        mask = inputs["attention_mask"]
-        # Trailing columns alone are cut: absolute positions stay as they are.
-        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        widths = (mask.to(torch.long) * columns).amax(dim=1)
-        order = widths.argsort(stable=True)
-        groups = [group for group in order.tensor_split(num_buckets) if len(group)]
-        longest = torch.stack([widths[group[-1]] for group in groups]).tolist()
-        pooled = []
-        for group, width in zip(groups, longest, strict=True):
+        mask, pooled = inputs["attention_mask"], []
+        groups, restore = length_groups(mask, num_buckets)
+        for rows, width in groups:
             part = {
-                name: (value[group] if value.shape[0] == len(mask) else value)[:, : max(width, 1)]
+                name: (value[rows] if value.shape[0] == len(mask) else value)[:, :width]
                 for name, value in inputs.items()
             }
             pooled.append(self._pool(self._states(layers, part), part["attention_mask"]))
-        return torch.cat(pooled, dim=1)[:, order.argsort()]
+        return torch.cat(pooled, dim=1)[:, restore]
 
     def _check_layers(self, layers) -> list[int]:
         layers = list(layers)
         for n in layers:
-            _check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
+            check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
         if not layers or sorted(set(layers)) != layers:
             raise ValueError(f"layers: {layers} must ascend and name each layer once, from 1 to {self.num_layers}")
         return layers
 
     def _check_dim(self, dim) -> int:
-        _check_between("dim", dim, self.config.hidden_size)
+        check_between("dim", dim, self.config.hidden_size)
         return dim
-
-    def _find_prompt(self, prompt: str | None, name: str | None) -> str:
-        if prompt is not None:
-            return prompt
-        name = name if name is not None else self.config.default_prompt_name
-        if name is None:
-            return ""
-        if name not in self.config.prompts:
-            known = ", ".join(sorted(self.config.prompts)) or "none is set"
-            raise ValueError(f"prompt_name: {name!r} is unknown; this model's prompts: {known}")
-        return self.config.prompts[name]
-
-
-def _check_between(name: str, value, highest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-        raise ValueError(f"{name}: {value!r} is not allowed; this model has 1 to {highest}")
 
 
 def _hub_kwargs(kwargs: dict) -> dict:

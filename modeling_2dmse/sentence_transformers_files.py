@@ -5,45 +5,56 @@ import os
 
 from transformers.utils import cached_file
 
-_MODULES = [
-    {
-        "idx": 0,
-        "name": "0",
-        "path": "",
-        "type": "sentence_transformers.models.Transformer",
-        "kwargs": ["num_layers"],
-    },
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def write_sentence_transformers_files(folder: str, config, max_length: int | None) -> None:
     """Write modules.json and its companions: Transformer (num_layers per call), Pooling, Normalize."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    _write_modules(folder, modules, {"kwargs": ["num_layers"]})
     truncated = config.dim if config.dim < config.hidden_size else None
-    pooling = {
-        "word_embedding_dimension": config.hidden_size,
-        "pooling_mode_cls_token": config.pooling == "cls",
-        "pooling_mode_mean_tokens": config.pooling == "mean",
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-        "pooling_mode_weightedmean_tokens": config.pooling == "weightedmean",
-        "pooling_mode_lasttoken": config.pooling == "lasttoken",
-        "include_prompt": True,
-    }
+    _write_companions(folder, config, max_length, {"truncate_dim": truncated})
+
+
+def write_exported_modules(folder: str, config, max_length: int | None) -> None:
+    """The same for a plain backbone: a Dense keeps the first dims, so that what is normalised is what is kept."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if config.dim < config.hidden_size:
+        modules.append(("2_Dense", "Dense"))
+        dense = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
+        dense["activation_function"] = "torch.nn.modules.linear.Identity"
+        _write_json(os.path.join(folder, "2_Dense", "config.json"), dense)
+    modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    _write_modules(folder, modules, {})
+    _write_companions(folder, config, max_length, {})
+
+
+def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_options: dict) -> None:
+    entries = []
+    for index, (path, name) in enumerate(modules):
+        entries.append({"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"})
+        os.makedirs(os.path.join(folder, path), exist_ok=True)
+    entries[0] |= transformer_options
+    _write_json(os.path.join(folder, "modules.json"), entries)
+
+
+def _write_companions(folder: str, config, max_length: int | None, options: dict) -> None:
+    pooling = {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
+    pooling |= {flag: mode == config.pooling for flag, mode in _POOLING_FLAGS.items()}
     settings = {
         "prompts": config.prompts,
         "default_prompt_name": config.default_prompt_name,
         "similarity_fn_name": "cosine",
-        "truncate_dim": truncated,
     }
-    _write_json(os.path.join(folder, "modules.json"), _MODULES)
-    _write_json(os.path.join(folder, "config_sentence_transformers.json"), settings)
-    _write_json(
-        os.path.join(folder, "sentence_bert_config.json"), {"max_seq_length": max_length, "do_lower_case": False}
-    )
+    _write_json(os.path.join(folder, "config_sentence_transformers.json"), settings | options)
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
+    _write_json(os.path.join(folder, "sentence_bert_config.json"), transformer)
     _write_json(os.path.join(folder, "1_Pooling", "config.json"), pooling)
-    os.makedirs(os.path.join(folder, "2_Normalize"), exist_ok=True)
 
 
 def read_pooling(name_or_path: str, **hub_kwargs) -> str | None:
@@ -59,13 +70,7 @@ def read_pooling(name_or_path: str, **hub_kwargs) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
-    flags = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_weightedmean_tokens": "weightedmean",
-        "pooling_mode_lasttoken": "lasttoken",
-    }
-    modes = [mode for flag, mode in flags.items() if config.get(flag)]
+    modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
     return config.get("pooling_mode", modes[0] if len(modes) == 1 else None)
 
 

@@ -69,6 +69,8 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
         raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"model_name_or_path: {name_or_path} holds no config.json, so it is not a model")
+    if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+        return load_adapter(name_or_path)
     hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **hub)
@@ -83,6 +85,21 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
             raise ValueError(f"pooling: {pooling} is not what {name_or_path} was trained with ({model.config.pooling})")
         return model
     return TwoDMSEModel.from_backbone(name_or_path, sizes=sizes, pooling=pooling, **kwargs)
+
+
+def load_adapter(folder: str) -> TwoDMSEModel:
+    """The model of a LoRA checkpoint, its adapter merged into the weights of the model that it adapts."""
+    from peft import PeftConfig, PeftModel
+
+    config = TwoDMSEConfig.from_pretrained(folder)
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    encoder = load_encoder(base, config.sizes)
+    encoder.config.pooling = config.pooling
+    if encoder.num_layers > config.num_layers:
+        encoder = encoder.truncate(config.num_layers, config.dim)
+    merged = PeftModel.from_pretrained(encoder, folder).merge_and_unload()
+    merged.config.set_ladder(config.sizes)
+    return merged.eval()
 
 
 def check_output_dir(path: str, allowed: bool) -> None:

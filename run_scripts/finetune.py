@@ -4,6 +4,7 @@ Without arguments it runs recipes/quickstart.yaml: all-MiniLM-L6-v2, trained to 
 """
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -23,7 +24,10 @@ from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import check_table, hold_out, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
-from trainer.model_card import build_card, write_card
+from trainer.model_card import Run, build_card, measure_costs, write_card
+
+# Texts that the card's encode times are measured on.
+_COST_ROWS = 256
 
 
 @dataclass
@@ -39,6 +43,7 @@ class ModelArguments:
         metadata={"help": "mean, cls, lasttoken or weightedmean. Default: what the model's folder declares, else "
                   "lasttoken for decoders and mean for encoders."},
     )  # fmt: skip
+    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, for its card."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha; adapters count alpha / r."})
     lora_target_modules: list[str] | None = field(
@@ -102,7 +107,8 @@ def main(argv=None) -> None:
     if tasks:
         _report(trainer, encoder, tasks, before, results)
     if trainer.is_world_process_zero():
-        write_card(args.output_dir, _card(trainer, encoder, model_args, data_args, results))
+        run = _card(trainer, encoder, model_args, data_args, results)
+        write_card(args.output_dir, build_card(encoder, trainer.objective, run))
         _remove(previous)
         print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
         print(_usage(args.output_dir, trainer.ladder[0]))
@@ -237,32 +243,29 @@ def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict,
 
 
 def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_args: DataArguments, results: dict):
-    args, backbone = trainer.args, model_args.model_name_or_path
-    local = os.path.exists(backbone)
-    built_in = data_args.dataset_name is None or data_args.dataset_name == DATASET_NAME
-    settings = {
-        "backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone,
-        "data": os.path.basename(data_args.train_file) if data_args.train_file else data_args.dataset_name,
-        "rows": len(trainer.train_dataset),
-        "sizes": " ".join(map(str, trainer.ladder)),
-        "loss": args.loss,
-        "alignment": trainer.objective.kind,
-        "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "steps": trainer.state.max_steps,
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
-        "max_length": args.max_length,
-        "seed": args.seed,
-    }
-    published = "sentence-transformers/all-MiniLM-L6-v2" if backbone == MODEL_NAME else backbone
-    return build_card(
-        os.path.basename(os.path.normpath(args.output_dir)),
-        encoder,
-        trainer.objective,
-        settings,
-        results,
-        base_model=None if local else published,
-        datasets=[] if built_in else [data_args.dataset_name],
+    """The run as its card tells it, with what each size costs on texts of the training data."""
+    backbone, folder = model_args.model_name_or_path, trainer.args.output_dir
+    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
+    texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
+    data = os.path.basename(data_args.train_file) if data_args.train_file else data_args.dataset_name
+    on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
+    source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
+    return Run(
+        name=os.path.basename(os.path.normpath(folder)),
+        settings=source | trainer.describe(),
+        results=results,
+        costs=measure_costs(encoder, trainer.ladder, texts) if texts else {},
+        command=_command(),
+        base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
+        datasets=[data_args.dataset_name] if on_the_hub else [],
+        license=model_args.license or ("apache-2.0" if is_minilm else None),
     )
+
+
+def _command() -> str:
+    """The command line of this run, folders of this machine left out of it."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["accelerate launch run_scripts/finetune.py", *map(shlex.quote, words)])
 
 
 def _usage(folder: str, size) -> str:

@@ -14,7 +14,7 @@ ARCHITECTURES = sorted(path for path in ROOT.glob("modeling_*") if path.is_dir()
 
 @pytest.mark.parametrize("path", [f for folder in ARCHITECTURES for f in folder.glob("*.py")], ids=lambda p: p.name)
 def test_what_travels_to_the_hub_imports_torch_transformers_and_flat_neighbours(path):
-    allowed = {*sys.stdlib_module_names, "torch", "transformers", "numpy"}  # torch and transformers need numpy
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safetensors"}  # transformers needs both
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert {name.name.split(".")[0] for name in node.names} <= allowed
@@ -52,4 +52,4 @@ def test_ci_runs_the_readmes_test_line():
 
 @pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts], ids=lambda p: p.name)
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 420
+    assert len(path.read_text().splitlines()) <= 410

@@ -1,99 +1,156 @@
 """The model card of a training run, assembled from what the run itself knows."""
 
 import os
+import statistics
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.backbone import layers_of
 
 from .evaluation import main_scores
 from .objectives import Objective
 
 CITATIONS = {
-    "2dmse": "Li et al. 2024, 2D Matryoshka Sentence Embeddings, arXiv:2402.14776",
-    "starbucks": "Zhuang et al. 2024, Starbucks: Improved Training for 2D Matryoshka Embeddings, arXiv:2410.13230",
-    "matryoshka": "Kusupati et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147",
-    "espresso": "Li et al. 2024, ESE: Espresso Sentence Embeddings, arXiv:2402.14776v3",
-    "separate": "Zhuang et al. 2024, Starbucks: Improved Training for 2D Matryoshka Embeddings, arXiv:2410.13230",
+    "2dmse": "Li et al. 2024. 2D Matryoshka Sentence Embeddings. arXiv:2402.14776",
+    "starbucks": "Zhuang et al. 2024. Starbucks: Improved Training for 2D Matryoshka Embeddings. arXiv:2410.13230",
+    "matryoshka": "Kusupati et al. 2022. Matryoshka Representation Learning. arXiv:2205.13147",
+    "espresso": "Li et al. 2024. ESE: Espresso Sentence Embeddings. arXiv:2402.14776 (its later title)",
+    "separate": "Zhuang et al. 2024. Starbucks: Improved Training for 2D Matryoshka Embeddings. arXiv:2410.13230",
 }
+_TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_cards", "template.md")
 
 
-def build_card(
-    name: str,
-    model: TwoDMSEModel,
-    objective: Objective,
-    settings: dict[str, object],
-    results: dict,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-) -> ModelCard:
-    """A model card with metadata, the scores of the ladder, the recipe, and how to load a size.
+@dataclass
+class Run:
+    """What a card tells of a run.
 
     Args:
-        name: of the model.
+        name: of the model; the Hub name once it is pushed.
         settings: the training settings to show, in order.
-        results: as `evaluate_tasks` returns them; may be empty.
-        base_model: Hub name of the backbone, where it has one.
-        datasets: Hub names of the training data, where they have one.
+        results: as `evaluate_tasks` returns them, for the ladder or the grid; may be empty.
+        costs: as `measure_costs` returns them; may be empty.
+        command: that trained the model.
+        base_model, datasets, license: Hub names and licence, where there are any.
     """
+
+    name: str
+    settings: dict[str, object] = field(default_factory=dict)
+    results: dict = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    command: str = ""
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+    license: str | None = None
+
+
+def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard:
+    """The card: metadata with every ladder size, scores, costs, recipe, and how to load a size."""
     data = ModelCardData(
-        model_name=name,
-        base_model=base_model,
-        datasets=list(datasets) or None,
+        model_name=run.name,
+        base_model=run.base_model,
+        datasets=list(run.datasets) or None,
+        license=run.license,
         library_name="transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "matryoshka", "2dmse", "custom_code"],
-        eval_results=_eval_results(results, objective.ladder) or None,
+        eval_results=_eval_results(run.results, objective.ladder) or None,
     )
-    example = objective.ladder[0]
-    scores = _scores(results, objective.ladder)
-    recipe = "\n".join(f"- {key}: `{value}`" for key, value in settings.items())
-    body = f"""# {name}
-
-An elastic sentence encoder: one model with {model.num_layers} transformer layers and {model.config.hidden_size}
-dimensions, from which any number of layers and any number of leading dimensions is taken when it is loaded or called.
-
-## Use
-
-```python
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True, num_layers={example.num_layers})
-embeddings = model.encode(["a text"], dim={example.dim})  # runs {example.num_layers} layers
-```
-
-## Scores
-
-{scores}
-
-## Training
-
-{recipe}
-
-Objective: `{objective.name}`, {CITATIONS[objective.name]}.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    example = objective.ladder[len(objective.ladder) // 2]
+    return ModelCard.from_template(
+        data,
+        template_path=_TEMPLATE,
+        name=run.name,
+        num_layers=model.num_layers,
+        hidden_size=model.config.hidden_size,
+        example_layers=example.num_layers,
+        example_dim=example.dim,
+        scores=_ladder_table(run.results, run.costs, objective.ladder),
+        grids=_grid_tables(run.results),
+        command=run.command,
+        settings="\n".join(f"- {key}: `{value}`" for key, value in run.settings.items()),
+        objective=objective.name,
+        citation=CITATIONS[objective.name],
+    )
 
 
 def write_card(folder: str, card: ModelCard) -> None:
+    """Write the card where the Hub looks for it."""
     card.save(os.path.join(folder, "README.md"))
 
 
-def _scores(results: dict, ladder: Sequence[Size]) -> str:
+def measure_costs(model: TwoDMSEModel, sizes: Sequence[Size], texts: Sequence[str], runs: int = 3) -> dict:
+    """What each size costs.
+
+    Args:
+        texts: what `encode` is timed on, in turn, `runs` times.
+
+    Returns:
+        {"2x64": {"parameters": ..., "megabytes": of the weights, "relative_time": median, full depth = 1}}
+    """
+    layers = layers_of(model.backbone, model.config.layer_stack)
+    held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(held)
+    width = next(model.parameters()).element_size()
+    seconds: dict[int, list[float]] = {n: [] for n in sorted({size.num_layers for size in sizes} | {model.num_layers})}
+    for _ in range(runs):
+        for n, times in seconds.items():
+            start = time.perf_counter()
+            model.encode(texts, num_layers=n, show_progress_bar=False)
+            times.append(time.perf_counter() - start)
+    full = statistics.median(seconds[model.num_layers])
+    return {
+        str(size): {
+            "parameters": (parameters := outside + sum(held[: size.num_layers])),
+            "megabytes": parameters * width / 1e6,
+            "relative_time": statistics.median(seconds[size.num_layers]) / full,
+        }
+        for size in sizes
+    }
+
+
+def _ladder_table(results: dict, costs: dict, ladder: Sequence[Size]) -> str:
     tasks = main_scores(results)
-    if not tasks:
+    titles = [f"{task}, {_metric(task, results)}" for task in tasks]
+    titles += ["parameters", "MB on disk", "encode time"] if costs else []
+    if not titles:
         return "Not evaluated."
-    titles = [f"{task} ({'Spearman' if task in results.get('sts', {}) else 'nDCG@10'})" for task in tasks]
-    lines = [f"| size | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
-    lines += [f"| {' | '.join([str(s), *(f'{task[str(s)]:.4f}' for task in tasks.values())])} |" for s in ladder]
+    lines = [f"| size | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for size in map(str, ladder):
+        cells = [f"{scores[size]:.4f}" for scores in tasks.values()]
+        if costs:
+            cost = costs[size]
+            cells += [f"{cost['parameters'] / 1e6:.1f} M", f"{cost['megabytes']:.0f}", f"{cost['relative_time']:.2f}"]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _grid_tables(results: dict) -> str:
+    tables = []
+    for task, scores in main_scores(results).items():
+        sizes = [tuple(map(int, size.split("x"))) for size in scores]
+        layers, dims = sorted({n for n, _ in sizes}), sorted({d for _, d in sizes})
+        if len(scores) != len(layers) * len(dims):
+            continue
+        lines = [f"{task}, {_metric(task, results)}:", "", f"| layers | {' | '.join(map(str, dims))} |"]
+        lines.append("|---|" + "---:|" * len(dims))
+        for n in layers:
+            lines.append(f"| {n} | " + " | ".join(f"{scores[str(Size(n, d))]:.4f}" for d in dims) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _metric(task: str, results: dict) -> str:
+    return "Spearman" if task in results.get("sts", {}) else "nDCG@10"
 
 
 def _eval_results(results: dict, ladder: Sequence[Size]) -> list[EvalResult]:
     found = []
     for task, scores in main_scores(results).items():
-        sts = task in results.get("sts", {})
+        sts = _metric(task, results) == "Spearman"
         found += [
             EvalResult(
                 task_type="sentence-similarity" if sts else "text-retrieval",
@@ -101,7 +158,7 @@ def _eval_results(results: dict, ladder: Sequence[Size]) -> list[EvalResult]:
                 dataset_type=task,
                 dataset_name=task,
                 metric_type="spearman_cosine" if sts else "ndcg_at_10",
-                metric_name=f"{'Spearman' if sts else 'nDCG@10'} at {size}",
+                metric_name=f"{_metric(task, results)} at {size}",
                 metric_value=scores[str(size)],
             )
             for size in ladder

@@ -1,5 +1,6 @@
 """TwoDMSETrainer: transformers' Trainer with an elastic loss and an evaluation at every size."""
 
+import os
 import random
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from .arguments import TwoDMSETrainingArguments
 from .data import PairCollator, check_table, rescale_scores, text_columns
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
+from .model_card import Run, build_card, write_card
 from .objectives import Objective, plan_loss
 
 logger = logging.get_logger(__name__)
@@ -152,6 +154,36 @@ class TwoDMSETrainer(Trainer):
         if self.args.disable_tqdm:
             encode.setdefault("show_progress_bar", False)
         return evaluate_tasks(self.encoder, tasks, sizes, **encode)
+
+    def describe(self) -> dict[str, object]:
+        """The settings that a model card shows."""
+        args = self.args
+        return {
+            "rows": len(self.train_dataset),
+            "sizes": " ".join(map(str, self.ladder)),
+            "loss": args.loss,
+            "alignment": self.objective.kind,
+            "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "steps": self.state.max_steps,
+            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+            "max_length": args.max_length,
+            "seed": args.seed,
+        }
+
+    def create_model_card(self, model_name=None, license=None, finetuned_from=None, **kwargs):
+        """Write this project's card, unless a script has written a fuller one."""
+        if not self.is_world_process_zero() or os.path.exists(os.path.join(self.args.output_dir, "README.md")):
+            return
+        results = self.results(self.eval_dataset, self.ladder) if self.eval_dataset else {}
+        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        run = Run(name, self.describe(), results, base_model=finetuned_from, license=license)
+        write_card(self.args.output_dir, build_card(self.encoder, self.objective, run))
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.encoder is not self.model:
+            # Beside an adapter, so that the folder says what kind of model it adapts.
+            self.encoder.config.save_pretrained(output_dir or self.args.output_dir)
 
     def log(self, logs, start_time=None):
         """Add each size's mean loss since the last entry: `loss/2x64`, `alignment/2x64`."""

@@ -11,7 +11,7 @@ import pytest
 from conftest import SENTENCES
 from safetensors.torch import load_file, save_file
 
-from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse import Size, TwoDMSEModel
 
 LOAD_ELSEWHERE = """
 import sys
@@ -78,6 +78,33 @@ def test_stock_sentence_transformers_with_the_size_per_call(tiny_model, tmp_path
         assert np.allclose(theirs, model.encode(SENTENCES, num_layers=n), atol=1e-6)
     cut = stock.encode(SENTENCES, num_layers=2, truncate_dim=8, normalize_embeddings=True)
     assert np.allclose(cut, model.encode(SENTENCES, num_layers=2, dim=8), atol=1e-6)
+
+
+def test_more_of_stock_sentence_transformers(tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    from trainer.evaluation import StsData, evaluate_sts
+
+    model = tiny_model(prompts={"query": "the girl "})
+    model.save_pretrained(tmp_path / "a")
+    stock = SentenceTransformer(str(tmp_path / "a"), trust_remote_code=True, device="cpu")
+    ours = model.encode(SENTENCES)
+    assert np.allclose(stock.similarity(*[stock.encode(SENTENCES)] * 2).numpy(), ours @ ours.T, atol=1e-5)
+    prompted = stock.encode(["is reading"], prompt_name="query", num_layers=2)
+    assert np.allclose(prompted, model.encode(["is reading"], 2, prompt_name="query"), atol=1e-6)
+    stock.save(str(tmp_path / "b"))
+    again = SentenceTransformer(str(tmp_path / "b"), trust_remote_code=True, device="cpu")
+    assert np.allclose(again.encode(SENTENCES, num_layers=3), model.encode(SENTENCES, 3), atol=1e-6)
+    data = StsData("s", SENTENCES[:10], SENTENCES[10:], [i / 10 for i in range(10)])
+    evaluator = EmbeddingSimilarityEvaluator(data.sentence1, data.sentence2, data.score)
+    assert evaluator(stock)["spearman_cosine"] == pytest.approx(
+        evaluate_sts(model, data, [Size(4, 32)])["spearman"]["4x32"], abs=1e-9
+    )
+    small = model.truncate(2, 8)
+    small.save_pretrained(tmp_path / "c")
+    cut = SentenceTransformer(str(tmp_path / "c"), trust_remote_code=True, device="cpu")
+    assert np.allclose(cut.encode(SENTENCES, normalize_embeddings=True), small.encode(SENTENCES), atol=1e-6)
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tiny_model, tmp_path):

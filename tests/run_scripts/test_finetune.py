@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import LADDER, SENTENCES
 from datasets import Dataset
+from huggingface_hub import ModelCard
 
 from modeling_2dmse import TwoDMSEModel
-from run_scripts import common, evaluate, finetune
+from run_scripts import common, evaluate, export, finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +57,10 @@ def test_end_to_end(files, tmp_path, capsys):
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     for size in LADDER:
         assert f"{size:<10}" in printed
+    card = ModelCard.load(out / "README.md")
+    assert len(card.data.to_dict()["model-index"][0]["results"][0]["metrics"]) == 3
+    assert "| 4x32 |" in card.text
+    assert str(tmp_path) not in card.content
     model = TwoDMSEModel.from_pretrained(out, num_layers=1)
     assert model.config.sizes == ["1x8"]
     # evaluate.py on the folder gives the same numbers
@@ -101,6 +106,27 @@ def test_lora_writes_a_merged_model(files, tmp_path):
     assert "model.safetensors" in names
     assert "adapter_model.safetensors" not in names
     assert TwoDMSEModel.from_pretrained(tmp_path / "out").encode(["a man"]).shape == (1, 32)
+
+
+def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
+    settings = {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"], "--save_strategy": ["steps"]}
+    settings |= {"--save_steps": ["2"], "--max_steps": ["4"], "--sizes": ["1x8", "3x32"]}
+    finetune.main(flags(files | settings))
+    whole, checkpoint = TwoDMSEModel.from_pretrained(tmp_path / "out"), tmp_path / "out" / "checkpoint-2"
+    assert (checkpoint / "adapter_model.safetensors").exists()
+    resumed = {"--resume_from_checkpoint": [str(checkpoint)], "--output_dir": [str(tmp_path / "again")]}
+    finetune.main(flags(files | settings | resumed))
+    again = TwoDMSEModel.from_pretrained(tmp_path / "again")
+    assert again.encode(SENTENCES[:4]) == pytest.approx(whole.encode(SENTENCES[:4]), abs=1e-6)
+    last = str(tmp_path / "out" / "checkpoint-4")
+    export.main(
+        ["--model_name_or_path", last, "--num_layers", "1", "--dim", "8", "--output_dir", str(tmp_path / "small")]
+    )
+    small = TwoDMSEModel.from_backbone(tmp_path / "small")
+    expected = whole.encode(SENTENCES[:4], num_layers=1, dim=8)
+    assert small.encode(SENTENCES[:4], dim=8) == pytest.approx(expected, abs=1e-5)
+    untrained = TwoDMSEModel.from_backbone(files["--model_name_or_path"][0]).encode(SENTENCES[:4], 1, 8)
+    assert abs(expected - untrained).max() > 1e-3
 
 
 def test_resume_and_overwrite(files, tmp_path, capsys):

@@ -231,6 +231,8 @@ def test_lora_trains_adapters_alone_and_merges(tiny_model, tmp_path):
     peft_model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     trainer = train(peft_model, tmp_path, learning_rate=1e-2)
     adapted = trainer.encoder.encode(SENTENCES[:4])
+    with pytest.raises(ValueError, match="merge them first"):
+        trainer.encoder.truncate(2)
     merged = peft_model.merge_and_unload()
     assert isinstance(merged, TwoDMSEModel)
     assert torch.equal(
@@ -239,6 +241,16 @@ def test_lora_trains_adapters_alone_and_merges(tiny_model, tmp_path):
     assert merged.encode(SENTENCES[:4]) == pytest.approx(adapted, abs=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     assert TwoDMSEModel.from_pretrained(tmp_path / "merged").encode(SENTENCES[:4]) == pytest.approx(adapted, abs=1e-5)
+
+
+def test_push_to_hub_of_the_trainer_writes_this_projects_card(tiny_model, tmp_path):
+    trainer = TwoDMSETrainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=PAIRS, eval_dataset=SCORED)
+    trainer.create_model_card(model_name="org/name", tags=["x"])
+    text = (tmp_path / "README.md").read_text()
+    assert "| 4x32 |" in text
+    assert "# org/name" in text
+    trainer.create_model_card(model_name="other")
+    assert (tmp_path / "README.md").read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""One size of an elastic model as a small model that needs no code of ours: a plain backbone, or one ONNX file."""
+
+import json
+import os
+import shutil
+import tempfile
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from .pooling import cut_and_normalize, pool
+from .sentence_transformers_files import write_exported_modules
+
+FORMATS = ("transformers", "onnx")
+DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
+
+
+def export(model, path: str, format: str, dtype: str) -> str:
+    """Write a truncated model to a folder that must not hold files yet; nothing is left there when it fails.
+
+    Args:
+        model: a `TwoDMSEModel` that was cut to the size to export; it is converted to `dtype`.
+        path: the folder.
+        format: `transformers` (with the files of sentence-transformers) or `onnx`.
+        dtype: of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8` (dynamic quantisation).
+    """
+    check_export(path, format, dtype)
+    parent = os.path.dirname(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.normpath(path))}-", dir=parent)
+    try:
+        writer = _write_transformers if format == "transformers" else _write_onnx
+        writer(model, partial, dtype)
+        os.chmod(partial, 0o755)
+        if os.path.isdir(path):
+            os.rmdir(path)  # empty, as checked
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path
+
+
+def check_export(path: str, format: str, dtype: str) -> None:
+    """ValueError where the folder holds files, the format or the dtype is unknown, or onnxruntime is missing."""
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES[format]:
+        raise ValueError(f"dtype: {dtype!r} is not allowed for {format}; choose one of {', '.join(DTYPES[format])}")
+    if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
+        raise ValueError(f"output_dir: {path} is not empty; choose another folder")
+    if format == "onnx":
+        _onnxruntime()
+
+
+def _write_transformers(model, folder: str, dtype: str) -> None:
+    backbone = model.to(getattr(torch, dtype)).backbone
+    state = backbone.state_dict()
+    if _builds_a_pooler(backbone):
+        # AutoModel builds BERT's pooler whether anything uses it or not; without weights it would be random.
+        width = backbone.config.hidden_size
+        state["pooler.dense.weight"] = torch.eye(width, dtype=backbone.dtype)
+        state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
+    backbone.save_pretrained(folder, state_dict=state)
+    model.tokenizer.save_pretrained(folder)
+    write_exported_modules(folder, model.config, model.max_length)
+    if model.config.dim < model.config.hidden_size:
+        # Rows of the identity: a product with it is exactly the slice.
+        weight = torch.eye(model.config.dim, model.config.hidden_size)
+        save_file({"linear.weight": weight}, os.path.join(folder, "2_Dense", "model.safetensors"))
+
+
+def _builds_a_pooler(backbone) -> bool:
+    return hasattr(backbone, "pooler") and backbone.pooler is None
+
+
+class Embedder(nn.Module):
+    """Token ids to unit vectors at the model's own size, as ONNX sees it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, length), (batch, length) -> (batch, dim)."""
+        state = self.model(input_ids, attention_mask).last_hidden_state
+        return cut_and_normalize(pool(state, attention_mask, self.model.config.pooling), self.model.config.dim)
+
+
+def _write_onnx(model, folder: str, dtype: str) -> None:
+    training = model.training
+    module = Embedder(model.float().cpu()).eval()
+    ids = torch.arange(14).reshape(2, 7) + 1
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    target = os.path.join(folder, "model.onnx")
+    with torch.inference_mode(False), torch.no_grad():
+        torch.onnx.export(
+            module,
+            (ids, mask),
+            target,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["sentence_embedding"],
+            dynamic_shapes=(axes, axes),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        expected = module(ids, mask).numpy()
+    _check_onnx(target, ids.numpy(), mask.numpy(), expected)
+    if dtype == "int8":
+        _quantize_onnx(target)
+    model.train(training)
+    model.tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, "export.json"), "w", encoding="utf-8") as file:
+        size = {"num_layers": model.num_layers, "dim": model.config.dim, "max_length": model.max_length, "dtype": dtype}
+        json.dump(size, file, indent=2)
+
+
+def _check_onnx(path: str, ids, mask, expected) -> None:
+    session = _onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    difference = abs(got - expected).max()
+    if not difference < 1e-4:
+        raise ValueError(
+            f"format: the ONNX file differs from the model by {difference:.1e}; this backbone cannot be exported"
+        )
+
+
+def _quantize_onnx(path: str) -> None:
+    _onnxruntime()
+    try:
+        from onnxruntime.quantization import quantize_dynamic
+    except ImportError as error:
+        raise ValueError('dtype: int8 needs onnx; pip install "twodmse[onnx]"') from error
+    # 7-bit weights a channel: on CPUs without VNNI, 8-bit products overflow and are cut off.
+    quantize_dynamic(path, f"{path}.int8", per_channel=True, reduce_range=True)
+    os.replace(f"{path}.int8", path)
+
+
+def _onnxruntime():
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'format: onnx needs {error.name}; pip install "twodmse[onnx]"') from error
+    return onnxruntime

@@ -1,0 +1,148 @@
+"""Publishing, against a stand-in of the Hub's HTTP API on loopback."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from modeling_2dmse import TwoDMSEModel, parse_ladder
+from run_scripts.push_to_hub import main
+from trainer.model_card import Run, build_card, write_card
+from trainer.objectives import Objective
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def model_folder(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_model()
+    model.save_pretrained(folder)
+    objective = Objective("starbucks", parse_ladder(["1x8", "4x32"]), 4, 32)
+    results = {"sts": {"s": {"spearman": {"1x8": 0.5, "4x32": 0.6}}}}
+    write_card(folder, build_card(model, objective, Run("model", results=results)))
+    (folder / "results.json").write_text("{}")
+    (folder / "heatmap.png").write_bytes(b"\x89PNG")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"x")
+    (folder / "training_args.bin").write_bytes(b"x")
+    return folder
+
+
+WANTED = {
+    "config.json", "model.safetensors", "tokenizer.json", "modeling_2dmse.py", "configuration_2dmse.py", "backbone.py",
+    "modules.json", "1_Pooling/config.json", "README.md", "results.json", "heatmap.png",
+}  # fmt: skip
+
+
+def test_dry_run_writes_and_lists_what_would_be_uploaded(model_folder, tmp_path, capsys):
+    flags = ["--model_name_or_path", str(model_folder), "--repo_id", "org/elastic", "--dry_run", str(tmp_path / "dry")]
+    main(flags)
+    listed = set(capsys.readouterr().out.splitlines()[:-1])
+    assert listed >= WANTED
+    assert not {name for name in listed if "checkpoint" in name or name == "training_args.bin"}
+    assert listed == {str(p.relative_to(tmp_path / "dry")) for p in (tmp_path / "dry").rglob("*") if p.is_file()}
+    card = ModelCard.load(tmp_path / "dry" / "README.md")
+    assert 'from_pretrained("org/elastic"' in card.text
+    assert card.data.to_dict()["model-index"][0]["name"] == "org/elastic"
+    assert TwoDMSEModel.from_pretrained(tmp_path / "dry").num_layers == 4
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert "is not empty" in capsys.readouterr().err
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few calls that creating a repository and one commit take; everything is noted in `server.calls`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.calls.append((self.path, self.headers.get("Authorization"), body))
+        if self.path.endswith("/preupload/main") or "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        if "/commit/" in self.path:
+            return self.answer({"commitUrl": "http://hub/org/elastic/commit/abc", "commitOid": "abc", "success": True})
+        if self.path == "/api/repos/create":
+            return self.answer({"url": "http://hub/org/elastic", "id": "org/elastic"})
+        return self.answer({"errors": [], "warnings": []})
+
+    def do_GET(self):
+        self.server.calls.append((self.path, self.headers.get("Authorization"), b""))
+        self.answer({"id": "org/elastic", "sha": "0" * 40, "siblings": [], "private": True})
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.calls = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(folder, hub, *flags, token="hf_test"):
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment.pop("HF_TOKEN", None)
+    if token:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, str(ROOT / "run_scripts" / "push_to_hub.py"), "--model_name_or_path", str(folder)]
+    command += ["--repo_id", "org/elastic", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_upload(model_folder, hub):
+    done = push(model_folder, hub, "--private", "true", "--revision", "v1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "http://hub/org/elastic/commit/abc" in done.stdout
+    assert {authorization for _, authorization, _ in hub.calls} == {"Bearer hf_test"}
+    (created,) = [json.loads(body) for path, _, body in hub.calls if path == "/api/repos/create"]
+    assert (created["name"], created["organization"], created["private"]) == ("elastic", "org", True)
+    assert [path for path, _, _ in hub.calls if path.endswith("/branch/v1")]
+    (commit,) = [body for path, _, body in hub.calls if path.endswith("/commit/v1")]
+    entries = [json.loads(line) for line in commit.splitlines()]
+    files = {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in entries if e["key"] == "file"}
+    assert set(files) >= WANTED
+    assert files["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
+    assert b'from_pretrained("org/elastic"' in files["README.md"]
+
+
+def test_no_token(model_folder, hub):
+    done = push(model_folder, hub, token=None)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("push_to_hub.py: error: token: there is none; run `hf auth")
+    assert hub.calls == []
+
+
+def test_wrong_input(model_folder, tmp_path, capsys):
+    for folder, repo, message in (
+        (model_folder, "not a name", "repo_id: 'not a name' is not a name of the Hub; write owner/name"),
+        (model_folder, "name", "repo_id: 'name' is not a name of the Hub"),
+        (tmp_path, "org/name", "is not a saved elastic model: config.json"),
+        (tmp_path / "absent", "org/name", "is not a folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--model_name_or_path", str(folder), "--repo_id", repo])
+        assert message in capsys.readouterr().err
