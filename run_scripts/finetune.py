@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import check_table, hold_out, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
+from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
 
 # Texts that the card's encode times are measured on.
@@ -110,6 +112,7 @@ def main(argv=None) -> None:
         run = _card(trainer, encoder, model_args, data_args, results)
         write_card(args.output_dir, build_card(encoder, trainer.objective, run))
         _remove(previous)
+        _push(trainer)
         print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
         print(_usage(args.output_dir, trainer.ladder[0]))
 
@@ -205,6 +208,16 @@ def _move_aside(args: TwoDMSETrainingArguments) -> str | None:
         if args.process_index == 0:
             os.rename(args.output_dir, previous)
     return previous
+
+
+def _push(trainer: TwoDMSETrainer) -> None:
+    """With --push_to_hub, upload the folder as it now is: merged weights, card, results and heat map."""
+    args = trainer.args
+    if args.push_to_hub:
+        with tempfile.TemporaryDirectory() as staged:
+            stage(args.output_dir, trainer.hub_model_id, staged)
+            token = find_token(args.hub_token)
+            print(upload(staged, trainer.hub_model_id, token, bool(args.hub_private_repo), args.hub_revision))
 
 
 def _remove(folder: str | None) -> None:

@@ -64,15 +64,16 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.calls.append((self.path, self.headers.get("Authorization"), body))
-        if self.path.endswith("/preupload/main") or "/preupload/" in self.path:
+        address = f"http://127.0.0.1:{self.server.server_port}/org/elastic"
+        if "/preupload/" in self.path:
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
             ]
             return self.answer({"files": files})
         if "/commit/" in self.path:
-            return self.answer({"commitUrl": "http://hub/org/elastic/commit/abc", "commitOid": "abc", "success": True})
+            return self.answer({"commitUrl": f"{address}/commit/abc", "commitOid": "abc", "success": True})
         if self.path == "/api/repos/create":
-            return self.answer({"url": "http://hub/org/elastic", "id": "org/elastic"})
+            return self.answer({"url": address, "id": "org/elastic"})
         return self.answer({"errors": [], "warnings": []})
 
     def do_GET(self):
@@ -102,12 +103,17 @@ def hub():
     server.server_close()
 
 
-def push(folder, hub, *flags, token="hf_test"):
+def environment_of(folder, hub, token="hf_test"):
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.pop("HF_TOKEN", None)
     if token:
         environment["HF_TOKEN"] = token
+    return environment
+
+
+def push(folder, hub, *flags, token="hf_test"):
+    environment = environment_of(folder, hub, token)
     command = [sys.executable, str(ROOT / "run_scripts" / "push_to_hub.py"), "--model_name_or_path", str(folder)]
     command += ["--repo_id", "org/elastic", *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -116,17 +122,50 @@ def push(folder, hub, *flags, token="hf_test"):
 def test_upload(model_folder, hub):
     done = push(model_folder, hub, "--private", "true", "--revision", "v1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "http://hub/org/elastic/commit/abc" in done.stdout
+    assert "/org/elastic/commit/abc" in done.stdout
     assert {authorization for _, authorization, _ in hub.calls} == {"Bearer hf_test"}
     (created,) = [json.loads(body) for path, _, body in hub.calls if path == "/api/repos/create"]
-    assert (created["name"], created["organization"], created["private"]) == ("elastic", "org", True)
+    assert (created["name"], created["organization"], created["visibility"]) == ("elastic", "org", "private")
     assert [path for path, _, _ in hub.calls if path.endswith("/branch/v1")]
     (commit,) = [body for path, _, body in hub.calls if path.endswith("/commit/v1")]
-    entries = [json.loads(line) for line in commit.splitlines()]
-    files = {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in entries if e["key"] == "file"}
+    files = committed(commit)
     assert set(files) >= WANTED
     assert files["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
     assert b'from_pretrained("org/elastic"' in files["README.md"]
+
+
+FROM_THE_TRAINER = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from datasets import Dataset
+from modeling_2dmse import TwoDMSEModel
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+args = TwoDMSETrainingArguments(
+    output_dir=sys.argv[2], hub_model_id="org/elastic", hub_private_repo=True, use_cpu=True, bf16=False,
+    per_device_train_batch_size=2, report_to="none",
+)
+model = TwoDMSEModel.from_pretrained(sys.argv[1])
+scored = Dataset.from_dict({"sentence1": ["a man", "a cat"], "sentence2": ["the dog", "rain"], "score": [0.1, 0.9]})
+trainer = TwoDMSETrainer(model=model, args=args, train_dataset=scored, eval_dataset=scored)
+trainer.push_to_hub()
+"""
+
+
+def test_push_to_hub_of_the_trainer(model_folder, hub, tmp_path):
+    (tmp_path / "run.py").write_text(FROM_THE_TRAINER)
+    command = [sys.executable, str(tmp_path / "run.py"), str(model_folder), str(tmp_path / "out"), str(ROOT)]
+    environment = environment_of(model_folder, hub)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (commit,) = [body for path, _, body in hub.calls if path.endswith("/commit/main")]
+    files = committed(commit)
+    assert set(files) >= WANTED - {"results.json", "heatmap.png"}
+    assert b"| 4x32 |" in files["README.md"]
+
+
+def committed(body: bytes) -> dict[str, bytes]:
+    entries = [json.loads(line) for line in body.splitlines()]
+    return {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in entries if e["key"] == "file"}
 
 
 def test_no_token(model_folder, hub):
