@@ -73,7 +73,7 @@ def upload(folder: str, repo_id: str, token: str, private: bool, revision: str |
         the commit's address.
     """
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
