@@ -99,8 +99,8 @@ def main(argv=None) -> None:
         encoder = _load_model(model_args, args)
         model = _add_adapters(encoder, model_args)
         tasks = [] if evaluation is None else [task_from_table("eval", evaluation)]
-        previous = _move_aside(args) if data_args.overwrite and not resume else None
         trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
+        previous = _move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
     trainer.train(resume_from_checkpoint=resume)
@@ -201,12 +201,13 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
 
 def _move_aside(args: TwoDMSETrainingArguments) -> str | None:
     """Move an earlier run's folder away, so that a failure of the new run cannot cost it."""
-    if not os.path.isdir(args.output_dir) or not os.listdir(args.output_dir):
-        return None
-    previous = f"{args.output_dir.rstrip(os.sep)}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+    previous, folder = None, args.output_dir.rstrip(os.sep)
     with args.main_process_first(local=False, desc="moving the earlier run aside"):
-        if args.process_index == 0:
-            os.rename(args.output_dir, previous)
+        if args.process_index == 0 and os.path.isdir(folder) and os.listdir(folder):
+            previous = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.rename(folder, previous)
+            os.makedirs(folder)
+            _say(f"the earlier run is kept in {previous} until this one has ended well")
     return previous
 
 

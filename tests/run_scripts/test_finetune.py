@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts import common, evaluate, export, finetune
+from trainer import TwoDMSETrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,7 +131,7 @@ def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
     assert abs(expected - untrained).max() > 1e-3
 
 
-def test_resume_and_overwrite(files, tmp_path, capsys):
+def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     steps = {"--save_steps": ["2"], "--save_strategy": ["steps"], "--eval_rows": ["0"]}
     finetune.main(flags(files | steps | {"--max_steps": ["2"]}))
     out = tmp_path / "out"
@@ -143,9 +145,17 @@ def test_resume_and_overwrite(files, tmp_path, capsys):
     resumed = (out / "model.safetensors").read_bytes()
     assert resumed != marker
     # a failing run with --overwrite costs nothing
-    with pytest.raises(SystemExit, match="2"):
-        finetune.main(flags(files | {"--overwrite": ["true"], "--sizes": ["9x8"]}))
-    assert (out / "model.safetensors").read_bytes() == resumed
+    for wrong in ({"--sizes": ["9x8"]}, {"--loss": ["cosent"]}):
+        with pytest.raises(SystemExit, match="2"):
+            finetune.main(flags(files | {"--overwrite": ["true"]} | wrong))
+        assert (out / "model.safetensors").read_bytes() == resumed
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoDMSETrainer, "compute_loss", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune.main(flags(files | {"--overwrite": ["true"], "--eval_rows": ["0"]}))
+    (kept,) = [path for path in tmp_path.iterdir() if "previous" in path.name]
+    assert (kept / "model.safetensors").read_bytes() == resumed
+    shutil.rmtree(kept)
     finetune.main(flags(files | {"--overwrite": ["true"], "--eval_rows": ["0"], "--save_strategy": ["no"]}))
     assert not (out / "checkpoint-4").exists()
     assert [path.name for path in tmp_path.iterdir() if "previous" in path.name] == []
