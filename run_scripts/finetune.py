@@ -29,7 +29,7 @@ from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
 
 # Texts that the card's encode times are measured on.
-_COST_ROWS = 256
+_COST_ROWS = 64
 
 
 @dataclass
@@ -268,7 +268,7 @@ def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_arg
         name=os.path.basename(os.path.normpath(folder)),
         settings=source | trainer.describe(),
         results=results,
-        costs=measure_costs(encoder, trainer.ladder, texts) if texts else {},
+        costs=measure_costs(encoder, trainer.ladder, texts, trainer.args.max_length) if texts else {},
         command=_command(),
         base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
         datasets=[data_args.dataset_name] if on_the_hub else [],

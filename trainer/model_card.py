@@ -82,11 +82,13 @@ def write_card(folder: str, card: ModelCard) -> None:
     card.save(os.path.join(folder, "README.md"))
 
 
-def measure_costs(model: TwoDMSEModel, sizes: Sequence[Size], texts: Sequence[str], runs: int = 3) -> dict:
+def measure_costs(
+    model: TwoDMSEModel, sizes: Sequence[Size], texts: Sequence[str], max_length: int | None = None, runs: int = 3
+) -> dict:
     """What each size costs.
 
     Args:
-        texts: what `encode` is timed on, in turn, `runs` times.
+        texts: what `encode` is timed on, in turn, `runs` times, cut at `max_length` tokens.
 
     Returns:
         {"2x64": {"parameters": ..., "megabytes": of the weights, "relative_time": median, full depth = 1}}
@@ -99,7 +101,7 @@ def measure_costs(model: TwoDMSEModel, sizes: Sequence[Size], texts: Sequence[st
     for _ in range(runs):
         for n, times in seconds.items():
             start = time.perf_counter()
-            model.encode(texts, num_layers=n, show_progress_bar=False)
+            model.encode(texts, num_layers=n, max_length=max_length, show_progress_bar=False)
             times.append(time.perf_counter() - start)
     full = statistics.median(seconds[model.num_layers])
     return {
