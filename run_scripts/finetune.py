@@ -98,7 +98,8 @@ def main(argv=None) -> None:
         _check_batches(args, len(train))
         encoder = _load_model(model_args, args)
         model = _add_adapters(encoder, model_args)
-        tasks = [] if evaluation is None else [task_from_table("eval", evaluation)]
+        name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
+        tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
         trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
         previous = _move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()

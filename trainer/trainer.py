@@ -165,7 +165,7 @@ class TwoDMSETrainer(Trainer):
             "alignment": self.objective.kind,
             "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "steps": self.state.max_steps,
-            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
             "max_length": args.max_length,
             "seed": args.seed,
         }

@@ -53,9 +53,9 @@ def test_end_to_end(files, tmp_path, capsys):
     }
     results = json.loads((out / "results.json").read_text())
     assert results["model"] == str(out)
-    assert results["sts"]["eval"]["n"] == 10
-    assert set(results["sts"]["eval"]["spearman"]) == {f"{n}x{d}" for n in range(1, 5) for d in (8, 16, 32)}
-    assert set(results["before"]["sts"]["eval"]["spearman"]) == set(LADDER)
+    assert results["sts"]["scored"]["n"] == 10
+    assert set(results["sts"]["scored"]["spearman"]) == {f"{n}x{d}" for n in range(1, 5) for d in (8, 16, 32)}
+    assert set(results["before"]["sts"]["scored"]["spearman"]) == set(LADDER)
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     for size in LADDER:
         assert f"{size:<10}" in printed
@@ -69,7 +69,7 @@ def test_end_to_end(files, tmp_path, capsys):
     sts = ["--sts_files", str(tmp_path / "scored.csv"), "--output_dir", str(tmp_path / "r")]
     evaluate.main(["--model_name_or_path", str(out), "--sizes", "grid", *sts])
     again = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert again["sts"]["scored"]["spearman"] == pytest.approx(results["sts"]["eval"]["spearman"], abs=1e-6)
+    assert again["sts"]["scored"]["spearman"] == pytest.approx(results["sts"]["scored"]["spearman"], abs=1e-6)
     assert (tmp_path / "r" / "heatmap.png").exists()
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--model_name_or_path", str(out), *sts])
