@@ -108,8 +108,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         if isinstance(backbone, cls):
             raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
         if pooling is None:
-            pooling = read_pooling(name_or_path, **_hub_kwargs(kwargs))
-            pooling = pooling or ("lasttoken" if _is_decoder(backbone) else "mean")
+            pooling = read_pooling(name_or_path, **hub_kwargs(kwargs))
+            pooling = pooling or ("lasttoken" if is_decoder(backbone) else "mean")
         stack = find_layer_stack(backbone)
         config = TwoDMSEConfig(
             backbone_config=backbone.config,
@@ -127,7 +127,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         model.backbone = backbone
         model.config.backbone_config = backbone.config
         model.config.name_or_path = name_or_path
-        model._hub_kwargs = _hub_kwargs(kwargs)
+        model._hub_kwargs = hub_kwargs(kwargs)
         return model.eval()
 
     @classmethod
@@ -140,14 +140,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model._hub_kwargs = _hub_kwargs(kwargs)
-        absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-        if absent:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors that config.json "
-                f"({model.config.num_layers} layers) asks for, {absent[0]} among them; they would be random "
-                "(a plain encoder is imported with TwoDMSEModel.from_backbone)"
-            )
+        model._hub_kwargs = hub_kwargs(kwargs)
+        check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder")
         return (model, info) if wants_info else model
 
     @property
@@ -199,13 +193,13 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            return TwoDMSEOutput(last_hidden_state=self._states([depth], inputs)[0])
+            return TwoDMSEOutput(last_hidden_state=self.token_states([depth], inputs)[0])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
         if num_buckets > 1:
             return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets))
-        states = self._states(layers, inputs)
+        states = self.token_states(layers, inputs)
         return TwoDMSEOutput(last_hidden_state=states[-1], layer_embeddings=self._pool(states, attention_mask))
 
     def truncate(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEModel":
@@ -263,7 +257,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")
         write_sentence_transformers_files(str(save_directory), self.config, max_length)
 
-    def _states(self, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def token_states(self, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """state(n) of every token, (batch, length, hidden), for each n of the ascending `layers`, from one pass."""
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
         inputs = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:
@@ -281,7 +276,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
                 name: (value[rows] if value.shape[0] == len(mask) else value)[:, :width]
                 for name, value in inputs.items()
             }
-            pooled.append(self._pool(self._states(layers, part), part["attention_mask"]))
+            pooled.append(self._pool(self.token_states(layers, part), part["attention_mask"]))
         return torch.cat(pooled, dim=1)[:, restore]
 
     def _check_layers(self, layers) -> list[int]:
@@ -297,13 +292,24 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         return dim
 
 
-def _hub_kwargs(kwargs: dict) -> dict:
+def check_loaded(info: dict, name, hint: str) -> None:
+    """ValueError if `from_pretrained` left tensors without weights, which would be random."""
+    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if absent:
+        raise ValueError(
+            f"{name}: the weights lack {len(absent)} of the tensors that config.json asks for, {absent[0]} among "
+            f"them; they would be random ({hint})"
+        )
+
+
+def hub_kwargs(kwargs: dict) -> dict:
     """What the companions of the weights (tokenizer, pooling) must be fetched with as well."""
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _is_decoder(backbone: PreTrainedModel) -> bool:
+def is_decoder(backbone: PreTrainedModel) -> bool:
+    """Whether the backbone's tokens see only what stands before them."""
     config = backbone.config
     causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
     return bool(getattr(config, "is_decoder", False) or causal)

@@ -3,15 +3,17 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, TrainingArguments, trainer_utils
 
-from modeling_2dmse import Size, TwoDMSEConfig, TwoDMSEModel
+from modeling_2dmse import Size, StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
 from trainer.evaluation import main_scores
 
 from .quickstart import MODEL_NAME, minilm_path
@@ -60,8 +62,8 @@ def user_errors():
         fail(error)
 
 
-def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
-    """A TwoDMSE folder or repository as it is, any other text encoder as the backbone of a new elastic model."""
+def resolve_model(name_or_path: str) -> str:
+    """The folder or Hub name of a model; ValueError for what looks like a folder and holds no model."""
     if name_or_path == MODEL_NAME:
         name_or_path = minilm_path()
     looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
@@ -69,22 +71,35 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
         raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"model_name_or_path: {name_or_path} holds no config.json, so it is not a model")
+    return name_or_path
+
+
+def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
+    """A TwoDMSE folder or repository as it is, any other text encoder as the backbone of a new elastic model."""
+    name_or_path = resolve_model(name_or_path)
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
         return load_adapter(name_or_path)
-    hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model_name_or_path: {name_or_path} is no folder, and the Hub does not give it: {reason}"
-        ) from error
-    if config.model_type == TwoDMSEConfig.model_type:
+    kind = read_config(name_or_path, **kwargs).model_type
+    if kind == StarbucksConfig.model_type:
+        raise ValueError(f"model_name_or_path: {name_or_path} is a pre-training model; use {name_or_path}/encoder")
+    if kind == TwoDMSEConfig.model_type:
         model = TwoDMSEModel.from_pretrained(name_or_path, **kwargs)
         if pooling is not None and pooling != model.config.pooling:
             raise ValueError(f"pooling: {pooling} is not what {name_or_path} was trained with ({model.config.pooling})")
         return model
     return TwoDMSEModel.from_backbone(name_or_path, sizes=sizes, pooling=pooling, **kwargs)
+
+
+def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """The configuration of a model; ValueError where there is none."""
+    hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **hub)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model_name_or_path: {name_or_path} is no folder, and the Hub does not give it: {reason}"
+        ) from error
 
 
 def load_adapter(folder: str) -> TwoDMSEModel:
@@ -111,6 +126,45 @@ def check_output_dir(path: str, allowed: bool) -> None:
             f"output_dir: {path} is not empty; choose another folder, pass --overwrite to replace it, or "
             "--resume_from_checkpoint true to go on"
         )
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names, `true` being the newest of the output folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not os.path.isdir(wanted):
+            raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
+        return wanted
+    newest = trainer_utils.get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if newest is None:
+        raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no checkpoint to go on from")
+    return newest
+
+
+def move_aside(args: TrainingArguments) -> str | None:
+    """Move an earlier run's folder away, so that a failure of the new run cannot cost it."""
+    previous, folder = None, args.output_dir.rstrip(os.sep)
+    with args.main_process_first(local=False, desc="moving the earlier run aside"):
+        if args.process_index == 0 and os.path.isdir(folder) and os.listdir(folder):
+            previous = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.rename(folder, previous)
+            os.makedirs(folder)
+            say(f"the earlier run is kept in {previous} until this one has ended well")
+    return previous
+
+
+def remove(folder: str | None) -> None:
+    """Delete the earlier run that `move_aside` kept."""
+    if folder is not None:
+        shutil.rmtree(folder)
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, flush=True)
 
 
 def use_all_cores() -> None:

@@ -5,7 +5,6 @@ Without arguments it runs recipes/quickstart.yaml: all-MiniLM-L6-v2, trained to 
 
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
-from transformers import trainer_utils
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
@@ -92,7 +90,7 @@ def main(argv=None) -> None:
             (ModelArguments, DataArguments, TwoDMSETrainingArguments), str(common.RECIPES / "quickstart.yaml")
         )
         model_args, data_args, args = parser.parse(argv)
-        resume = _find_checkpoint(args)
+        resume = common.find_checkpoint(args)
         common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_tables(data_args, args)
         _check_batches(args, len(train))
@@ -101,7 +99,7 @@ def main(argv=None) -> None:
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
         tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
         trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
-        previous = _move_aside(args) if data_args.overwrite and not resume else None
+        previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
     trainer.train(resume_from_checkpoint=resume)
@@ -112,7 +110,7 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         run = _card(trainer, encoder, model_args, data_args, results)
         write_card(args.output_dir, build_card(encoder, trainer.objective, run))
-        _remove(previous)
+        common.remove(previous)
         _push(trainer)
         print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
         print(_usage(args.output_dir, trainer.ladder[0]))
@@ -140,7 +138,9 @@ def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
         evaluation = check_table(evaluation, "eval_file") if data.eval_rows else None
     elif data.eval_rows and len(train) > 1:
         train, evaluation = hold_out(train, max(1, min(data.eval_rows, len(train) // 10)), args.seed)
-        _say(f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)")
+        common.say(
+            f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)"
+        )
     if data.max_train_rows is not None and data.max_train_rows < len(train):
         train = train.shuffle(seed=args.seed).select(range(data.max_train_rows))
     return train, evaluation
@@ -157,7 +157,9 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
         args.sizes = [str(largest)]
         return encoder.truncate(*largest)
     if args.objective == "starbucks" and largest.num_layers < encoder.num_layers:
-        _say(f"the ladder ends at {largest}: the layers above {largest.num_layers} are dropped, they would not train")
+        common.say(
+            f"the ladder ends at {largest}: the layers above {largest.num_layers} are dropped, they would not train"
+        )
         return encoder.truncate(largest.num_layers)
     return encoder
 
@@ -177,20 +179,6 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments):
     return get_peft_model(encoder, config)
 
 
-def _find_checkpoint(args: TwoDMSETrainingArguments) -> str | None:
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
-        return wanted
-    newest = trainer_utils.get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if newest is None:
-        raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no checkpoint to go on from")
-    return newest
-
-
 def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
     batch = args.per_device_train_batch_size
     if rows < batch:
@@ -198,18 +186,6 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
             f"train_file: {rows} rows are fewer than one batch of {batch}; "
             "add rows or lower --per_device_train_batch_size"
         )
-
-
-def _move_aside(args: TwoDMSETrainingArguments) -> str | None:
-    """Move an earlier run's folder away, so that a failure of the new run cannot cost it."""
-    previous, folder = None, args.output_dir.rstrip(os.sep)
-    with args.main_process_first(local=False, desc="moving the earlier run aside"):
-        if args.process_index == 0 and os.path.isdir(folder) and os.listdir(folder):
-            previous = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(folder, previous)
-            os.makedirs(folder)
-            _say(f"the earlier run is kept in {previous} until this one has ended well")
-    return previous
 
 
 def _push(trainer: TwoDMSETrainer) -> None:
@@ -220,11 +196,6 @@ def _push(trainer: TwoDMSETrainer) -> None:
             stage(args.output_dir, trainer.hub_model_id, staged)
             token = find_token(args.hub_token)
             print(upload(staged, trainer.hub_model_id, token, bool(args.hub_private_repo), args.hub_revision))
-
-
-def _remove(folder: str | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder)
 
 
 def _save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
@@ -289,11 +260,6 @@ def _usage(folder: str, size) -> str:
         f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
         f'    embeddings = model.encode(["sort a list in place"], dim={size.dim})'
     )
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Tiny random models of every supported family, a tiny tokenizer, and twenty sentences; nothing is downloaded."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -69,6 +71,10 @@ def _configs() -> dict:
     }
 
 
+def tiny_config(family: str):
+    return _configs()[family]()
+
+
 FAMILIES = tuple(_configs())
 DECODERS = ("qwen3", "llama")
 
@@ -102,7 +108,7 @@ def backbone_path(tokenizer, tmp_path_factory):
     def path(family: str) -> str:
         if family not in folders:
             torch.manual_seed(FAMILIES.index(family))
-            model = AutoModel.from_config(_configs()[family]())
+            model = AutoModel.from_config(tiny_config(family))
             with torch.no_grad():  # far enough from the initial values that layers and norms differ from each other
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -120,6 +126,24 @@ def tiny_model(backbone_path):
     return lambda family="bert", **kwargs: TwoDMSEModel.from_backbone(
         backbone_path(family), **{"sizes": LADDER, **kwargs}
     )
+
+
+def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:
+    """Run code in a fresh process that cannot import this project; an AssertionError shows what it printed."""
+    # -S -I would drop site-packages too; a path file of an editable install is left out by name instead, and pytest's
+    # own entry by keeping what is installed alone.
+    site = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    runner = folder / "run.py"
+    runner.write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        f"sys.path[:] = [p for p in sys.path if p and not p.startswith({os.getcwd()!r})] + {site!r}\n" + code
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(runner), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="session")

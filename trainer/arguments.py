@@ -1,8 +1,9 @@
-"""TwoDMSETrainingArguments: transformers' TrainingArguments and what an elastic encoder adds.
+"""TwoDMSETrainingArguments and SmaeTrainingArguments: transformers' TrainingArguments and what is added.
 
-Defaults that differ from transformers': batch size 64 (in-batch negatives need company), warm-up over the first tenth,
-unused columns kept (the collator reads the text columns), evaluation and checkpoints at each quarter of the run with
-the best checkpoint (by the ladder's mean) kept in the end, and bf16 switched on where a CPU has instructions for it.
+TwoDMSETrainingArguments' defaults that differ from transformers': batch size 64 (in-batch negatives need company),
+warm-up over the first tenth, unused columns kept (the collator reads the text columns), evaluation and checkpoints at
+each quarter of the run with the best checkpoint (by the ladder's mean) kept in the end, and bf16 switched on where a
+CPU has instructions for it.
 """
 
 from dataclasses import dataclass, field
@@ -104,12 +105,68 @@ class TwoDMSETrainingArguments(TrainingArguments):
         ]
         if faults:
             raise ValueError("; ".join(faults))
-        if self.bf16 is None:
-            on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-            self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
-            if self.bf16:
-                logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        _choose_bf16(self)
         if self.load_best_model_at_end is None:
             same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
             self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
         super().__post_init__()
+
+
+@dataclass
+class SmaeTrainingArguments(TrainingArguments):
+    """Arguments of [`SmaeTrainer`]. The defaults that differ from transformers' are those of Starbucks' SMAE: learning
+    rate 1e-4 on a cosine, weight decay 1e-3, warm-up over the first 0.05, masks 0.2 and 0.4; and as above, bf16 where
+    the CPU has it, unused columns kept, checkpoints and evaluations at each quarter."""
+
+    sizes: list[str] | None = field(
+        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
+    )
+    mlm_probability: float = field(default=0.2, metadata={"help": "Share of words masked for the encoder."})
+    decoder_mlm_probability: float = field(default=0.4, metadata={"help": "Share of words masked for the decoder."})
+    max_length: int = field(
+        default=128, metadata={"help": "Longest text in tokens; longer ones are cropped at random."}
+    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts a step and process."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts a batch of the evaluation."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(
+        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
+    )
+
+    def __post_init__(self):
+        low, high = self.mlm_probability, self.decoder_mlm_probability
+        faults = [
+            f"{name}: {value} is not allowed; use a share between 0 and 1"
+            for name, value in (("mlm_probability", low), ("decoder_mlm_probability", high))
+            if not 0 < value < 1
+        ]
+        if not faults and low > high:
+            faults = [f"mlm_probability: {low} is above decoder_mlm_probability ({high}), whose words contain its own"]
+        if self.max_length < 8:
+            faults.append(f"max_length: {self.max_length} is not allowed; use a number of at least 8")
+        if faults:
+            raise ValueError("; ".join(faults))
+        _choose_bf16(self)
+        super().__post_init__()
+
+
+def _choose_bf16(args: TrainingArguments) -> None:
+    if args.bf16 is None:
+        on_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        args.bf16 = on_cpu and not args.fp16 and cpu_has_bf16()
+        if args.bf16:
+            logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")

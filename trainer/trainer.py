@@ -4,7 +4,6 @@ import os
 import random
 from collections.abc import Sequence
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -17,6 +16,7 @@ from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mea
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, plan_loss
+from .part_log import PartLogMixin
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class EvaluateLastStep(TrainerCallback):
             control.should_evaluate = True
 
 
-class TwoDMSETrainer(Trainer):
+class TwoDMSETrainer(PartLogMixin, Trainer):
     """
     Trains a [`TwoDMSEModel`] on tables of texts.
 
@@ -90,8 +90,6 @@ class TwoDMSETrainer(Trainer):
         )
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
-        self._part_sums: dict[str, torch.Tensor] = {}
-        self._part_counts: dict[str, int] = {}
         self._micro_step = (-1, 0)
         collator = kwargs.pop("data_collator", None)
         if collator is None and columns is not None:
@@ -114,7 +112,7 @@ class TwoDMSETrainer(Trainer):
         plan = self.objective.plan(self._step_generator())
         outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets)
         loss, parts = plan_loss(plan, outputs.layer_embeddings, rows, self.args.loss, self.args.loss_scale)
-        self._record(parts)
+        self.record(parts)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -184,20 +182,6 @@ class TwoDMSETrainer(Trainer):
         if self.encoder is not self.model:
             # Beside an adapter, so that the folder says what kind of model it adapts.
             self.encoder.config.save_pretrained(output_dir or self.args.output_dir)
-
-    def log(self, logs, start_time=None):
-        """Add each size's mean loss since the last entry: `loss/2x64`, `alignment/2x64`."""
-        if "loss" in logs:
-            for name, total in self._part_sums.items():
-                logs[name] = total.item() / self._part_counts[name]
-            self._part_sums, self._part_counts = {}, {}
-        super().log(logs, start_time)
-
-    def _record(self, parts: dict[str, torch.Tensor]) -> None:
-        # Sums stay on the device: no step waits for a number that is only logged.
-        for name, value in parts.items():
-            self._part_sums[name] = self._part_sums[name] + value if name in self._part_sums else value
-            self._part_counts[name] = self._part_counts.get(name, 0) + 1
 
     def _step_generator(self) -> random.Random:
         """A generator that depends on the seed and the position alone: the same in every process and after a resume."""

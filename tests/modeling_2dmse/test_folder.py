@@ -1,14 +1,11 @@
 """The saved folder as a traveller: loaded by remote code, by sentence-transformers, and refused when it is broken."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import SENTENCES
+from conftest import SENTENCES, run_elsewhere
 from safetensors.torch import load_file, save_file
 
 from modeling_2dmse import Size, TwoDMSEModel
@@ -43,27 +40,10 @@ def test_remote_code_in_a_fresh_process(family, tiny_model, tmp_path):
     model.save_pretrained(tmp_path / "here")
     elsewhere = shutil.move(tmp_path / "here", tmp_path / "elsewhere")
     (tmp_path / "texts").write_text("\n".join(SENTENCES))
-    # -S -I would drop site-packages too; a path file of an editable install is left out by name instead.
-    runner = tmp_path / "run.py"
-    runner.write_text(
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-        f"sys.path[:] = [p for p in sys.path if p and not p.startswith({os.getcwd()!r})] + {_site()!r}\n"
-        + LOAD_ELSEWHERE
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment.pop("PYTHONPATH", None)
-    arguments = [sys.executable, str(runner), str(elsewhere), str(tmp_path / "texts"), str(tmp_path / "out.npz")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_elsewhere(LOAD_ELSEWHERE, tmp_path, str(elsewhere), str(tmp_path / "texts"), str(tmp_path / "out.npz"))
     got = np.load(tmp_path / "out.npz")
     assert np.allclose(got["full"], model.encode(SENTENCES, dim=16), atol=1e-6)
     assert np.allclose(got["small"], model.encode(SENTENCES, num_layers=2, dim=16), atol=1e-6)
-
-
-def _site() -> list[str]:
-    # pytest puts the project's root on the path; what is installed is all that the fresh process may have.
-    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 
 
 def test_stock_sentence_transformers_with_the_size_per_call(tiny_model, tmp_path):

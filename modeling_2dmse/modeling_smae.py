@@ -1,0 +1,241 @@
+"""StarbucksForMaskedAutoencoding: masked-autoencoder pre-training of every size of an elastic encoder (SMAE)."""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .backbone import build_backbone, cut_config, layers_of, view
+from .configuration_2dmse import Size
+from .configuration_smae import StarbucksConfig
+from .masked_loss import vocabulary_loss
+from .mlm_head import MaskedLanguageHead, new_head_settings, read_head
+from .modeling_2dmse import TwoDMSEModel, check_loaded, hub_kwargs, is_decoder
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100
+
+
+@dataclass
+class StarbucksOutput(ModelOutput):
+    """
+    Output of [`StarbucksForMaskedAutoencoding`]. All but `loss` are without gradient, one entry a ladder size.
+
+    Args:
+        loss (`torch.Tensor`, scalar): mean over sizes of (loss_mlm + loss_mae) / 2.
+        loss_mlm, loss_mae (`torch.Tensor`, (sizes,)): mean cross-entropy of the encoder's and decoder's masked tokens.
+        accuracy_mlm, accuracy_mae (`torch.Tensor`, (sizes,)): share of these tokens that the head finds.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_mlm: torch.Tensor | None = None
+    loss_mae: torch.Tensor | None = None
+    accuracy_mlm: torch.Tensor | None = None
+    accuracy_mae: torch.Tensor | None = None
+
+
+class FirstTokenReplaced(nn.Module):
+    """Stands in for the decoder's layer in a view and puts given states in place of the first token's."""
+
+    def __init__(self, layer: nn.Module, first: torch.Tensor):
+        super().__init__()
+        self.layer = layer
+        self._first = first
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)  # ModernBERT asks its layers for `attention_type`
+
+    def forward(self, hidden_states, *args, **kwargs):
+        first = self._first.to(hidden_states.dtype).unsqueeze(1)
+        return self.layer(torch.cat((first, hidden_states[:, 1:]), dim=1), *args, **kwargs)
+
+
+class StarbucksForMaskedAutoencoding(PreTrainedModel):
+    """
+    SMAE (Starbucks, Zhuang et al. 2024, section 3.3): every size of the ladder learns to fill in masked words, and to
+    carry in its first token what a weak decoder needs to fill in a more heavily masked copy of the text.
+
+    For each size (n, d), x = state(n)[:, :, :d]. MLM: the head, its first layer cut to d inputs, predicts the masked
+    tokens from x. MAE: the head's transform of x's first token replaces the first embedding of the copy, and one layer
+    with the head predicts the copy's masked tokens. Logits are computed at masked positions alone, and the decoder
+    runs all sizes in one batch.
+    """
+
+    config_class = StarbucksConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: StarbucksConfig):
+        super().__init__(config)
+        self.encoder = TwoDMSEModel(config.encoder_config)
+        first_layer = build_backbone(cut_config(config.encoder_config.backbone_config, 1))
+        self.decoder_layer = layers_of(first_layer, self.encoder.config.layer_stack)[0]
+        self.head = MaskedLanguageHead(config.hidden_size, **config.head)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_path, sizes=None, pooling=None, **kwargs) -> "StarbucksForMaskedAutoencoding":
+        """
+        Start from a pre-trained encoder.
+
+        Args:
+            name_or_path: a masked-language checkpoint (its head is kept), any other encoder, or a TwoDMSE folder.
+            sizes: the ladder, for example `["1x32", "6x384"]`; a TwoDMSE folder brings its own.
+            pooling: that the encoder is saved with, as in `TwoDMSEModel.from_backbone`.
+            kwargs: passed to `from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
+
+        Raises:
+            ValueError: a decoder-only backbone, a size that does not fit it, or no ladder.
+        """
+        name_or_path = str(name_or_path)
+        elastic = AutoConfig.from_pretrained(name_or_path, **hub_kwargs(kwargs)).model_type == "2dmse"
+        if elastic:
+            encoder = TwoDMSEModel.from_pretrained(name_or_path, **kwargs)
+        else:
+            encoder = TwoDMSEModel.from_backbone(name_or_path, pooling=pooling, **kwargs)
+        encoder.config.set_ladder(sizes or encoder.config.sizes)
+        if encoder.config.sizes is None:
+            raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
+        if is_decoder(encoder.backbone):
+            raise ValueError(
+                f"backbone: {type(encoder.backbone).__name__} reads from left to right; SMAE needs an encoder"
+            )
+        depth = max(size.num_layers for size in encoder.config.ladder)
+        if depth < encoder.num_layers:
+            logger.warning(f"the ladder ends at {depth} layers: the deeper ones are dropped, they would not train")
+            encoder = encoder.truncate(depth)
+        found = None if elastic else read_head(name_or_path, **kwargs)
+        settings, weights = found or (new_head_settings(encoder.backbone), None)
+        if found is None:
+            logger.warning(f"{name_or_path} has no masked-language head: a new one is made, on its word embeddings")
+        with torch.device("meta"):
+            model = cls(StarbucksConfig(encoder_config=encoder.config, head=settings, dtype=encoder.dtype))
+        model.encoder = encoder
+        model.decoder_layer = copy.deepcopy(layers_of(encoder.backbone, encoder.config.layer_stack)[0])
+        model.head = _fill_head(MaskedLanguageHead(encoder.config.hidden_size, **settings), weights, encoder)
+        model.config.name_or_path = "" if os.path.isdir(name_or_path) else name_or_path
+        return model.train()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a saved pre-training model; ValueError where its weights are not all there."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder")
+        return (model, info) if wants_info else model
+
+    @property
+    def ladder(self) -> list[Size]:
+        """The sizes that are trained, small to large."""
+        return self.encoder.config.ladder
+
+    def get_input_embeddings(self):
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.encoder.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        decoder_labels: torch.Tensor,
+    ) -> StarbucksOutput:
+        """
+        The loss of a batch; all arguments are (batch, length), padded on the right.
+
+        Args:
+            input_ids: masked text for the encoder; `decoder_input_ids`: the more heavily masked copy.
+            labels: the encoder's masked tokens, -100 elsewhere; `decoder_labels`: the copy's.
+        """
+        ladder = self.ladder
+        layers = sorted({size.num_layers for size in ladder})
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        states = dict(zip(layers, self.encoder.token_states(layers, inputs), strict=True))
+        masked = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+        words, first = [], []
+        for n, d in ladder:
+            state = states[n][..., :d]
+            words.append(self.head.transform(state.flatten(0, 1)[masked]))
+            first.append(self.head.transform(state[:, 0]))
+        mlm = labels.flatten()[masked]
+        decoded = self._decode(torch.cat(first), decoder_input_ids, attention_mask, len(ladder))
+        masked = decoder_labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+        mae = decoder_labels.flatten()[masked]
+        copies = self.head.transform(decoded.unflatten(0, (len(ladder), -1)).flatten(1, 2)[:, masked].flatten(0, 1))
+        return self._loss(torch.cat((*words, copies)), mlm, mae, len(ladder))
+
+    def save_encoder(self, save_directory, **kwargs) -> None:
+        """Write the encoder as an ordinary TwoDMSE folder, to fine-tune from."""
+        self.encoder.save_pretrained(save_directory, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save encoder, decoder and head, to go on with pre-training."""
+        self.config.encoder_config = self.encoder.config
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _decode(self, first: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, copies: int) -> torch.Tensor:
+        """The decoder's states of the text once for each size, (copies * batch, length, hidden), size by size."""
+        backbone, stack = self.encoder.backbone, self.encoder.config.layer_stack
+        if self.config.head["width"] != self.config.hidden_size:
+            first = self._embedding_projection()(first)  # ELECTRA's words are narrower than its layers
+        embeddings = self.get_input_embeddings()(input_ids)
+        decoder = view(backbone, stack, [FirstTokenReplaced(self.decoder_layer, first)])
+        return decoder(
+            inputs_embeds=embeddings.repeat(copies, 1, 1), attention_mask=mask.repeat(copies, 1)
+        ).last_hidden_state
+
+    def _embedding_projection(self) -> nn.Linear:
+        shape = (self.config.hidden_size, self.config.head["width"])
+        for name, module in self.encoder.backbone.named_modules():
+            inside = name.startswith(f"{self.encoder.config.layer_stack}.")
+            if isinstance(module, nn.Linear) and not inside and tuple(module.weight.shape) == shape:
+                return module
+        raise ValueError(f"backbone: no layer leads from its {shape[1]}-dimensional words to {shape[0]} dimensions")
+
+    def _loss(self, states: torch.Tensor, mlm: torch.Tensor, mae: torch.Tensor, copies: int) -> StarbucksOutput:
+        """From the head's transform of all masked tokens, MLM of every size, then MAE of every size."""
+        targets = torch.cat((mlm.repeat(copies), mae.repeat(copies)))
+        factors = states.new_tensor([0.5 / (copies * max(1, len(part))) for part in (mlm, mae)], dtype=torch.float32)
+        counts = torch.tensor([copies * len(mlm), copies * len(mae)], device=states.device)
+        weight = self.head.output_weight(self.get_input_embeddings())
+        loss, losses, hits = vocabulary_loss(
+            states, weight, self.head.bias, targets, factors.repeat_interleave(counts, output_size=len(targets))
+        )
+        parts = [
+            part.view(copies, -1).sum(dim=1) / max(1, len(labels))
+            for values in (losses, hits.to(losses.dtype))
+            for part, labels in zip(values.split([copies * len(mlm), copies * len(mae)]), (mlm, mae), strict=True)
+        ]
+        return StarbucksOutput(loss, *parts)
+
+
+def _fill_head(head: MaskedLanguageHead, weights: dict | None, encoder: TwoDMSEModel) -> MaskedLanguageHead:
+    if weights is not None:
+        head.load_state_dict(weights)
+    else:
+        std = getattr(encoder.backbone.config, "initializer_range", 0.02)
+        nn.init.normal_(head.dense.weight, std=std)
+        nn.init.zeros_(head.dense.bias)
+    return head.to(device=encoder.device, dtype=encoder.dtype)
+
+
+StarbucksForMaskedAutoencoding.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = ["StarbucksForMaskedAutoencoding", "StarbucksOutput"]
