@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
@@ -64,15 +64,22 @@ def new_head_settings(backbone: PreTrainedModel) -> dict:
     }
 
 
-def read_head(name_or_path: str, **kwargs) -> tuple[dict, dict[str, torch.Tensor]] | None:
+def read_head(name_or_path: str, hub: dict, **kwargs) -> tuple[dict, dict[str, torch.Tensor]] | None:
     """The masked-language head of a checkpoint.
 
     The head's parts are found by what they are (one linear layer, one norm, the output embeddings), and the rebuilt
     head must give the checkpoint's own logits on a toy input.
 
+    Args:
+        hub: what a configuration is fetched with (`revision`, `token`, ...).
+        kwargs: what a model is loaded with.
+
     Returns:
         its settings and weights; None where the checkpoint has none, or one of another form.
     """
+    architectures = AutoConfig.from_pretrained(name_or_path, **hub).architectures or []
+    if any(name.endswith("Model") for name in architectures):  # saved without any head
+        return None
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except (ValueError, KeyError):  # no masked-language class for this family

@@ -118,7 +118,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         if depth < encoder.num_layers:
             logger.warning(f"the ladder ends at {depth} layers: the deeper ones are dropped, they would not train")
             encoder = encoder.truncate(depth)
-        found = None if elastic else read_head(name_or_path, **kwargs)
+        found = None if elastic else read_head(name_or_path, hub_kwargs(kwargs), **kwargs)
         settings, weights = found or (new_head_settings(encoder.backbone), None)
         if found is None:
             logger.warning(f"{name_or_path} has no masked-language head: a new one is made, on its word embeddings")

@@ -146,7 +146,7 @@ def test_loss_and_gradients_equal_the_plain_reference(mlm_path, family):
     assert len(trained) > 0.8 * len(pairs)
 
 
-def test_the_head_of_a_checkpoint_is_kept_and_a_missing_one_made(mlm_path, backbone_path, caplog):
+def test_the_head_of_a_checkpoint_is_kept_and_a_missing_one_made(mlm_path, backbone_path):
     kept = StarbucksForMaskedAutoencoding.from_backbone(mlm_path("bert"), sizes=LADDER)
     own = AutoModelForMaskedLM.from_pretrained(mlm_path("bert"))
     assert torch.equal(kept.head.dense.weight, own.cls.predictions.transform.dense.weight)

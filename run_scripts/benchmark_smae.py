@@ -1,0 +1,147 @@
+"""What an SMAE step costs, against computing every token's logits size by size as the published code does."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig
+
+from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, StarbucksOutput, TwoDMSEConfig
+from modeling_2dmse.backbone import view
+from modeling_2dmse.modeling_smae import FirstTokenReplaced
+from trainer.masking import IGNORED
+
+ROWS, LENGTH = 32, 128
+SIDES = ("ours", "plain")
+
+
+def smae_cost(sizes: list[str], runs: int) -> list[dict]:
+    """Step time and peak memory of ours over the plain reference's, on all-MiniLM-L6's geometry."""
+    model, batch = make_model(sizes), make_batch()
+    with torch.no_grad():
+        ours, plain = model.eval()(**batch).loss.item(), plain_loss(model, batch).item()
+    if abs(ours - plain) > 1e-4 * plain:
+        raise ValueError(f"smae: the two sides do not compute the same loss ({ours} and {plain})")
+    model.train()
+    for side in SIDES:
+        step(side, model, batch)  # the first step pays for memory and threads
+    ratios = []
+    for _ in range(runs):
+        seconds = {side: _seconds(lambda side=side: step(side, model, batch)) for side in SIDES}
+        ratios.append(seconds["ours"] / seconds["plain"])
+        print(f"step: ours {seconds['ours']:.2f} s, plain {seconds['plain']:.2f} s", flush=True)
+    del model
+    peaks = {side: _in_a_fresh_process(side, sizes) for side in SIDES}
+    print(f"peak: ours {peaks['ours']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
+    shape = {"rows": ROWS, "length": LENGTH, "sizes": len(sizes), "runs": runs}
+    return [
+        {
+            "id": "smae.time",
+            "ratio": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+            "target": "<= 0.45",
+            **shape,
+        },
+        {"id": "smae.memory", "ratio": peaks["ours"] / peaks["plain"], "target": "<= 0.4", "peaks_gb": peaks, **shape},
+    ]
+
+
+def make_model(sizes: list[str]) -> StarbucksForMaskedAutoencoding:
+    """A random model of all-MiniLM-L6's shape, without dropout, so that both sides compute the same loss."""
+    backbone = BertConfig(
+        vocab_size=30_522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    config = StarbucksConfig(TwoDMSEConfig(backbone, sizes=sizes))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return StarbucksForMaskedAutoencoding(config).to(device)
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    """Full rows of random words, masks of 0.2 and 0.4."""
+    torch.manual_seed(1)
+    ids = torch.randint(1000, 30_000, (ROWS, LENGTH))
+    drawn = torch.rand(ids.shape)
+    drawn[:, 0] = 1.0
+    light, heavy = drawn < 0.2, drawn < 0.4
+    batch = {
+        "input_ids": ids.masked_fill(light, 103),
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(~light, IGNORED),
+        "decoder_input_ids": ids.masked_fill(heavy, 103),
+        "decoder_labels": ids.masked_fill(~heavy, IGNORED),
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def plain_loss(model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same loss, size by size, from the logits of all tokens."""
+    layers = sorted({size.num_layers for size in model.ladder})
+    mask = batch["attention_mask"]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    states = dict(zip(layers, model.encoder.token_states(layers, inputs), strict=True))
+    words, total = model.get_input_embeddings(), 0.0
+
+    def logits(transformed: torch.Tensor) -> torch.Tensor:
+        return F.linear(transformed, model.head.output_weight(words), model.head.bias).flatten(0, 1)
+
+    for n, d in model.ladder:
+        transformed = model.head.transform(states[n][..., :d])
+        mlm = F.cross_entropy(logits(transformed), batch["labels"].flatten())
+        layer = FirstTokenReplaced(model.decoder_layer, transformed[:, 0])
+        decoder = view(model.encoder.backbone, model.encoder.config.layer_stack, [layer])
+        copy = decoder(input_ids=batch["decoder_input_ids"], attention_mask=mask).last_hidden_state
+        mae = F.cross_entropy(logits(model.head.transform(copy)), batch["decoder_labels"].flatten())
+        total = total + (mlm + mae) / 2
+    return total / len(model.ladder)
+
+
+def step(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward."""
+    model.zero_grad()
+    output: StarbucksOutput | None = model(**batch) if side == "ours" else None
+    (output.loss if output else plain_loss(model, batch)).backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _in_a_fresh_process(side: str, sizes: list[str]) -> float:
+    """Peak memory of two steps in GB: the GPU's, or the whole process's where there is none."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(side, sizes, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _measure_peak(side: str, sizes: list[str], pipe) -> None:
+    model, batch = make_model(sizes), make_batch()
+    for _ in range(2):
+        step(side, model, batch)
+    if torch.cuda.is_available():
+        pipe.send(torch.cuda.max_memory_allocated() / 1e9)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
