@@ -57,6 +57,7 @@ class DataArguments:
                   "ones cropped at random."},
     )  # fmt: skip
     eval_file: str | None = field(default=None, metadata={"help": "Texts to measure on, as train_file."})
+    eval_rows: int = field(default=500, metadata={"help": "Measure on this many of its texts, drawn by the seed."})
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
@@ -122,7 +123,8 @@ def _load_texts(data: DataArguments, args: SmaeTrainingArguments, tokenizer, len
     evaluation = None
     if data.eval_file is not None:
         column = "text" if data.eval_file.removesuffix(".gz").endswith(".txt") else data.text_column
-        evaluation = read_corpus(data.eval_file, column, argument="eval_file")
+        evaluation = read_corpus(data.eval_file, column, argument="eval_file").shuffle(seed=args.seed)
+        evaluation = evaluation.select(range(min(data.eval_rows, len(evaluation))))
     if data.packing:
         with args.main_process_first(desc="packing texts"):
             train = pack(train, tokenizer, length)
