@@ -55,6 +55,16 @@ class TwoDMSETrainingArguments(TrainingArguments):
         default=6,
         metadata={"help": "Groups of similar length that the rows of a step run in, inside one call of the model."},
     )
+    gather_negatives: bool = field(
+        default=True,
+        metadata={"help": "With several processes, compute the loss on the rows of all of them; off, each process sees "
+                  "its own negatives and pairs alone."},
+    )  # fmt: skip
+    gradient_cache_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples that run through the model at a time, for batches that do not fit into memory: the "
+                  "loss is still that of the whole batch, for a third more time. Default: all at once."},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
     warmup_steps: float = field(
@@ -100,8 +110,13 @@ class TwoDMSETrainingArguments(TrainingArguments):
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
                 ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
+                (
+                    "gradient_cache_chunk_size",
+                    1 if self.gradient_cache_chunk_size is None else self.gradient_cache_chunk_size,
+                    1,
+                ),
             )
-            if value < least
+            if value is not None and value < least
         ]
         if faults:
             raise ValueError("; ".join(faults))

@@ -6,7 +6,7 @@ a loss. Nothing else enters, which is what makes gathering across processes and 
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -159,50 +159,67 @@ OBJECTIVES = {
 DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
 
 
-def plan_loss(
-    plan: Plan,
-    states: torch.Tensor,
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    layers: Sequence[int] | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a step.
+def plan_parts(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> Iterator[tuple[str, float, torch.Tensor]]:
+    """The parts of a step's loss, one after the other.
 
     Args:
         plan: what to compute.
-        states: (len(layers), rows, hidden) pooled states, raw.
+        states: (len(plan.layers), rows, hidden) pooled states, raw.
         rows: the roles of the rows.
         loss: name of the base loss.
-        layers: the exits that `states` holds; `plan.layers` when left out.
 
-    Returns:
-        the weighted sum, and each part by name (`loss/2x64`, `alignment/2x64`), detached and without its weight.
+    Yields:
+        name (`loss/2x64`, `alignment/2x64`), weight and value. Only the states are shared between the parts' graphs,
+        so that whoever goes backward from each at once never holds more than one part's matrices.
     """
-    state = dict(zip(layers or plan.layers, states.float(), strict=True))
-    embeddings: dict[Size, torch.Tensor] = {}
+    if len(states) != len(plan.layers):
+        raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
+
+    def state(num_layers: int) -> torch.Tensor:
+        return states[plan.layers.index(num_layers)].float()
 
     def embedding(size: Size) -> torch.Tensor:
-        if size not in embeddings:
-            embeddings[size] = cut_and_normalize(state[size.num_layers], size.dim)
-        return embeddings[size]
+        return cut_and_normalize(state(size.num_layers), size.dim)
 
-    total, parts = states.new_zeros((), dtype=torch.float32), {}
     for size, weight in plan.terms:
-        name = f"loss/{size}"
-        value = base_loss(loss, embedding(size), rows, scale)
-        total, parts[name] = total + weight * value, value.detach()
+        yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for kind, student, teacher, weight in plan.alignments:
-        value = _distance(kind, student, teacher, state, embedding, scale)
-        total, parts[f"alignment/{student}"] = total + weight * value, value.detach()
+        yield f"alignment/{student}", weight, _distance(kind, student, teacher, state, embedding, scale)
+
+
+def plan_loss(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a step, from the arguments of `plan_parts`.
+
+    Returns:
+        the weighted sum, and each part by name, detached and without its weight.
+    """
+    total, parts = states.new_zeros((), dtype=torch.float32), {}
+    for name, weight, value in plan_parts(plan, states, rows, loss, scale):
+        total, parts[name] = total + weight * value, value.detach()
     return total, parts
+
+
+def plan_backward(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """`plan_loss` without a graph, and its gradient with respect to the states, part by part in little memory."""
+    states = states.detach().requires_grad_()
+    total, parts = states.new_zeros((), dtype=torch.float32), {}
+    for name, weight, value in plan_parts(plan, states, rows, loss, scale):
+        (weight * value).backward()
+        total, parts[name] = total + weight * value.detach(), value.detach()
+    return total, parts, states.grad
 
 
 def _distance(kind, student: Size, teacher: Size, state, embedding, scale) -> torch.Tensor:
     if kind == "pca":
-        return pca_distance(state[student.num_layers], student.dim)
+        return pca_distance(state(student.num_layers), student.dim)
     if kind == "raw_feature_kl":
-        return feature_kl(state[student.num_layers], state[teacher.num_layers])
+        return feature_kl(state(student.num_layers), state(teacher.num_layers))
     if kind == "feature_kl":
         return feature_kl(embedding(student), embedding(Size(teacher.num_layers, student.dim)))
     return score_kl(embedding(student), embedding(teacher), scale)

@@ -1,9 +1,11 @@
 """TwoDMSETrainer: transformers' Trainer with an elastic loss and an evaluation at every size."""
 
+import contextlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -12,10 +14,12 @@ from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
 from .data import PairCollator, check_table, rescale_scores, text_columns
+from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
+from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
-from .objectives import Objective, plan_loss
+from .objectives import Objective, Plan, plan_backward, plan_loss
 from .part_log import PartLogMixin
 
 logger = logging.get_logger(__name__)
@@ -107,13 +111,56 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
-        inputs = dict(inputs)
-        rows = Rows(inputs.pop("num_columns"), inputs.pop("scores", None))
-        plan = self.objective.plan(self._step_generator())
+        inputs, rows, plan = self._step(inputs)
         outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets)
-        loss, parts = plan_loss(plan, outputs.layer_embeddings, rows, self.args.loss, self.args.loss_scale)
+        states = outputs.layer_embeddings
+        if self.args.gather_negatives:
+            states, rows = gather_rows(states, rows)
+        loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale)
+        self._check_finite(loss, parts)
         self.record(parts)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one batch, in chunks where `gradient_cache_chunk_size` is set."""
+        if self.args.gradient_cache_chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs, rows, plan = self._step(self._prepare_inputs(inputs))
+
+        def forward(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return model(**chunk, layers=plan.layers).layer_embeddings
+
+        cached = CachedForward(forward, inputs, rows.num_columns * self.args.gradient_cache_chunk_size)
+        states = cached.states().requires_grad_()
+        joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
+        loss, parts, gradient = plan_backward(plan, joined, rows, self.args.loss, self.args.loss_scale)
+        self._check_finite(loss, parts)
+        self.record(parts)
+        joined.backward(gradient / self.current_gradient_accumulation_steps)
+
+        def run(scalar: Callable[[], torch.Tensor], last: bool) -> None:
+            # Gradients travel between processes once, with the last chunk.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.backward(scalar())
+
+        cached.backward(states.grad, run)
+        return loss / self.current_gradient_accumulation_steps
+
+    def _step(self, inputs: dict) -> tuple[dict, Rows, Plan]:
+        """The model's inputs, the roles of their rows, and what the objective does in this step."""
+        inputs = dict(inputs)
+        rows = Rows(inputs.pop("num_columns"), inputs.pop("scores", None))
+        return inputs, rows, self.objective.plan(self._step_generator())
+
+    def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        if not torch.isfinite(loss):
+            names = [name for name, value in parts.items() if not torch.isfinite(value)]
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}, from {', '.join(names)}; the last "
+                "checkpoint is kept: lower the learning rate, or go on from there without half precision"
+            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Score every ladder size on the evaluation tasks.
