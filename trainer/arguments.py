@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .losses import LOSSES, SCALE
 from .objectives import ALIGNMENTS, OBJECTIVES
+from .sampling import BATCH_SAMPLERS, MIXINGS
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +66,16 @@ class TwoDMSETrainingArguments(TrainingArguments):
         metadata={"help": "Examples that run through the model at a time, for batches that do not fit into memory: the "
                   "loss is still that of the whole batch, for a third more time. Default: all at once."},
     )  # fmt: skip
+    batch_sampler: str = field(
+        default="random",
+        metadata={"help": "Which examples meet in a step: random; no_duplicates: no text in two examples of a step, "
+                  "where it would be its own negative; group_by_length: examples of similar length."},
+    )  # fmt: skip
+    mixing: str = field(
+        default="proportional",
+        metadata={"help": "With several training files each batch comes from one: proportional to their rows, or "
+                  "round_robin, until the first is used up."},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
     warmup_steps: float = field(
@@ -100,6 +111,8 @@ class TwoDMSETrainingArguments(TrainingArguments):
                 ("objective", self.objective, tuple(OBJECTIVES)),
                 ("alignment", self.alignment or "none", ALIGNMENTS),
                 ("loss", self.loss or "infonce", LOSSES),
+                ("batch_sampler", self.batch_sampler, BATCH_SAMPLERS),
+                ("mixing", self.mixing, MIXINGS),
             )
             if value not in allowed
         ]

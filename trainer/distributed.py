@@ -16,28 +16,30 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
     Join the batches of all processes: every process then computes the loss of one large batch.
 
     Args:
-        states: (L, C * B, H) pooled states of this process, column after column; B may differ between processes.
-        rows: the roles of these rows.
+        states: (L, rows, H) pooled states of this process, column after column.
+        rows: the roles of these rows; the number of rows, not that of columns, may differ between processes.
 
     Returns:
-        (L, C * sum of B, H), column after column, within each the processes in order; and the roles. Gradients reach
-        this process's own rows alone, times the number of processes: DDP, FSDP and DeepSpeed take the mean over
+        (L, rows of all processes, H), column after column, within each the processes in order; and the roles. Gradients
+        reach this process's own rows alone, times the number of processes: DDP, FSDP and DeepSpeed take the mean over
         processes, and the sum of what each contributes is wanted.
     """
-    count = world_size()
-    if count == 1:
+    world = world_size()
+    if world == 1:
         return states, rows
-    columns = states.unflatten(1, (rows.num_columns, -1))
-    sizes = _gather(torch.tensor([columns.shape[2]], device=states.device))
-    sizes = torch.cat(sizes).tolist()
-    parts = _gather_uneven(columns.detach().transpose(0, 2), sizes)
-    own = columns.view_as(columns)
+    counts = torch.stack(_gather(torch.tensor(rows.counts, device=states.device))).tolist()
+    parts = _gather_uneven(states.detach().transpose(0, 1), [sum(count) for count in counts])
+    own = states.view_as(states)
     if own.requires_grad:
-        own.register_hook(lambda gradient: gradient * count)
-    parts = [part.transpose(0, 2) for part in parts]
+        own.register_hook(lambda gradient: gradient * world)
+    parts = [part.transpose(0, 1) for part in parts]
     parts[dist.get_rank()] = own
-    scores = None if rows.scores is None else torch.cat(_gather_uneven(rows.scores, sizes))
-    return torch.cat(parts, dim=2).flatten(1, 2), Rows(rows.num_columns, scores)
+    columns = zip(*(part.split(count, dim=1) for part, count in zip(parts, counts, strict=True)), strict=True)
+    joined = torch.cat([part for column in columns for part in column], dim=1)
+    scores = rows.scores
+    if scores is not None:
+        scores = torch.cat(_gather_uneven(scores, [count[0] for count in counts]))
+    return joined, Rows(tuple(map(sum, zip(*counts, strict=True))), scores)
 
 
 def _gather_uneven(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

@@ -4,25 +4,16 @@ from collections.abc import Iterator
 
 import torch
 from datasets import IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
 
 from .arguments import SmaeTrainingArguments
+from .callbacks import TellEpoch
 from .masking import IGNORED, MaskingCollator
 from .part_log import PartLogMixin
 
 PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
-
-
-class TellEpoch(TrainerCallback):
-    """Tells the collator which epoch it draws masks for; a stream has one, and numbers its rows instead."""
-
-    def __init__(self, collator: MaskingCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(state.epoch or 0)
 
 
 class SmaeTrainer(PartLogMixin, Trainer):

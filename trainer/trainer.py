@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
-from .data import PairCollator, check_table, rescale_scores, text_columns
+from .callbacks import EvaluateLastStep, TellEpoch
+from .data import PairCollator, check_table, join_tables, rescale_scores, text_columns
 from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
@@ -21,18 +22,11 @@ from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_backward, plan_loss
 from .part_log import PartLogMixin
+from .sampling import BlockSampler
 
 logger = logging.get_logger(__name__)
 
 Task = StsData | RetrievalData
-
-
-class EvaluateLastStep(TrainerCallback):
-    """Evaluates after the last step too, so that the final weights compete for the best checkpoint."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True
 
 
 class TwoDMSETrainer(PartLogMixin, Trainer):
@@ -43,7 +37,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         model: the model, or a peft model around it.
         args: [`TwoDMSETrainingArguments`].
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
-            (sentence1, sentence2, score).
+            (sentence1, sentence2, score), or a list of such, of which each batch draws from one.
         eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
             Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
         processing_class: the tokenizer; the model's own when left out.
@@ -60,7 +54,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         self,
         model: PreTrainedModel,
         args: TwoDMSETrainingArguments,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class=None,
         **kwargs,
@@ -71,8 +65,11 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
         self.encoder.tokenizer = tokenizer
         columns = None
+        self.train_tables = []
         if train_dataset is not None:
-            train_dataset = check_table(train_dataset, "train_dataset")
+            tables = [train_dataset] if isinstance(train_dataset, Dataset) else train_dataset
+            self.train_tables = [check_table(table, "train_dataset") for table in tables]
+            train_dataset = join_tables(self.train_tables)
             args.loss = resolve_loss(args.loss, train_dataset, self.ladder, args.objective)
             if args.loss == "cosine_mse":
                 train_dataset, highest = rescale_scores(train_dataset)
@@ -109,6 +106,23 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
             **kwargs,
         )
 
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if args.batch_sampler == "random" and len(self.train_tables) == 1:
+            return super()._get_train_sampler(train_dataset)
+        world = args.world_size
+        sampler = BlockSampler(
+            self.train_tables,
+            args.train_batch_size * world,
+            args.batch_sampler,
+            args.mixing,
+            args.seed,
+            # With several processes accelerate fills up the last batches with rows from the start.
+            keep_last=not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates"),
+        )
+        self.add_callback(TellEpoch(sampler))
+        return sampler
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
         inputs, rows, plan = self._step(inputs)
@@ -132,7 +146,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
             with self.compute_loss_context_manager():
                 return model(**chunk, layers=plan.layers).layer_embeddings
 
-        cached = CachedForward(forward, inputs, rows.num_columns * self.args.gradient_cache_chunk_size)
+        cached = CachedForward(forward, inputs, len(rows.counts) * self.args.gradient_cache_chunk_size)
         states = cached.states().requires_grad_()
         joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
         loss, parts, gradient = plan_backward(plan, joined, rows, self.args.loss, self.args.loss_scale)
@@ -151,7 +165,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, Rows, Plan]:
         """The model's inputs, the roles of their rows, and what the objective does in this step."""
         inputs = dict(inputs)
-        rows = Rows(inputs.pop("num_columns"), inputs.pop("scores", None))
+        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None))
         return inputs, rows, self.objective.plan(self._step_generator())
 
     def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
