@@ -104,8 +104,10 @@ def main(argv=None) -> None:
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
-    trainer.train(resume_from_checkpoint=resume)
-    encoder = _save(trainer, model_args)
+    with common.training_errors(trainer):
+        trainer.train(resume_from_checkpoint=resume)
+    with common.training_errors(trainer):
+        encoder = _save(trainer, model_args)
     results = {"model": args.output_dir}
     if tasks:
         _report(trainer, encoder, tasks, before, results)

@@ -81,12 +81,14 @@ def main(argv=None) -> None:
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     if evaluation is not None and not resume:
         trainer.evaluate()
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    metrics = trainer.evaluate() if evaluation is not None else {}
+    with common.training_errors(trainer):
+        trainer.train(resume_from_checkpoint=resume)
     encoder = os.path.join(args.output_dir, "encoder")
-    if args.should_save:
-        trainer.model.save_encoder(encoder)
+    with common.training_errors(trainer):
+        trainer.save_model()
+        if args.should_save:
+            trainer.model.save_encoder(encoder)
+    metrics = trainer.evaluate() if evaluation is not None else {}
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         _report(trainer, metrics, args.output_dir)

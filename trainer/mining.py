@@ -161,10 +161,10 @@ def read_documents(path: str) -> list[str]:
     kind = str(table.features["text"].dtype)
     if kind not in ("string", "large_string"):
         raise ValueError(f"corpus_file: column text of {path} holds {kind}, not texts")
-    texts = [text or "" for text in table["text"]]
+    texts = [text or "" for text in table["text"][:]]
     if not {"_id", "title"} <= set(table.column_names):
         return texts
-    return [f"{title or ''} {text}".strip() for title, text in zip(table["title"], texts, strict=True)]
+    return [f"{title or ''} {text}".strip() for title, text in zip(table["title"][:], texts, strict=True)]
 
 
 def read_beir(folder: str, split: str) -> tuple[list[Pair], list[str], list[Pair]]:
@@ -241,12 +241,12 @@ def top_candidates(
 def _top_of_chunk(queries: torch.Tensor, documents: torch.Tensor, k: int, hidden: torch.Tensor, first: int) -> Top:
     """At least the k nearest in one chunk of the corpus, -inf for hidden (row, document) pairs, whatever their order.
 
-    As many more are looked for as are hidden in this chunk; that they are few or many costs no more than the cosines.
+    As many more are looked for as are hidden in this chunk, so never more than the chunk has.
     """
     rows, numbers = hidden[(hidden[:, 1] >= first) & (hidden[:, 1] < first + len(documents))].T
     mask = torch.zeros(len(queries), len(documents), dtype=torch.bool)
     mask[rows, numbers - first] = True
-    scores, found = top_documents(queries, documents, k + int(mask.sum(dim=1).max()), first)
+    scores, found = top_documents(queries, documents, k + int(rows.bincount(minlength=1).max()), first)
     return scores.masked_fill(mask.gather(1, found - first), -math.inf), found
 
 

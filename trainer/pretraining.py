@@ -9,14 +9,16 @@ from transformers import Trainer
 from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
 
 from .arguments import SmaeTrainingArguments
-from .callbacks import TellEpoch
+from .callbacks import StopSignals, TellEpoch
+from .checkpoints import CheckpointMixin
 from .masking import IGNORED, MaskingCollator
 from .part_log import PartLogMixin
+from .sampling import BlockSampler
 
 PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
 
 
-class SmaeTrainer(PartLogMixin, Trainer):
+class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
     """
     Pre-trains a [`StarbucksForMaskedAutoencoding`].
 
@@ -56,6 +58,7 @@ class SmaeTrainer(PartLogMixin, Trainer):
             args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be dispatched
         if eval_dataset is None:
             args.eval_strategy = "no"
+        self.stop_signals = StopSignals()
         self.ladder = [str(size) for size in model.ladder]
         super().__init__(
             model=model,
@@ -64,9 +67,18 @@ class SmaeTrainer(PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[TellEpoch(collator), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+
+    def _get_train_sampler(self, train_dataset=None):
+        world = self.args.world_size
+        if world == 1:
+            return super()._get_train_sampler(train_dataset)
+        # Unlike the usual sampler under accelerate, this one finds its order again in a resumed later epoch.
+        sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; every size's parts are logged."""

@@ -13,7 +13,8 @@ from transformers.utils import logging
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
-from .callbacks import EvaluateLastStep, TellEpoch
+from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
+from .checkpoints import CheckpointMixin
 from .data import PairCollator, check_table, join_tables, rescale_scores, text_columns
 from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 Task = StsData | RetrievalData
 
 
-class TwoDMSETrainer(PartLogMixin, Trainer):
+class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     """
     Trains a [`TwoDMSEModel`] on tables of texts.
 
@@ -92,6 +93,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
+        self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and columns is not None:
             collator = PairCollator(tokenizer, columns, min(args.max_length, self.encoder.max_length))
@@ -102,15 +104,16 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
-        if args.batch_sampler == "random" and len(self.train_tables) == 1:
-            return super()._get_train_sampler(train_dataset)
         world = args.world_size
+        plain = args.batch_sampler == "random" and len(self.train_tables) == 1
+        if plain and (world == 1 or args.train_sampling_strategy == "sequential"):
+            return super()._get_train_sampler(train_dataset)
         sampler = BlockSampler(
             self.train_tables,
             args.train_batch_size * world,
