@@ -1,12 +1,7 @@
 """What an SMAE step costs, against computing every token's logits size by size as the published code does."""
 
-import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +10,7 @@ from transformers import BertConfig
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, StarbucksOutput, TwoDMSEConfig
 from modeling_2dmse.backbone import view
 from modeling_2dmse.modeling_smae import FirstTokenReplaced
+from run_scripts.measure import in_a_fresh_process, peak_memory
 from trainer.masking import IGNORED
 
 ROWS, LENGTH = 32, 128
@@ -23,7 +19,7 @@ SIDES = ("ours", "plain")
 
 def smae_cost(sizes: list[str], runs: int) -> list[dict]:
     """Step time and peak memory of ours over the plain reference's, on all-MiniLM-L6's geometry."""
-    peaks = {side: _in_a_fresh_process(side, sizes) for side in SIDES}
+    peaks = {side: in_a_fresh_process(_measure_peak, side, sizes) for side in SIDES}
     print(f"peak: ours {peaks['ours']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     model, batch = make_model(sizes), make_batch()
     with torch.no_grad():
@@ -118,35 +114,11 @@ def step(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torc
         torch.cuda.synchronize()
 
 
-def _in_a_fresh_process(side: str, sizes: list[str]) -> float:
-    """Peak memory of two steps in GB: the GPU's, or the whole process's where there is none."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(side, sizes, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-
-
 def _measure_peak(side: str, sizes: list[str], pipe) -> None:
     model, batch = make_model(sizes), make_batch()
     for _ in range(2):
         step(side, model, batch)
-    if torch.cuda.is_available():
-        pipe.send(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        pipe.send(peak_memory() / 1e9)
-
-
-def peak_memory() -> int:
-    """Most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this peak does not begin with that of the process that started us
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    pipe.send(peak_memory())
 
 
 def _seconds(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> float:

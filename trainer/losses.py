@@ -102,7 +102,7 @@ def base_loss(name: str, embeddings: torch.Tensor, rows: Rows, scale: float = SC
     columns = rows.columns(embeddings)
     if name == "infonce":
         targets = torch.arange(len(columns[0]), device=embeddings.device)
-        return infonce(columns[0], torch.cat(columns[1:]), targets, scale)
+        return infonce(columns[0], embeddings[len(columns[0]) :], targets, scale)
     if name == "cosine_mse":
         return cosine_mse(*columns, rows.scores)
     return SCORE_LOSSES[name](*columns, rows.scores, scale)

@@ -160,19 +160,19 @@ DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
 
 
 def plan_parts(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+    plan: Plan, states: Sequence[torch.Tensor], rows: Rows, loss: str, scale: float = SCALE
 ) -> Iterator[tuple[str, float, torch.Tensor]]:
     """The parts of a step's loss, one after the other.
 
     Args:
         plan: what to compute.
-        states: (len(plan.layers), rows, hidden) pooled states, raw.
+        states: one (rows, hidden) of pooled states, raw, for each of plan.layers.
         rows: the roles of the rows.
         loss: name of the base loss.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`), weight and value. Only the states are shared between the parts' graphs,
-        so that whoever goes backward from each at once never holds more than one part's matrices.
+        name (`loss/2x64`, `alignment/2x64`), weight and value. The parts share the states alone, so that each can be
+        gone backward from, and its graph dropped, before the next is made.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -189,30 +189,51 @@ def plan_parts(
         yield f"alignment/{student}", weight, _distance(kind, student, teacher, state, embedding, scale)
 
 
+@torch.enable_grad()
+def plan_gradient(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """The loss of a step, from the arguments of `plan_parts`, with its gradient.
+
+    Returns:
+        the weighted sum, each part by name without its weight, and the gradient with respect to the states; none has a
+        graph. Part by part, so that the matrices of one size at a time are held.
+    """
+    gradient = torch.zeros_like(states)
+    # One leaf an exit, which adds to its own slice: the gradient of an index would be as large as all exits.
+    leaves = [state.detach().requires_grad_() for state in states]
+    for leaf, slot in zip(leaves, gradient, strict=True):
+        leaf.grad = slot
+    total, parts = states.new_zeros((), dtype=torch.float32), {}
+    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale):
+        (weight * value).backward()
+        total, parts[name] = total + weight * value.detach(), value.detach()
+    return total, parts, gradient
+
+
 def plan_loss(
     plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a step, from the arguments of `plan_parts`.
-
-    Returns:
-        the weighted sum, and each part by name, detached and without its weight.
-    """
-    total, parts = states.new_zeros((), dtype=torch.float32), {}
-    for name, weight, value in plan_parts(plan, states, rows, loss, scale):
-        total, parts[name] = total + weight * value, value.detach()
-    return total, parts
+    """The loss of a step, to go backward from, and each part by name; from the arguments of `plan_parts`."""
+    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale)
+    return _WithGradient.apply(states, total, gradient), parts
 
 
-def plan_backward(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """`plan_loss` without a graph, and its gradient with respect to the states, part by part in little memory."""
-    states = states.detach().requires_grad_()
-    total, parts = states.new_zeros((), dtype=torch.float32), {}
-    for name, weight, value in plan_parts(plan, states, rows, loss, scale):
-        (weight * value).backward()
-        total, parts[name] = total + weight * value.detach(), value.detach()
-    return total, parts, states.grad
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to the states is known already, and is used up by going backward once."""
+
+    @staticmethod
+    def forward(ctx, states, value, gradient):
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_value):
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("plan_loss: its loss can be gone backward from once")
+        return gradient.mul_(grad_value), None, None
 
 
 def _distance(kind, student: Size, teacher: Size, state, embedding, scale) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mea
 from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
-from .objectives import Objective, Plan, plan_backward, plan_loss
+from .objectives import Objective, Plan, plan_gradient, plan_loss
 from .part_log import PartLogMixin
 from .sampling import BlockSampler
 
@@ -107,6 +107,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+        if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
+            raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -152,7 +154,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         cached = CachedForward(forward, inputs, len(rows.counts) * self.args.gradient_cache_chunk_size)
         states = cached.states().requires_grad_()
         joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
-        loss, parts, gradient = plan_backward(plan, joined, rows, self.args.loss, self.args.loss_scale)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale)
         self._check_finite(loss, parts)
         self.record(parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)

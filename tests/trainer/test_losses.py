@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_2dmse.pooling import cut_and_normalize
+from trainer import alignment
 from trainer.alignment import feature_kl, pca, pca_distance, score_kl
 from trainer.losses import Rows, angle, base_loss, cosent, cosine_mse, infonce
 
@@ -84,6 +85,21 @@ def test_feature_kl():
     expected = sum(kl(t[i].tolist(), s[i].tolist()) for i in range(4)) / 4
     assert expected > 0.01
     assert feature_kl(s, t).item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("scores", [1, 30, 33, 71])
+def test_score_kl_in_blocks_equals_score_kl_at_once(scores, monkeypatch):
+    t = torch.nn.functional.normalize(vectors(10, 8, 1), dim=-1)
+    results = []
+    for limit in (10_000, scores):
+        monkeypatch.setattr(alignment, "_BLOCK_SCORES", limit)
+        s = vectors(10, 4, 0).requires_grad_()
+        value = score_kl(torch.nn.functional.normalize(s, dim=-1), t)
+        value.backward()
+        results.append((value.detach(), s.grad))
+    assert results[0][1].abs().max() > 1e-3
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks)
 
 
 def test_score_kl_leaves_out_the_diagonal():
