@@ -134,26 +134,57 @@ def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str
     return {name: sum(gradient[name] for gradient in every) / len(every) for name in every[0]}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_equal_one_on_the_joined_batch(world, tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
-    code = f"import test_distributed; test_distributed.check_processes({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
+def check_fsdp2(start: str, folder: str) -> None:
+    """Layers and embeddings spread over the processes: exits and gradients are those of the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from modeling_2dmse import TwoDMSEModel
+
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    whole, spread = (TwoDMSEModel.from_pretrained(start).eval() for _ in range(2))
+    units = [module for module in spread.modules() if type(module).__name__ in spread._no_split_modules]
+    assert len(units) == 5
+    for module in [*units, spread]:
+        fully_shard(module, mesh=mesh)
+    ids = torch.arange(20).reshape(4, 5) + 5
+    states = [model(ids, layers=(1, 2, 4), num_buckets=2).layer_embeddings for model in (whole, spread)]
+    torch.testing.assert_close(states[1], states[0])
+    for state in states:
+        (state[..., :8] ** 2).sum().backward()
+    found = {name: parameter.grad.full_tensor() for name, parameter in spread.named_parameters()}
+    expected = gradients(whole)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    (Path(folder) / f"equal-{os.environ['RANK']}").touch()
+
+
+def run_processes(function: str, world: int, tmp_path: Path) -> None:
+    """One of the checks above in several gloo processes."""
+    code = f"import test_distributed as t; t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
     (tmp_path / "run.py").write_text(code)
     tests = ROOT / "tests"
     path = os.pathsep.join([str(ROOT), str(tests), str(tests / "trainer")])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={world}",
-        f"--master-port={29620 + world}",
-    ]
+    port = f"--master-port={29620 + world}"
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", port]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*launch, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(tmp_path.glob("equal-*"))) == world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_equal_one_on_the_joined_batch(world, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    run_processes("check_processes", world, tmp_path)
+
+
+def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    run_processes("check_fsdp2", 2, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
