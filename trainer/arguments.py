@@ -26,13 +26,39 @@ def cpu_has_bf16() -> bool:
 
 
 @dataclass
-class TwoDMSETrainingArguments(TrainingArguments):
-    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+class ElasticTrainingArguments(TrainingArguments):
+    """What both kinds of training share."""
 
-    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
     sizes: list[str] | None = field(
         default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(
+        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+            self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
+            if self.bf16:
+                logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        super().__post_init__()
+
+
+@dataclass
+class TwoDMSETrainingArguments(ElasticTrainingArguments):
+    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+
+    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
     alignment: str | None = field(
         default=None,
         metadata={"help": "What smaller sizes learn from the largest: none, feature_kl or score_kl. "
@@ -81,18 +107,6 @@ class TwoDMSETrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(
-        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
-    )
-    save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
-    )
     load_best_model_at_end: bool | None = field(
         default=None,
         metadata={
@@ -133,7 +147,6 @@ class TwoDMSETrainingArguments(TrainingArguments):
         ]
         if faults:
             raise ValueError("; ".join(faults))
-        _choose_bf16(self)
         if self.load_best_model_at_end is None:
             same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
             self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
@@ -141,14 +154,11 @@ class TwoDMSETrainingArguments(TrainingArguments):
 
 
 @dataclass
-class SmaeTrainingArguments(TrainingArguments):
+class SmaeTrainingArguments(ElasticTrainingArguments):
     """Arguments of [`SmaeTrainer`]. The defaults that differ from transformers' are those of Starbucks' SMAE: learning
     rate 1e-4 on a cosine, weight decay 1e-3, warm-up over the first 0.05, masks 0.2 and 0.4; and as above, bf16 where
     the CPU has it, unused columns kept, checkpoints and evaluations at each quarter."""
 
-    sizes: list[str] | None = field(
-        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
-    )
     mlm_probability: float = field(default=0.2, metadata={"help": "Share of words masked for the encoder."})
     decoder_mlm_probability: float = field(default=0.4, metadata={"help": "Share of words masked for the decoder."})
     max_length: int = field(
@@ -161,18 +171,6 @@ class SmaeTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(
-        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
-    )
-    save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
     )
 
     def __post_init__(self):
@@ -188,13 +186,4 @@ class SmaeTrainingArguments(TrainingArguments):
             faults.append(f"max_length: {self.max_length} is not allowed; use a number of at least 8")
         if faults:
             raise ValueError("; ".join(faults))
-        _choose_bf16(self)
         super().__post_init__()
-
-
-def _choose_bf16(args: TrainingArguments) -> None:
-    if args.bf16 is None:
-        on_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        args.bf16 = on_cpu and not args.fp16 and cpu_has_bf16()
-        if args.bf16:
-            logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
