@@ -20,8 +20,8 @@ from .ranking import Top, merge_top, top_documents
 SAMPLINGS = ("top", "random")
 # Texts whose states, at the full hidden size, are held at once.
 _ENCODE_CHUNK = 50_000
-# The cosines held at once: a block of anchors by a chunk of documents, 51 MB.
-_QUERY_CHUNK, _CORPUS_CHUNK = 256, 50_000
+# The cosines held at once: a block of anchors by a chunk of documents, 17 MB.
+_QUERY_CHUNK, _CORPUS_CHUNK = 256, 16_384
 # Rows that choose their negatives at once: an anchor of the block may stand in any number of rows.
 _ROW_CHUNK = 4096
 Pair = tuple[str, str]
