@@ -88,14 +88,15 @@ class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Score every size on texts whose masks are the same each time.
+        """Score every size on texts whose masks are the same each time and hide every token that is asked for.
 
         Returns:
             `eval_loss`, and for each size `eval_loss_mlm_1x32`, `eval_loss_mae_1x32`, `eval_accuracy_mlm_1x32`,
             `eval_accuracy_mae_1x32`, means over all masked tokens; `eval_unigram_mlm` and `eval_unigram_mae`, what
             always naming the most frequent of the masked tokens would score.
         """
-        epoch, self.data_collator.epoch = self.data_collator.epoch, 0
+        collator = self.data_collator
+        epoch, collator.epoch, collator.hides_all = collator.epoch, 0, True
         training = self.model.training
         self.model.eval()
         totals = dict.fromkeys(PARTS, 0.0)
@@ -112,7 +113,7 @@ class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
                 for part in (f"loss_{kind}", f"accuracy_{kind}"):
                     totals[part] += output[part].double().cpu() * len(labels)
         self.model.train(training)
-        self.data_collator.epoch = epoch
+        collator.epoch, collator.hides_all = epoch, False
         metrics = self._metrics(totals, words, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
