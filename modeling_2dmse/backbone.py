@@ -59,19 +59,26 @@ def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Ten
     return backbone.get_submodule(norm)(state) if norm else state
 
 
-class Tap(nn.Module):
-    """Stands in for a layer in a view, calls it, and keeps what it returned in `states`."""
+class LayerStandIn(nn.Module):
+    """Takes a layer's place in a view, and is asked for what the layer knows."""
 
-    def __init__(self, layer: nn.Module, states: list):
+    def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
-        self._states = states
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.layer, name)  # ModernBERT asks its layers for `attention_type`
+
+
+class Tap(LayerStandIn):
+    """Calls its layer, and keeps what it returned in `states`."""
+
+    def __init__(self, layer: nn.Module, states: list):
+        super().__init__(layer)
+        self._states = states
 
     def forward(self, *args, **kwargs):
         output = self.layer(*args, **kwargs)

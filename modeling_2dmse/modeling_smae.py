@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .backbone import build_backbone, cut_config, layers_of, view
+from .backbone import LayerStandIn, build_backbone, cut_config, layers_of, view
 from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
 from .masked_loss import vocabulary_loss
@@ -39,19 +39,12 @@ class StarbucksOutput(ModelOutput):
     accuracy_mae: torch.Tensor | None = None
 
 
-class FirstTokenReplaced(nn.Module):
-    """Stands in for the decoder's layer in a view and puts given states in place of the first token's."""
+class FirstTokenReplaced(LayerStandIn):
+    """Calls its layer with given states in place of the first token's."""
 
     def __init__(self, layer: nn.Module, first: torch.Tensor):
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         self._first = first
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.layer, name)  # ModernBERT asks its layers for `attention_type`
 
     def forward(self, hidden_states, *args, **kwargs):
         first = self._first.to(hidden_states.dtype).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Measure costs, in turn in one process: `python run_scripts/benchmark.py {grid,smae} [--flag value ...]`."""
+"""Measure costs, in turn in one process: `python run_scripts/benchmark.py {grid,memory,smae} [--flag value ...]`."""
 
 import os
 import statistics
@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from run_scripts import common
+from run_scripts.benchmark_memory import memory_cost
 from run_scripts.benchmark_smae import smae_cost
 from trainer.evaluation import evaluate_tasks, grid_sizes, load_beir, load_sts
 
@@ -97,7 +98,11 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
-BENCHMARKS = {"grid": grid_cost, "smae": lambda args: smae_cost(args.sizes, args.runs)}
+BENCHMARKS = {
+    "grid": grid_cost,
+    "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
+    "smae": lambda args: smae_cost(args.sizes, args.runs),
+}
 
 if __name__ == "__main__":
     main()

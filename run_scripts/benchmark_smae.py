@@ -1,9 +1,6 @@
 """What an SMAE step costs, against computing every token's logits size by size as the published code does."""
 
-import multiprocessing
-import resource
 import statistics
-import sys
 import time
 
 import torch
@@ -13,6 +10,7 @@ from transformers import BertConfig
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, StarbucksOutput, TwoDMSEConfig
 from modeling_2dmse.backbone import view
 from modeling_2dmse.modeling_smae import FirstTokenReplaced
+from run_scripts.measure import in_a_fresh_process, peak_memory
 from trainer.masking import IGNORED
 
 ROWS, LENGTH = 32, 128
@@ -21,6 +19,8 @@ SIDES = ("ours", "plain")
 
 def smae_cost(sizes: list[str], runs: int) -> list[dict]:
     """Step time and peak memory of ours over the plain reference's, on all-MiniLM-L6's geometry."""
+    peaks = {side: in_a_fresh_process(_measure_peak, side, sizes) for side in SIDES}
+    print(f"peak: ours {peaks['ours']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     model, batch = make_model(sizes), make_batch()
     with torch.no_grad():
         ours, plain = model.eval()(**batch).loss.item(), plain_loss(model, batch).item()
@@ -34,9 +34,6 @@ def smae_cost(sizes: list[str], runs: int) -> list[dict]:
         seconds = {side: _seconds(side, model, batch) for side in SIDES}
         ratios.append(seconds["ours"] / seconds["plain"])
         print(f"step: ours {seconds['ours']:.2f} s, plain {seconds['plain']:.2f} s", flush=True)
-    del model
-    peaks = {side: _in_a_fresh_process(side, sizes) for side in SIDES}
-    print(f"peak: ours {peaks['ours']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     shape = {"rows": ROWS, "length": LENGTH, "sizes": len(sizes), "runs": runs}
     return [
         {
@@ -117,28 +114,11 @@ def step(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torc
         torch.cuda.synchronize()
 
 
-def _in_a_fresh_process(side: str, sizes: list[str]) -> float:
-    """Peak memory of two steps in GB: the GPU's, or the whole process's where there is none."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(side, sizes, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-
-
 def _measure_peak(side: str, sizes: list[str], pipe) -> None:
     model, batch = make_model(sizes), make_batch()
     for _ in range(2):
         step(side, model, batch)
-    if torch.cuda.is_available():
-        pipe.send(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
+    pipe.send(peak_memory())
 
 
 def _seconds(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> float:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, TrainingArguments, trainer_utils
+from safetensors import SafetensorError
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from modeling_2dmse import Size, StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
+from trainer import checkpoints
+from trainer.checkpoints import SaveError, save_error
 from trainer.evaluation import main_scores
 
 from .quickstart import MODEL_NAME, minilm_path
@@ -129,18 +133,37 @@ def check_output_dir(path: str, allowed: bool) -> None:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names, `true` being the newest of the output folder."""
+    """The checkpoint that --resume_from_checkpoint names, `true` being the newest complete one of the output folder."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
-        return wanted
-    newest = trainer_utils.get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if newest is None:
-        raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no checkpoint to go on from")
-    return newest
+    if str(wanted).lower() == "true":
+        newest = checkpoints.find_checkpoint(args.output_dir, args.world_size)
+        if newest is None:
+            raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no complete checkpoint to go on from")
+        return newest
+    if not os.path.isdir(wanted):
+        raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
+    fault = checkpoints.find_fault(wanted, args.world_size)
+    if fault is not None:
+        raise ValueError(f"resume_from_checkpoint: {wanted} cannot be gone on from: {fault}")
+    return wanted
+
+
+@contextlib.contextmanager
+def training_errors(trainer):
+    """Around training: what stops it ends in one line that says how to go on."""
+    try:
+        yield
+    except (FloatingPointError, SaveError) as error:
+        fail(error)
+    except (OSError, SafetensorError) as error:
+        fail(save_error(error, "the model", trainer.args.output_dir))
+    number = trainer.stop_signals.received
+    if number is not None:
+        name, step = signal.Signals(number).name, trainer.state.global_step
+        say(f"\nStopped by {name} after step {step}; go on with --resume_from_checkpoint true")
+        raise SystemExit(128 + number)
 
 
 def move_aside(args: TrainingArguments) -> str | None:

@@ -21,7 +21,7 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
 from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.data import check_table, hold_out, read_table
+from trainer.data import check_table, hold_out, join_tables, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
 from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
@@ -55,10 +55,10 @@ class ModelArguments:
 class DataArguments:
     """What it is trained and evaluated on."""
 
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
         metadata={"help": "csv, tsv, jsonl or parquet, each also .gz, with columns (anchor, positive[, negative, "
-                  "negative_1, ...]) or (sentence1, sentence2, score)."},
+                  "negative_1, ...]) or (sentence1, sentence2, score). Of several files each batch comes from one."},
     )  # fmt: skip
     dataset_name: str | None = field(
         default=None,
@@ -74,7 +74,9 @@ class DataArguments:
         metadata={"help": "Rows to evaluate on: at most this many of python-docs, and held out of the training rows (a "
                   "tenth at most) where no evaluation data are named; 0 for no evaluation."},
     )  # fmt: skip
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn by the seed."})
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on this many rows (of each file), drawn by the seed."}
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
@@ -93,7 +95,7 @@ def main(argv=None) -> None:
         resume = common.find_checkpoint(args)
         common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_tables(data_args, args)
-        _check_batches(args, len(train))
+        _check_batches(args, sum(map(len, train)))
         encoder = _load_model(model_args, args)
         model = _add_adapters(encoder, model_args)
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
@@ -102,8 +104,10 @@ def main(argv=None) -> None:
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
-    trainer.train(resume_from_checkpoint=resume)
-    encoder = _save(trainer, model_args)
+    with common.training_errors(trainer):
+        trainer.train(resume_from_checkpoint=resume)
+    with common.training_errors(trainer):
+        encoder = _save(trainer, model_args)
     results = {"model": args.output_dir}
     if tasks:
         _report(trainer, encoder, tasks, before, results)
@@ -117,7 +121,7 @@ def main(argv=None) -> None:
 
 
 def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
-    """The checked training table, and the one to evaluate on or None."""
+    """The checked training tables, and the one to evaluate on or None."""
     if (data.train_file is None) == (data.dataset_name is None):
         raise ValueError("train_file: name the training data with either --train_file or --dataset_name")
     evaluation = None
@@ -125,25 +129,31 @@ def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
         with args.main_process_first(desc="reading the Python documentation"):
             train, evaluation = python_docs()
         evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.eval_rows, len(evaluation))))
+        tables = [train]
     elif data.dataset_name is not None:
-        train = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)
+        tables = [datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)]
         if data.eval_split is not None:
             evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
     else:
-        train = read_table(data.train_file)
+        tables = [read_table(path) for path in data.train_file]
     if data.eval_file is not None:
         evaluation = read_table(data.eval_file, "eval_file")
-    train = check_table(train, "train_file" if data.train_file else "dataset_name")
+    tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
     if evaluation is not None:
         evaluation = check_table(evaluation, "eval_file") if data.eval_rows else None
-    elif data.eval_rows and len(train) > 1:
-        train, evaluation = hold_out(train, max(1, min(data.eval_rows, len(train) // 10)), args.seed)
+    elif data.eval_rows and min(map(len, tables)) > 1:
+        share = data.eval_rows // len(tables)
+        pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
+        tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
         common.say(
             f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)"
         )
-    if data.max_train_rows is not None and data.max_train_rows < len(train):
-        train = train.shuffle(seed=args.seed).select(range(data.max_train_rows))
-    return train, evaluation
+    limit = data.max_train_rows
+    if limit is not None:
+        tables = [
+            table.shuffle(seed=args.seed).select(range(limit)) if limit < len(table) else table for table in tables
+        ]
+    return tables, evaluation
 
 
 def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
@@ -233,7 +243,7 @@ def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_arg
     backbone, folder = model_args.model_name_or_path, trainer.args.output_dir
     is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
     texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
-    data = os.path.basename(data_args.train_file) if data_args.train_file else data_args.dataset_name
+    data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
     on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
     source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
     return Run(

@@ -80,17 +80,18 @@ def main(argv=None) -> None:
         train, evaluation = _load_texts(data_args, args, tokenizer, length)
         trainer = SmaeTrainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation)
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
-    if evaluation is not None and not resume:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    metrics = trainer.evaluate() if evaluation is not None else {}
+    before = trainer.evaluate() if evaluation is not None else {}
+    with common.training_errors(trainer):
+        trainer.train(resume_from_checkpoint=resume)
     encoder = os.path.join(args.output_dir, "encoder")
-    if args.should_save:
-        trainer.model.save_encoder(encoder)
+    with common.training_errors(trainer):
+        trainer.save_model()
+        if args.should_save:
+            trainer.model.save_encoder(encoder)
+    metrics = trainer.evaluate() if evaluation is not None else {}
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-        _report(trainer, metrics, args.output_dir)
+        _report(trainer, before, metrics, args.output_dir)
         common.remove(previous)
         print(f"\nFine-tune it: accelerate launch run_scripts/finetune.py --model_name_or_path {encoder} ...")
 
@@ -132,15 +133,14 @@ def _load_texts(data: DataArguments, args: SmaeTrainingArguments, tokenizer, len
     return (endless(train, args.seed) if data.streaming else train), evaluation
 
 
-def _report(trainer: SmaeTrainer, metrics: dict, folder: str) -> None:
+def _report(trainer: SmaeTrainer, before: dict, metrics: dict, folder: str) -> None:
     """Print the masked accuracy of each size before and after, beside the most frequent token's share."""
     if not metrics:
         return
-    common.write_json(os.path.join(folder, "results.json"), metrics)
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    common.write_json(os.path.join(folder, "results.json"), {"before": before, "after": metrics})
     columns = {}
     for kind, title in (("mlm", "MLM"), ("mae", "MAE")):
-        for when, entry in (("before", history[0]), ("after", metrics)):
+        for when, entry in (("before", before), ("after", metrics)):
             columns[f"{title} {when}"] = {s: entry[f"eval_accuracy_{kind}_{s}"] for s in trainer.ladder}
     print("\nMasked tokens found, of 1:\n")
     print(common.score_table(columns, trainer.model.ladder, "size"))

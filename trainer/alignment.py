@@ -2,8 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .losses import SCALE
+
+# Similarities that score_kl holds at once (1 MB in float32).
+_BLOCK_SCORES = 2**18
 
 
 def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -24,13 +28,28 @@ def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def score_kl(student: torch.Tensor, teacher: torch.Tensor, scale: float = SCALE) -> torch.Tensor:
     """KL(teacher || student) between softmaxes over each row's similarities to all other rows, mean over rows.
 
-    Starbucks' retrieval code does this on query-document scores. The diagonal (each row with itself) is left out.
+    Starbucks' retrieval code does this on query-document scores. The diagonal (each row with itself) is left out. Many
+    rows are taken in blocks whose matrices are made again in the backward pass, so that none is kept.
 
     Args:
         student: (rows, d), teacher: (rows, D), unit norm; d and D may differ.
     """
-    teacher = teacher.detach()
-    return _kl(_off_diagonal(scale * student @ student.T), _off_diagonal(scale * teacher @ teacher.T))
+    teacher, rows = teacher.detach(), len(student)
+    block = max(1, _BLOCK_SCORES // rows)
+    if rows <= block:
+        return _score_kl_rows(student, teacher, scale, 0, rows)
+    shares = [
+        checkpoint(_score_kl_rows, student, teacher, scale, start, block, use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, rows, block)
+    ]
+    return torch.stack(shares).sum()
+
+
+def _score_kl_rows(student: torch.Tensor, teacher: torch.Tensor, scale: float, start: int, count: int) -> torch.Tensor:
+    """What `count` rows from `start` on add to the mean over all rows."""
+    rows = slice(start, start + count)
+    scores = [_without_self(scale * side[rows] @ side.T, start) for side in (student, teacher)]
+    return _kl(*scores) * (len(scores[0]) / len(student))
 
 
 def pca_distance(state: torch.Tensor, dim: int) -> torch.Tensor:
@@ -56,10 +75,10 @@ def pca(state: torch.Tensor, dim: int) -> torch.Tensor:
     return state @ (directions * largest.sign() * strengths[:dim])
 
 
-def _off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    size = len(matrix)
-    keep = ~torch.eye(size, dtype=torch.bool, device=matrix.device)
-    return matrix[keep].view(size, size - 1)
+def _without_self(scores: torch.Tensor, start: int) -> torch.Tensor:
+    """Row i's score with itself, in column start + i, gets a value whose softmax and gradient are zero."""
+    scores.diagonal(offset=start).fill_(-1e4)
+    return scores
 
 
 def _kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .losses import LOSSES, SCALE
 from .objectives import ALIGNMENTS, OBJECTIVES
+from .sampling import BATCH_SAMPLERS, MIXINGS
 
 logger = logging.get_logger(__name__)
 
@@ -25,13 +26,39 @@ def cpu_has_bf16() -> bool:
 
 
 @dataclass
-class TwoDMSETrainingArguments(TrainingArguments):
-    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+class ElasticTrainingArguments(TrainingArguments):
+    """What both kinds of training share."""
 
-    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
     sizes: list[str] | None = field(
         default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(
+        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+            self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
+            if self.bf16:
+                logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        super().__post_init__()
+
+
+@dataclass
+class TwoDMSETrainingArguments(ElasticTrainingArguments):
+    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+
+    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
     alignment: str | None = field(
         default=None,
         metadata={"help": "What smaller sizes learn from the largest: none, feature_kl or score_kl. "
@@ -55,22 +82,30 @@ class TwoDMSETrainingArguments(TrainingArguments):
         default=6,
         metadata={"help": "Groups of similar length that the rows of a step run in, inside one call of the model."},
     )
+    gather_negatives: bool = field(
+        default=True,
+        metadata={"help": "With several processes, compute the loss on the rows of all of them; off, each process sees "
+                  "its own negatives and pairs alone."},
+    )  # fmt: skip
+    gradient_cache_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples that run through the model at a time, for batches that do not fit into memory: the "
+                  "loss is still that of the whole batch, for a third more time. Default: all at once."},
+    )  # fmt: skip
+    batch_sampler: str = field(
+        default="random",
+        metadata={"help": "Which examples meet in a step: random; no_duplicates: no text in two examples of a step, "
+                  "where it would be its own negative; group_by_length: examples of similar length."},
+    )  # fmt: skip
+    mixing: str = field(
+        default="proportional",
+        metadata={"help": "With several training files each batch comes from one: proportional to their rows, or "
+                  "round_robin, until the first is used up."},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(
-        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
-    )
-    save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
     )
     load_best_model_at_end: bool | None = field(
         default=None,
@@ -90,6 +125,8 @@ class TwoDMSETrainingArguments(TrainingArguments):
                 ("objective", self.objective, tuple(OBJECTIVES)),
                 ("alignment", self.alignment or "none", ALIGNMENTS),
                 ("loss", self.loss or "infonce", LOSSES),
+                ("batch_sampler", self.batch_sampler, BATCH_SAMPLERS),
+                ("mixing", self.mixing, MIXINGS),
             )
             if value not in allowed
         ]
@@ -100,12 +137,16 @@ class TwoDMSETrainingArguments(TrainingArguments):
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
                 ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
+                (
+                    "gradient_cache_chunk_size",
+                    1 if self.gradient_cache_chunk_size is None else self.gradient_cache_chunk_size,
+                    1,
+                ),
             )
-            if value < least
+            if value is not None and value < least
         ]
         if faults:
             raise ValueError("; ".join(faults))
-        _choose_bf16(self)
         if self.load_best_model_at_end is None:
             same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
             self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
@@ -113,14 +154,11 @@ class TwoDMSETrainingArguments(TrainingArguments):
 
 
 @dataclass
-class SmaeTrainingArguments(TrainingArguments):
+class SmaeTrainingArguments(ElasticTrainingArguments):
     """Arguments of [`SmaeTrainer`]. The defaults that differ from transformers' are those of Starbucks' SMAE: learning
     rate 1e-4 on a cosine, weight decay 1e-3, warm-up over the first 0.05, masks 0.2 and 0.4; and as above, bf16 where
     the CPU has it, unused columns kept, checkpoints and evaluations at each quarter."""
 
-    sizes: list[str] | None = field(
-        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
-    )
     mlm_probability: float = field(default=0.2, metadata={"help": "Share of words masked for the encoder."})
     decoder_mlm_probability: float = field(default=0.4, metadata={"help": "Share of words masked for the decoder."})
     max_length: int = field(
@@ -133,18 +171,6 @@ class SmaeTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(
-        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
-    )
-    save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
     )
 
     def __post_init__(self):
@@ -160,13 +186,4 @@ class SmaeTrainingArguments(TrainingArguments):
             faults.append(f"max_length: {self.max_length} is not allowed; use a number of at least 8")
         if faults:
             raise ValueError("; ".join(faults))
-        _choose_bf16(self)
         super().__post_init__()
-
-
-def _choose_bf16(args: TrainingArguments) -> None:
-    if args.bf16 is None:
-        on_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        args.bf16 = on_cpu and not args.fp16 and cpu_has_bf16()
-        if args.bf16:
-            logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")

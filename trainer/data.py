@@ -20,6 +20,7 @@ FORMATS = {
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+# Numbered negatives may be empty: not every row has as many.
 ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
 
 
@@ -65,8 +66,21 @@ def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
         if name == "score":
             table = _check_scores(table, argument)
         else:
-            _check_texts(table, name, argument)
+            _check_texts(table, name, argument, optional=name.startswith("negative_"))
     return table
+
+
+def join_tables(tables: Sequence[Dataset]) -> Dataset:
+    """Checked tables one behind the other; ValueError if some have scores and others anchors.
+
+    Where one table has fewer columns of negatives than another, its rows have no text there.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    if len({"score" in table.column_names for table in tables}) == 2:
+        raise ValueError("train_file: files with scores and files with anchors cannot be trained together")
+    names = max((table.column_names for table in tables), key=len)
+    return datasets.concatenate_datasets(list(tables)).select_columns(names)
 
 
 def text_columns(table: Dataset) -> list[str]:
@@ -103,8 +117,8 @@ class PairCollator:
         columns: the text columns in the order of their roles.
         max_length: in tokens.
 
-    Returns (per call): `input_ids`, `attention_mask` (num_columns * B, length), `num_columns`, and `scores` (B,)
-    where the examples carry a score.
+    Returns (per call): `input_ids`, `attention_mask` (rows, length), `counts` (rows of each column; a row without a
+    text in a column of negatives adds none), and `scores` (B,) where the examples carry a score.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
@@ -113,13 +127,14 @@ class PairCollator:
         self.max_length = max_length
 
     def __call__(self, examples: list[dict]) -> dict:
-        texts = [example[column] for column in self.columns for example in examples]
+        columns = [[example[column] for example in examples if example[column]] for column in self.columns]
+        texts = [text for column in columns for text in column]
         batch = self.tokenizer(
             texts, truncation=True, max_length=self.max_length, padding=True, padding_side="right", return_tensors="pt"
         )
         known = ("input_ids", "attention_mask", "token_type_ids")
         output = {key: batch[key] for key in known if key in batch}
-        output["num_columns"] = len(self.columns)
+        output["counts"] = tuple(map(len, columns))
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
         return output
@@ -134,13 +149,15 @@ def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
     raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
 
 
-def _check_texts(table: Dataset, name: str, argument: str) -> None:
+def _check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
     column = table.with_format("arrow")[:][name]
+    if optional and str(column.type) == "null":
+        return
     if str(column.type) not in ("string", "large_string"):
         raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
     count = pc.sum(empty).as_py()
-    if count:
+    if count and not optional:
         row = pc.index(empty, True).as_py()
         raise ValueError(
             f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows"

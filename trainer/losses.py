@@ -13,17 +13,18 @@ class Rows:
     """What the rows of a batch of texts are to each other.
 
     Args:
-        num_columns: texts an example. Rows are column-major: all anchors, then all positives, then all first
-            negatives, ...; or all first sentences, then all second ones. Example i of column c is row c * B + i.
-        scores: (B,) similarity of each sentence pair, None for anchors and positives.
+        counts: rows of each column, which stand one behind the other: all anchors, then all positives, then all first
+            negatives, ...; or all first sentences, then all second ones. Row i of the first column belongs to row i of
+            the second; columns of negatives may be shorter, since they are negatives of every anchor.
+        scores: (counts[0],) similarity of each sentence pair, None for anchors and positives.
     """
 
-    num_columns: int
+    counts: tuple[int, ...]
     scores: torch.Tensor | None = None
 
     def columns(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(num_columns * B, dim) as num_columns times (B, dim)."""
-        return embeddings.chunk(self.num_columns)
+        """(sum of counts, dim) as one tensor a column."""
+        return embeddings.split(self.counts)
 
 
 def infonce(
@@ -101,7 +102,7 @@ def base_loss(name: str, embeddings: torch.Tensor, rows: Rows, scale: float = SC
     columns = rows.columns(embeddings)
     if name == "infonce":
         targets = torch.arange(len(columns[0]), device=embeddings.device)
-        return infonce(columns[0], torch.cat(columns[1:]), targets, scale)
+        return infonce(columns[0], embeddings[len(columns[0]) :], targets, scale)
     if name == "cosine_mse":
         return cosine_mse(*columns, rows.scores)
     return SCORE_LOSSES[name](*columns, rows.scores, scale)

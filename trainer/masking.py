@@ -82,6 +82,9 @@ class MaskingCollator:
         seed, process_index: of the run.
         pad_to_multiple_of: of the batch's length.
 
+    `epoch` is set from outside; with `hides_all`, for measuring, every chosen token becomes the mask token: one that is
+    left as it is (0.1 of them in training) would be found by copying it.
+
     Examples are {"text": str}, or {"input_ids": [...], "words": [...]} without special tokens; those of an endless
     stream carry a "position", which takes the epoch's place.
     """
@@ -104,6 +107,7 @@ class MaskingCollator:
         self.process_index = process_index
         self.pad_to_multiple_of = pad_to_multiple_of
         self.epoch = 0
+        self.hides_all = False
         special = set(tokenizer.all_special_ids)
         self.replacements = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
         self.before, self.after = special_tokens_around(tokenizer)
@@ -153,6 +157,8 @@ class MaskingCollator:
         labels = tokens.masked_fill(~mask, IGNORED)
         fate = torch.rand(tokens.shape, generator=generator)
         draw = torch.randint(len(self.replacements), tokens.shape, generator=generator)
+        if self.hides_all:
+            return tokens.masked_fill(mask, self.tokenizer.mask_token_id), labels
         hidden = tokens.masked_fill(mask & (fate < MASKED_SHARE), self.tokenizer.mask_token_id)
         random = mask & (fate >= MASKED_SHARE) & (fate < MASKED_SHARE + RANDOM_SHARE)
         return torch.where(random, self.replacements[draw], hidden), labels

@@ -6,7 +6,7 @@ a loss. Nothing else enters, which is what makes gathering across processes and 
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -159,50 +159,88 @@ OBJECTIVES = {
 DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
 
 
-def plan_loss(
-    plan: Plan,
-    states: torch.Tensor,
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    layers: Sequence[int] | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a step.
+def plan_parts(
+    plan: Plan, states: Sequence[torch.Tensor], rows: Rows, loss: str, scale: float = SCALE
+) -> Iterator[tuple[str, float, torch.Tensor]]:
+    """The parts of a step's loss, one after the other.
 
     Args:
         plan: what to compute.
-        states: (len(layers), rows, hidden) pooled states, raw.
+        states: one (rows, hidden) of pooled states, raw, for each of plan.layers.
         rows: the roles of the rows.
         loss: name of the base loss.
-        layers: the exits that `states` holds; `plan.layers` when left out.
 
-    Returns:
-        the weighted sum, and each part by name (`loss/2x64`, `alignment/2x64`), detached and without its weight.
+    Yields:
+        name (`loss/2x64`, `alignment/2x64`), weight and value. The parts share the states alone, so that each can be
+        gone backward from, and its graph dropped, before the next is made.
     """
-    state = dict(zip(layers or plan.layers, states.float(), strict=True))
-    embeddings: dict[Size, torch.Tensor] = {}
+    if len(states) != len(plan.layers):
+        raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
+
+    def state(num_layers: int) -> torch.Tensor:
+        return states[plan.layers.index(num_layers)].float()
 
     def embedding(size: Size) -> torch.Tensor:
-        if size not in embeddings:
-            embeddings[size] = cut_and_normalize(state[size.num_layers], size.dim)
-        return embeddings[size]
+        return cut_and_normalize(state(size.num_layers), size.dim)
 
-    total, parts = states.new_zeros((), dtype=torch.float32), {}
     for size, weight in plan.terms:
-        name = f"loss/{size}"
-        value = base_loss(loss, embedding(size), rows, scale)
-        total, parts[name] = total + weight * value, value.detach()
+        yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for kind, student, teacher, weight in plan.alignments:
-        value = _distance(kind, student, teacher, state, embedding, scale)
-        total, parts[f"alignment/{student}"] = total + weight * value, value.detach()
-    return total, parts
+        yield f"alignment/{student}", weight, _distance(kind, student, teacher, state, embedding, scale)
+
+
+@torch.enable_grad()
+def plan_gradient(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """The loss of a step, from the arguments of `plan_parts`, with its gradient.
+
+    Returns:
+        the weighted sum, each part by name without its weight, and the gradient with respect to the states; none has a
+        graph. Part by part, so that the matrices of one size at a time are held.
+    """
+    gradient = torch.zeros_like(states)
+    # One leaf an exit, which adds to its own slice: the gradient of an index would be as large as all exits.
+    leaves = [state.detach().requires_grad_() for state in states]
+    for leaf, slot in zip(leaves, gradient, strict=True):
+        leaf.grad = slot
+    total, parts = states.new_zeros((), dtype=torch.float32), {}
+    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale):
+        (weight * value).backward()
+        total, parts[name] = total + weight * value.detach(), value.detach()
+    return total, parts, gradient
+
+
+def plan_loss(
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a step, to go backward from, and each part by name; from the arguments of `plan_parts`."""
+    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale)
+    return _WithGradient.apply(states, total, gradient), parts
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to the states is known already, and is used up by going backward once."""
+
+    @staticmethod
+    def forward(ctx, states, value, gradient):
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_value):
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("plan_loss: its loss can be gone backward from once")
+        return gradient.mul_(grad_value), None, None
 
 
 def _distance(kind, student: Size, teacher: Size, state, embedding, scale) -> torch.Tensor:
     if kind == "pca":
-        return pca_distance(state[student.num_layers], student.dim)
+        return pca_distance(state(student.num_layers), student.dim)
     if kind == "raw_feature_kl":
-        return feature_kl(state[student.num_layers], state[teacher.num_layers])
+        return feature_kl(state(student.num_layers), state(teacher.num_layers))
     if kind == "feature_kl":
         return feature_kl(embedding(student), embedding(Size(teacher.num_layers, student.dim)))
     return score_kl(embedding(student), embedding(teacher), scale)

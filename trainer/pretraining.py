@@ -4,28 +4,21 @@ from collections.abc import Iterator
 
 import torch
 from datasets import IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
 
 from .arguments import SmaeTrainingArguments
+from .callbacks import StopSignals, TellEpoch
+from .checkpoints import CheckpointMixin
 from .masking import IGNORED, MaskingCollator
 from .part_log import PartLogMixin
+from .sampling import BlockSampler
 
 PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
 
 
-class TellEpoch(TrainerCallback):
-    """Tells the collator which epoch it draws masks for; a stream has one, and numbers its rows instead."""
-
-    def __init__(self, collator: MaskingCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class SmaeTrainer(PartLogMixin, Trainer):
+class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
     """
     Pre-trains a [`StarbucksForMaskedAutoencoding`].
 
@@ -65,6 +58,7 @@ class SmaeTrainer(PartLogMixin, Trainer):
             args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be dispatched
         if eval_dataset is None:
             args.eval_strategy = "no"
+        self.stop_signals = StopSignals()
         self.ladder = [str(size) for size in model.ladder]
         super().__init__(
             model=model,
@@ -73,9 +67,18 @@ class SmaeTrainer(PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[TellEpoch(collator), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+
+    def _get_train_sampler(self, train_dataset=None):
+        world = self.args.world_size
+        if world == 1:
+            return super()._get_train_sampler(train_dataset)
+        # Unlike the usual sampler under accelerate, this one finds its order again in a resumed later epoch.
+        sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; every size's parts are logged."""
@@ -85,14 +88,15 @@ class SmaeTrainer(PartLogMixin, Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Score every size on texts whose masks are the same each time.
+        """Score every size on texts whose masks are the same each time and hide every token that is asked for.
 
         Returns:
             `eval_loss`, and for each size `eval_loss_mlm_1x32`, `eval_loss_mae_1x32`, `eval_accuracy_mlm_1x32`,
             `eval_accuracy_mae_1x32`, means over all masked tokens; `eval_unigram_mlm` and `eval_unigram_mae`, what
             always naming the most frequent of the masked tokens would score.
         """
-        epoch, self.data_collator.epoch = self.data_collator.epoch, 0
+        collator = self.data_collator
+        epoch, collator.epoch, collator.hides_all = collator.epoch, 0, True
         training = self.model.training
         self.model.eval()
         totals = dict.fromkeys(PARTS, 0.0)
@@ -109,7 +113,7 @@ class SmaeTrainer(PartLogMixin, Trainer):
                 for part in (f"loss_{kind}", f"accuracy_{kind}"):
                     totals[part] += output[part].double().cpu() * len(labels)
         self.model.train(training)
-        self.data_collator.epoch = epoch
+        collator.epoch, collator.hides_all = epoch, False
         metrics = self._metrics(totals, words, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

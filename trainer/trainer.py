@@ -1,37 +1,36 @@
 """TwoDMSETrainer: transformers' Trainer with an elastic loss and an evaluation at every size."""
 
+import contextlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
-from .data import PairCollator, check_table, rescale_scores, text_columns
+from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
+from .checkpoints import CheckpointMixin
+from .data import PairCollator, check_table, join_tables, rescale_scores, text_columns
+from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
+from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
-from .objectives import Objective, plan_loss
+from .objectives import Objective, Plan, plan_gradient, plan_loss
 from .part_log import PartLogMixin
+from .sampling import BlockSampler
 
 logger = logging.get_logger(__name__)
 
 Task = StsData | RetrievalData
 
 
-class EvaluateLastStep(TrainerCallback):
-    """Evaluates after the last step too, so that the final weights compete for the best checkpoint."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True
-
-
-class TwoDMSETrainer(PartLogMixin, Trainer):
+class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     """
     Trains a [`TwoDMSEModel`] on tables of texts.
 
@@ -39,7 +38,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         model: the model, or a peft model around it.
         args: [`TwoDMSETrainingArguments`].
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
-            (sentence1, sentence2, score).
+            (sentence1, sentence2, score), or a list of such, of which each batch draws from one.
         eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
             Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
         processing_class: the tokenizer; the model's own when left out.
@@ -56,7 +55,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         self,
         model: PreTrainedModel,
         args: TwoDMSETrainingArguments,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class=None,
         **kwargs,
@@ -67,8 +66,11 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
         self.encoder.tokenizer = tokenizer
         columns = None
+        self.train_tables = []
         if train_dataset is not None:
-            train_dataset = check_table(train_dataset, "train_dataset")
+            tables = [train_dataset] if isinstance(train_dataset, Dataset) else train_dataset
+            self.train_tables = [check_table(table, "train_dataset") for table in tables]
+            train_dataset = join_tables(self.train_tables)
             args.loss = resolve_loss(args.loss, train_dataset, self.ladder, args.objective)
             if args.loss == "cosine_mse":
                 train_dataset, highest = rescale_scores(train_dataset)
@@ -91,6 +93,7 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
+        self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and columns is not None:
             collator = PairCollator(tokenizer, columns, min(args.max_length, self.encoder.max_length))
@@ -101,19 +104,82 @@ class TwoDMSETrainer(PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+        if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
+            raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        world = args.world_size
+        plain = args.batch_sampler == "random" and len(self.train_tables) == 1
+        if plain and (world == 1 or args.train_sampling_strategy == "sequential"):
+            return super()._get_train_sampler(train_dataset)
+        sampler = BlockSampler(
+            self.train_tables,
+            args.train_batch_size * world,
+            args.batch_sampler,
+            args.mixing,
+            args.seed,
+            # With several processes accelerate fills up the last batches with rows from the start.
+            keep_last=not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates"),
+        )
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
-        inputs = dict(inputs)
-        rows = Rows(inputs.pop("num_columns"), inputs.pop("scores", None))
-        plan = self.objective.plan(self._step_generator())
+        inputs, rows, plan = self._step(inputs)
         outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets)
-        loss, parts = plan_loss(plan, outputs.layer_embeddings, rows, self.args.loss, self.args.loss_scale)
+        states = outputs.layer_embeddings
+        if self.args.gather_negatives:
+            states, rows = gather_rows(states, rows)
+        loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale)
+        self._check_finite(loss, parts)
         self.record(parts)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one batch, in chunks where `gradient_cache_chunk_size` is set."""
+        if self.args.gradient_cache_chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs, rows, plan = self._step(self._prepare_inputs(inputs))
+
+        def forward(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return model(**chunk, layers=plan.layers).layer_embeddings
+
+        cached = CachedForward(forward, inputs, len(rows.counts) * self.args.gradient_cache_chunk_size)
+        states = cached.states().requires_grad_()
+        joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale)
+        self._check_finite(loss, parts)
+        self.record(parts)
+        joined.backward(gradient / self.current_gradient_accumulation_steps)
+
+        def run(scalar: Callable[[], torch.Tensor], last: bool) -> None:
+            # Gradients travel between processes once, with the last chunk.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.backward(scalar())
+
+        cached.backward(states.grad, run)
+        return loss / self.current_gradient_accumulation_steps
+
+    def _step(self, inputs: dict) -> tuple[dict, Rows, Plan]:
+        """The model's inputs, the roles of their rows, and what the objective does in this step."""
+        inputs = dict(inputs)
+        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None))
+        return inputs, rows, self.objective.plan(self._step_generator())
+
+    def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        if not torch.isfinite(loss):
+            names = [name for name, value in parts.items() if not torch.isfinite(value)]
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}, from {', '.join(names)}; the last "
+                "checkpoint is kept: lower the learning rate, or go on from there without half precision"
+            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Score every ladder size on the evaluation tasks.

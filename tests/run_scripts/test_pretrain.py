@@ -43,8 +43,9 @@ def test_end_to_end_and_on_to_fine_tuning(settings, tmp_path, capsys):
     run(settings | {"--eval_file": settings["--train_file"], "--logging_steps": ["1"], "--packing": ["true"]})
     printed, out = capsys.readouterr().out, tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
-    assert f"{results['eval_accuracy_mae_2x16']:.4f}" in printed
-    assert f"{results['eval_unigram_mlm']:.4f}" in printed
+    assert results["before"]["eval_loss"] != results["after"]["eval_loss"]
+    for name in ("eval_accuracy_mae_2x16", "eval_unigram_mlm"):
+        assert f"{results['after'][name]:.4f}" in printed
     state = json.loads((out / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss_mae/2x16" in entry] == [1, 2, 3, 4]
     whole = StarbucksForMaskedAutoencoding.from_pretrained(out)

@@ -102,5 +102,5 @@ def test_collator_lays_out_columns_one_after_another(tokenizer):
         length = int(batch["attention_mask"][row].sum())
         assert batch["input_ids"][row, :length].tolist() == expected
         assert batch["attention_mask"][row, :length].all()  # padding is on the right
-    assert batch["num_columns"] == 2
+    assert batch["counts"] == (2, 2)
     assert torch.equal(batch["scores"], torch.tensor([0.0, 1.0]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_2dmse.pooling import cut_and_normalize
+from trainer import alignment
 from trainer.alignment import feature_kl, pca, pca_distance, score_kl
 from trainer.losses import Rows, angle, base_loss, cosent, cosine_mse, infonce
 
@@ -28,7 +29,7 @@ def test_infonce_with_hard_negatives():
     for i in range(5):
         logits = [20 * cosine(a[i], c) for c in [*p, *n]]
         expected -= logits[i] - math.log(sum(math.exp(x) for x in logits))
-    assert base_loss("infonce", torch.cat((a, p, n)), Rows(3)).item() == pytest.approx(expected / 5, abs=1e-10)
+    assert base_loss("infonce", torch.cat((a, p, n)), Rows((5, 5, 5))).item() == pytest.approx(expected / 5, abs=1e-10)
     # targets name the positive wherever it stands
     moved = infonce(a, torch.cat((n, p)), torch.arange(5, 10))
     assert moved.item() == pytest.approx(expected / 5, abs=1e-10)
@@ -86,6 +87,21 @@ def test_feature_kl():
     assert feature_kl(s, t).item() == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.parametrize("scores", [1, 30, 33, 71])
+def test_score_kl_in_blocks_equals_score_kl_at_once(scores, monkeypatch):
+    t = torch.nn.functional.normalize(vectors(10, 8, 1), dim=-1)
+    results = []
+    for limit in (10_000, scores):
+        monkeypatch.setattr(alignment, "_BLOCK_SCORES", limit)
+        s = vectors(10, 4, 0).requires_grad_()
+        value = score_kl(torch.nn.functional.normalize(s, dim=-1), t)
+        value.backward()
+        results.append((value.detach(), s.grad))
+    assert results[0][1].abs().max() > 1e-3
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks)
+
+
 def test_score_kl_leaves_out_the_diagonal():
     s, t = vectors(4, 3, 0), vectors(4, 6, 1)
     expected = 0.0
@@ -122,7 +138,7 @@ def test_gradients_of_losses_at_a_size(loss):
 
     def at_size_4(x):
         embedding = torch.nn.functional.normalize(x[:, :4], dim=-1)
-        return base_loss(loss, embedding, Rows(2, scores), scale=2.0)
+        return base_loss(loss, embedding, Rows((len(x) // 2,) * 2, scores), scale=2.0)
 
     assert torch.autograd.gradcheck(at_size_4, raw)
     at_size_4(raw).backward()

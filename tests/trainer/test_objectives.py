@@ -14,7 +14,7 @@ from trainer.objectives import OBJECTIVES, Objective, geometric_dims, plan_loss
 N, H = 4, 32
 LADDER = parse_ladder(["1x8", "2x16", "4x32"])
 STATES = torch.randn(N, 12, H, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-TRIPLETS = Rows(3)
+TRIPLETS = Rows((4, 4, 4))
 
 
 def objective(name, **kwargs) -> Objective:
@@ -133,7 +133,7 @@ def test_the_teacher_gets_no_gradient_from_the_alignment(name, alignment):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("base", ["infonce", "cosent", "angle", "cosine_mse"])
 def test_every_objective_takes_every_loss(name, base):
-    rows = TRIPLETS if base == "infonce" else Rows(2, torch.linspace(0, 1, 6))
+    rows = TRIPLETS if base == "infonce" else Rows((6, 6), torch.linspace(0, 1, 6))
     states = STATES.clone().requires_grad_()
     spec = objective(name, compression_dim=16)
     total, parts = compute(spec, states=states, rows=rows, loss=base)

@@ -93,8 +93,12 @@ def test_evaluation_is_the_mean_over_all_masked_tokens_and_the_same_each_time(ti
     trainer.data_collator.epoch = 5
     assert trainer.evaluate() == first
     assert trainer.data_collator.epoch == 5
-    trainer.data_collator.epoch = 0
+    assert not trainer.data_collator.hides_all
+    trainer.data_collator.epoch, trainer.data_collator.hides_all = 0, True
     batches = list(trainer.get_eval_dataloader())
+    for batch in batches:
+        masked = batch["labels"] != -100
+        assert (batch["input_ids"][masked] == model.encoder.tokenizer.mask_token_id).all()
     with torch.no_grad():
         outputs = [model.eval()(**batch) for batch in batches]
     counts = [int((batch["labels"] != -100).sum()) for batch in batches]

@@ -1,0 +1,102 @@
+"""What the gradient cache and the loss cost in memory and time."""
+
+import statistics
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+
+from modeling_2dmse import Size
+from run_scripts import common
+from run_scripts.measure import allocated_at_peak, in_a_fresh_process, peak_memory
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.losses import Rows
+from trainer.objectives import Objective, plan_loss
+
+EXAMPLES, CHUNK, LENGTH = 2048, 64, 32
+QUERIES, DOCUMENTS, DIM = 128, 1024, 768
+
+
+def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
+    """Peak memory and time of a cached step on 2,048 triplets, and peak memory of the loss alone."""
+    peaks = {side: in_a_fresh_process(_measure_peak, side, name_or_path, sizes) for side in ("cached", "plain")}
+    print(f"peak: cached {peaks['cached']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
+    cached, plain = (make_step(side, name_or_path, sizes) for side in ("cached", "plain"))
+    plain(0)  # the first step pays for memory and threads
+    ratios = []
+    for _ in range(runs):
+        seconds = [_seconds(lambda: cached(0)), _seconds(lambda: [plain(i) for i in range(EXAMPLES // CHUNK)])]
+        ratios.append(seconds[0] / seconds[1])
+        print(f"step: cached {seconds[0]:.1f} s, plain {seconds[1]:.1f} s", flush=True)
+    shape = {"examples": EXAMPLES, "chunk": CHUNK, "length": LENGTH, "runs": runs}
+    unit = QUERIES * DOCUMENTS * 6 * 4
+    return [
+        {
+            "id": "memory.cache",
+            "ratio": peaks["cached"] / peaks["plain"],
+            "target": "<= 1.6",
+            "peaks_gb": peaks,
+            **shape,
+        },
+        {
+            "id": "memory.cache_time",
+            "ratio": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+            "target": "<= 1.7",
+            **shape,
+        },
+        {"id": "memory.loss", "ratio": loss_memory() / unit, "target": "<= 6", "unit_bytes": unit},
+    ]
+
+
+def make_step(side: str, name_or_path: str, sizes: list[str]):
+    """A function of the batch's number: forward and backward of 2,048 triplets in chunks, or of 64 at once."""
+    model = common.load_encoder(name_or_path, sizes)
+    row = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
+    args = TwoDMSETrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        sizes=sizes,
+        gradient_cache_chunk_size=CHUNK if side == "cached" else None,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+    )
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(row))
+    trainer.current_gradient_accumulation_steps = 1
+    examples = EXAMPLES if side == "cached" else CHUNK
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30_000, (3 * EXAMPLES, LENGTH), generator=generator)
+
+    def step(number: int) -> None:
+        rows = ids[3 * examples * number : 3 * examples * (number + 1)]
+        inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "counts": (examples,) * 3}
+        trainer.training_step(model, inputs)
+        model.zero_grad()
+
+    return step
+
+
+def loss_memory() -> int:
+    """Bytes that `starbucks` with score_kl holds at its peak, forward and backward, beyond the states' gradient."""
+    ladder = [Size(n, d) for n, d in zip(range(2, 13, 2), (32, 64, 128, 256, 512, 768), strict=True)]
+    plan = Objective("starbucks", ladder, 12, DIM, alignment="score_kl").plan(None)
+    torch.manual_seed(0)
+    states = torch.randn(len(ladder), QUERIES + DOCUMENTS, DIM, requires_grad=True)
+    rows = Rows((QUERIES,) * (1 + DOCUMENTS // QUERIES))
+    return allocated_at_peak(lambda: plan_loss(plan, states, rows, "infonce")[0].backward()) - states.nbytes
+
+
+def _measure_peak(side: str, name_or_path: str, sizes: list[str], pipe) -> None:
+    step = make_step(side, name_or_path, sizes)
+    for _ in range(1 if side == "cached" else 2):
+        step(0)
+    pipe.send(peak_memory())
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -1,0 +1,170 @@
+"""Add hard negatives to pairs, mined with a model at a cheap size: `python run_scripts/mine_negatives.py
+--model_name_or_path M --train_file pairs.csv --size 2x64 --output_file triplets.csv.gz`."""
+
+import contextlib
+import csv
+import gzip
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from datasets import Dataset
+
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse.encoding import check_batch_size
+from run_scripts import common
+from trainer.data import check_table, read_table
+from trainer.mining import MiningTask, NegativeSelection, embed, mine, prepare, read_beir, read_documents
+
+FORMATS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass
+class MiningArguments:
+    """What is mined from what, and with what."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a TwoDMSE model or any text encoder."})
+    output_file: str = field(
+        metadata={"help": f"Table (anchor, positive, negative, negative_1, ...) to write: {', '.join(FORMATS)}."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Table (anchor, positive): csv, tsv, jsonl, parquet, also .gz."}
+    )
+    corpus_file: str | None = field(
+        default=None,
+        metadata={"help": "Where negatives come from: a table with a column text, or a corpus.jsonl of BEIR. "
+                  "Default: the positives of the table."},
+    )  # fmt: skip
+    beir_dir: str | None = field(
+        default=None, metadata={"help": "Folder in BEIR layout, in place of a table: a row for each relevant document."}
+    )
+    beir_split: str = field(
+        default="train",
+        metadata={"help": "Which qrels become rows; what others call relevant is never a negative either."},
+    )
+    size: str | None = field(
+        default=None, metadata={"help": "LAYERSxDIM to encode and search with. Default: the smallest of the ladder."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Texts a batch."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output file that exists."})
+
+
+def main(argv=None) -> None:
+    """Parse, read, encode, mine, write."""
+    with common.user_errors():
+        args, selection = common.Parser((MiningArguments, NegativeSelection)).parse(argv)
+        check_arguments(args)
+        task = read_task(args, selection)
+        model = common.load_encoder(args.model_name_or_path)
+        size = choose_size(model, args.size)
+        os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
+    print(f"{len(task.rows)} rows, {len(task.anchors)} anchors, {task.num_documents} documents; at {size}", flush=True)
+    started = time.perf_counter()
+    anchors, texts = (
+        embed(model, part, size, batch_size=args.batch_size, max_length=args.max_length)
+        for part in (task.anchors, task.texts)
+    )
+    negatives = mine(task, anchors, texts, selection)
+    with common.user_errors():
+        table = build_table(task, negatives, selection)
+        write_table(table, args.output_file)
+    print(f"{len(task.rows) - len(table)} rows dropped, with fewer than {selection.num_negatives} left ({selection})")
+    print(f"{len(table)} rows in {time.perf_counter() - started:.1f} s; written to {args.output_file}")
+
+
+def check_arguments(args: MiningArguments) -> None:
+    """ValueError for what can be told before anything is read."""
+    if (args.train_file is None) == (args.beir_dir is None):
+        raise ValueError("train_file: name the pairs with either --train_file or --beir_dir")
+    if args.beir_dir is not None and args.corpus_file is not None:
+        raise ValueError("corpus_file: the folder of --beir_dir has a corpus of its own; leave one of the two out")
+    if not args.output_file.lower().endswith(FORMATS):
+        raise ValueError(f"output_file: {args.output_file} has an unknown format; use one of {', '.join(FORMATS)}")
+    if os.path.isdir(args.output_file):
+        raise ValueError(f"output_file: {args.output_file} is a folder")
+    if os.path.exists(args.output_file) and not args.overwrite:
+        raise ValueError(f"output_file: {args.output_file} exists; choose another or pass --overwrite true")
+    check_batch_size(args.batch_size)
+    if args.max_length is not None and args.max_length < 1:
+        raise ValueError(f"max_length: {args.max_length} is not allowed; use a whole number from 1")
+
+
+def read_task(args: MiningArguments, selection: NegativeSelection) -> MiningTask:
+    """The rows and the corpus that the arguments name; ValueError if no row could ever get its negatives."""
+    if args.beir_dir is not None:
+        with named("beir_dir"):
+            pairs, corpus, known = read_beir(args.beir_dir, args.beir_split)
+        if not pairs:
+            raise ValueError(f"beir_dir: {args.beir_dir} has no relevant document in its split {args.beir_split}")
+    else:
+        table = check_table(read_table(args.train_file))
+        if "score" in table.column_names:
+            raise ValueError(f"train_file: {args.train_file} needs the columns (anchor, positive)")
+        pairs, known = list(zip(table["anchor"][:], table["positive"][:], strict=True)), []
+        corpus = read_documents(args.corpus_file) if args.corpus_file else [positive for _, positive in pairs]
+    task = prepare(pairs, corpus, known)
+    if task.num_documents < selection.range_min + selection.num_negatives:
+        raise ValueError(
+            f"range_min: skipping {selection.range_min} ranks leaves fewer than {selection.num_negatives} of the "
+            f"corpus, which has {task.num_documents} documents; lower --range_min or name a --corpus_file"
+        )
+    return task
+
+
+def choose_size(model: TwoDMSEModel, text: str | None) -> Size:
+    """The size that is asked for, by default the smallest of the model's ladder."""
+    if text is None:
+        return model.config.ladder[0]
+    with named("size"):
+        return parse_ladder([text], model.num_layers, model.config.hidden_size)[0]
+
+
+@contextlib.contextmanager
+def named(argument: str):
+    """Around a reader that names its errors after another script's argument, or not at all: name them after ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"^(\w+: )?", f"{argument}: ", str(error))) from error
+
+
+def build_table(task: MiningTask, negatives: torch.Tensor, selection: NegativeSelection) -> Dataset:
+    """The rows that got their negatives, as a training table; ValueError if there are none."""
+    kept = negatives[:, 0] >= 0
+    if not kept.any():
+        raise ValueError(
+            f"filters: no row has {selection.num_negatives} negatives left with {selection}; widen one of them"
+        )
+    anchors, positives = task.rows[kept].T.tolist()
+    columns = {"anchor": [task.anchors[i] for i in anchors], "positive": [task.texts[i] for i in positives]}
+    for place, numbers in enumerate(negatives[kept].T.tolist()):
+        columns["negative" if place == 0 else f"negative_{place}"] = [task.texts[i] for i in numbers]
+    return Dataset.from_dict(columns)
+
+
+def write_table(table: Dataset, path: str) -> None:
+    """Write atomically: a reader sees the old file or the whole new one. The same table gives the same bytes."""
+    partial, name = f"{path}.partial", path.lower()
+    with open(partial, "wb") as raw:
+        packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if name.endswith(".gz") else contextlib.nullcontext(raw)
+        with packed as file:
+            if name.endswith(".parquet"):
+                table.to_parquet(file)
+            elif name.endswith((".jsonl", ".jsonl.gz")):
+                table.to_json(file, force_ascii=False)
+            else:  # all quoted: a bare carriage return inside a text would end its row
+                table.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    main()

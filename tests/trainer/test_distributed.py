@@ -1,0 +1,269 @@
+"""Several processes = one process on the joined batch; cached gradients = plain gradients."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
+
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.losses import Rows
+from trainer.objectives import OBJECTIVES, plan_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
+TRIPLETS = {"anchor": SENTENCES[:12], "positive": SENTENCES[4:16], "negative": SENTENCES[8:20], "negative_1": SECOND}
+SCORED = {"sentence1": SENTENCES[:12], "sentence2": SENTENCES[4:16], "score": [0.3, 0.1, 0.9, 0.4, 0.8, 0.5] * 2}
+# Every objective with every alignment, and every loss.
+CASES = [
+    (objective, alignment, "infonce") for objective in OBJECTIVES for alignment in ("none", "feature_kl", "score_kl")
+]
+CASES += [(objective, None, loss) for objective in OBJECTIVES for loss in ("cosent", "angle", "cosine_mse")]
+
+
+def make_trainer(model, folder, objective, alignment, loss, **kwargs) -> TwoDMSETrainer:
+    args = TwoDMSETrainingArguments(
+        output_dir=str(folder),
+        sizes=LADDER,
+        objective=objective,
+        alignment=alignment,
+        loss=loss,
+        compression_dim=16,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        seed=3,
+        **kwargs,
+    )
+    rows = TRIPLETS if loss == "infonce" else SCORED
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows))
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def batch_of(trainer: TwoDMSETrainer, indices) -> dict:
+    return trainer.data_collator([trainer.train_dataset[index] for index in indices])
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def plain_step(trainer: TwoDMSETrainer, micro_batches) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by one process, without the trainer's own step: the mean over the micro-batches."""
+    model, total = trainer.encoder, 0.0
+    for index, indices in enumerate(micro_batches):
+        inputs = batch_of(trainer, indices)
+        rows = Rows(inputs.pop("counts"), inputs.pop("scores", None))
+        plan = trainer.objective.plan(random.Random(f"{trainer.args.seed}-0-{index}"))
+        states = model(**inputs, layers=plan.layers).layer_embeddings
+        loss, _ = plan_loss(plan, states, rows, trainer.args.loss, trainer.args.loss_scale)
+        (loss / len(micro_batches)).backward()
+        total += loss.item() / len(micro_batches)
+    return total, gradients(model)
+
+
+def assert_same(ours: dict, expected: dict) -> None:
+    assert set(ours) == set(expected)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def check_processes(start: str, folder: str) -> None:
+    """Run by each of several processes: every case, plain and cached, one batch and two accumulated ones."""
+    from modeling_2dmse import TwoDMSEModel
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    counts = [4, 3, 2][:world]  # uneven, as at the end of an epoch
+    for chunk in (None, 2):
+        for case in CASES:
+            model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
+            trainer = make_trainer(model, folder, *case, gradient_cache_chunk_size=chunk)
+            wrapped = trainer.accelerator.prepare(model)
+            assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+            own = range(sum(counts[:rank]), sum(counts[: rank + 1]))
+            joined = range(sum(counts))
+            for micro in (1, 2):
+                trainer._micro_step = (-1, 0)
+                trainer.current_gradient_accumulation_steps = micro
+                batches = [[(i + 5 * m) % 12 for i in own] for m in range(micro)]
+                loss = 0.0
+                for index, indices in enumerate(batches):
+                    trainer.accelerator.gradient_state._set_sync_gradients(index == micro - 1)
+                    with trainer.accelerator.no_sync(wrapped) if index < micro - 1 else torch.enable_grad():
+                        loss += trainer.training_step(wrapped, batch_of(trainer, indices)).item()
+                ours = gradients(wrapped)
+                expected = plain_step(trainer, [[(i + 5 * m) % 12 for i in joined] for m in range(micro)])
+                assert abs(loss - expected[0]) < 1e-5 * max(1, abs(expected[0])), (case, chunk, loss, expected[0])
+                assert_same(ours, expected[1])
+    check_alone(start, folder, rank, counts)
+    (Path(folder) / f"equal-{rank}").touch()
+
+
+def check_alone(start: str, folder: str, rank: int, counts: list[int]) -> None:
+    """Without gathering: the mean of what each process computes from its own rows."""
+    from modeling_2dmse import TwoDMSEModel
+
+    model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
+    trainer = make_trainer(model, folder, "starbucks", None, "infonce", gather_negatives=False)
+    wrapped = trainer.accelerator.prepare(model)
+    parts = [list(range(sum(counts[:r]), sum(counts[: r + 1]))) for r in range(len(counts))]
+    trainer.training_step(wrapped, batch_of(trainer, parts[rank]))
+    assert_same(gradients(wrapped), plain_step_mean(trainer, parts))
+
+
+def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str, torch.Tensor]:
+    every = [plain_step(trainer, [part])[1] for part in parts]
+    return {name: sum(gradient[name] for gradient in every) / len(every) for name in every[0]}
+
+
+def check_fsdp2(start: str, folder: str) -> None:
+    """Layers and embeddings spread over the processes: exits and gradients are those of the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from modeling_2dmse import TwoDMSEModel
+
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    whole, spread = (TwoDMSEModel.from_pretrained(start).eval() for _ in range(2))
+    units = [module for module in spread.modules() if type(module).__name__ in spread._no_split_modules]
+    assert len(units) == 5
+    for module in [*units, spread]:
+        fully_shard(module, mesh=mesh)
+    ids = torch.arange(20).reshape(4, 5) + 5
+    states = [model(ids, layers=(1, 2, 4), num_buckets=2).layer_embeddings for model in (whole, spread)]
+    torch.testing.assert_close(states[1], states[0])
+    for state in states:
+        (state[..., :8] ** 2).sum().backward()
+    found = {name: parameter.grad.full_tensor() for name, parameter in spread.named_parameters()}
+    expected = gradients(whole)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    (Path(folder) / f"equal-{os.environ['RANK']}").touch()
+
+
+def run_processes(function: str, world: int, tmp_path: Path) -> None:
+    """One of the checks above in several gloo processes."""
+    code = f"import test_distributed as t; t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
+    (tmp_path / "run.py").write_text(code)
+    tests = ROOT / "tests"
+    path = os.pathsep.join([str(ROOT), str(tests), str(tests / "trainer")])
+    port = f"--master-port={29620 + world}"
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", port]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(tmp_path.glob("equal-*"))) == world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_equal_one_on_the_joined_batch(world, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    run_processes("check_processes", world, tmp_path)
+
+
+def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    run_processes("check_fsdp2", 2, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_path):
+    """As many buckets as chunks: the same rows meet the same random numbers on both sides."""
+    model = tiny_model()
+    columns, rows = (4, 30) if case[2] == "infonce" else (2, 18)
+    for chunk in (1, 3, 5, 7):
+        results = []
+        for settings in ({"num_buckets": -(-rows // (chunk * columns))}, {"gradient_cache_chunk_size": chunk}):
+            trainer = make_trainer(model, tmp_path, *case, **settings)
+            torch.manual_seed(0)
+            loss = trainer.training_step(model, batch_of(trainer, range(9))).item()
+            results.append((loss, gradients(model), torch.rand(1).item()))
+        plain, cached = results
+        assert cached[0] == pytest.approx(plain[0], abs=1e-5)
+        assert_same(cached[1], plain[1])
+        assert cached[2] == plain[2], "the random state behind the step is the same"
+    trainer = make_trainer(model, tmp_path, *case)
+    torch.manual_seed(1)
+    trainer.training_step(model, batch_of(trainer, range(9)))
+    other = gradients(model)
+    assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
+
+
+@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16"])
+def test_the_cache_works_with(extra, tiny_model, tmp_path):
+    """A run of some steps with the cache gives the weights of the run without it."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {
+        "accumulation": {"gradient_accumulation_steps": 2},
+        "checkpointing": {"gradient_checkpointing": True},
+        "lora": {},
+        "bf16": {"bf16": True},
+    }[extra]
+    results = []
+    for chunk in (None, 2):
+        torch.manual_seed(0)
+        model = without_dropout(tiny_model())
+        if extra == "lora":
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        args = TwoDMSETrainingArguments(
+            output_dir=str(tmp_path / f"{extra}-{chunk}"),
+            sizes=LADDER,
+            per_device_train_batch_size=6,
+            max_steps=3,
+            learning_rate=1e-3,
+            optim="sgd",
+            gradient_cache_chunk_size=chunk,
+            use_cpu=True,
+            report_to="none",
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            disable_tqdm=True,
+            logging_steps=1,
+            **({"bf16": False} | settings),
+        )
+        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(TRIPLETS))
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        moved = [after.detach() - old for after, old in zip(model.parameters(), before, strict=True)]
+        results.append((losses, moved))
+    (plain_losses, plain), (cached_losses, cached) = results
+    tolerance = 0.05 if extra == "bf16" else 1e-4
+    assert cached_losses == pytest.approx(plain_losses, rel=tolerance)
+    assert max(change.abs().max() for change in plain) > 1e-4
+    for ours, expected in zip(cached, plain, strict=True):
+        scale = expected.abs().max()
+        assert (ours - expected).abs().max() <= max(tolerance * scale, 1e-6) if extra != "bf16" else True
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_size(tiny_model, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.backbone.encoder.layer[1].output.dense.weight.fill_(float("nan"))
+    for chunk in (None, 2):
+        trainer = make_trainer(model, tmp_path, "starbucks", None, "infonce", gradient_cache_chunk_size=chunk)
+        with pytest.raises(FloatingPointError, match=r"the loss is nan in step 1, from loss/2x16, loss/4x32"):
+            trainer.training_step(model, batch_of(trainer, range(4)))

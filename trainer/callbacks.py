@@ -1,0 +1,69 @@
+"""Callbacks that the trainers share."""
+
+import signal
+import threading
+
+import torch
+from transformers import TrainerCallback
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Evaluates after the last step too, so that the final weights compete for the best checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class TellEpoch(TrainerCallback):
+    """Sets `target.epoch`, from which a sampler or collator derives its random choices, at each epoch's begin.
+
+    accelerate does the same for samplers, but not for one that is wrapped to skip batches in a resumed run of several
+    processes.
+    """
+
+    def __init__(self, target):
+        self.target = target
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.target.epoch = int(state.epoch or 0)
+
+
+class StopSignals(TrainerCallback):
+    """Ends the training with a checkpoint after the step in which SIGTERM or Ctrl-C arrives; a second signal ends it at
+    once. `received` is the signal's number, None if none came."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.received = _agree(self.received, args)
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._restore()
+
+    def _note(self, number, frame):
+        self.received = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def _agree(received: int | None, args) -> int | None:
+    """The signal that any process has got: all must stop after the same step."""
+    if args.world_size == 1:
+        return received
+    flag = torch.tensor(received or 0, device=args.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return flag.item() or None

@@ -1,0 +1,130 @@
+"""Checkpoints that appear whole or not at all, and finding the newest whole one."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# A checkpoint is written in here and moved out when it is complete.
+STAGING = ".checkpoint-partial"
+STATE_NAME = "trainer_state.json"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint or model could not be written; the message is one line for the user."""
+
+
+class CheckpointMixin:
+    """Before `Trainer`: a checkpoint is complete on disk before it takes its name and before older ones are deleted."""
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self.__dict__.get("_is_staging") else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder = self._get_output_dir(trial)
+        staging, name = os.path.join(folder, STAGING), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._is_staging = False
+            best = self.state.best_model_checkpoint
+            if best is not None:  # its path must be the one that it will have
+                self.state.best_model_checkpoint = os.path.join(folder, os.path.basename(best))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staging, name, STATE_NAME))
+                _flush(Path(staging, name))
+                _move(staging, name, folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            failure = save_error(error, name, folder)
+            shutil.rmtree(staging, ignore_errors=True)
+            raise failure from error
+        finally:
+            self._is_staging = False
+        if self.args.should_save:
+            limit = self.args.save_total_limit
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+def save_error(error: Exception, what: str, folder: str) -> SaveError:
+    """What a failed save tells the user."""
+    text = " ".join(str(error).split())
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    full = full or shutil.disk_usage(folder).free < 2**20  # torch itself says only that a position is unexpected
+    reason = "no space is left on the disk" if full else text[:200]
+    kept = find_checkpoint(folder)
+    rest = f"; {os.path.basename(kept)} is intact: go on from it with --resume_from_checkpoint true" if kept else ""
+    return SaveError(f"output_dir: {what} could not be written to {folder}: {reason}{rest}")
+
+
+def find_checkpoint(folder: str, world_size: int | None = None) -> str | None:
+    """The newest complete checkpoint of an output folder, with a warning for each newer one that was cut off."""
+    if not os.path.isdir(folder):
+        return None
+    found = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder)]
+    for match in sorted(filter(None, found), key=lambda match: -int(match[1])):
+        path = os.path.join(folder, match[0])
+        fault = find_fault(path, world_size)
+        if fault is None:
+            return path
+        logger.warning(f"{path} was cut off and is skipped: {fault}")
+    return None
+
+
+def find_fault(checkpoint: str, world_size: int | None = None) -> str | None:
+    """Why a checkpoint cannot be gone on from, None if it can; `world_size` is that of the run that goes on."""
+    try:
+        TrainerState.load_from_json(os.path.join(checkpoint, STATE_NAME))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return f"{STATE_NAME} is missing or cut off"
+    names = os.listdir(checkpoint)
+    states = [name for name in names if re.fullmatch(r"rng_state(_\d+)?\.pth", name)]
+    if not states or (world_size is not None and len(states) < world_size):
+        return f"random states of {len(states)} processes are there"
+    weights = [name for name in names if name.endswith(".safetensors")]
+    sharded = any(re.match(r"pytorch_model_fsdp|global_step\d", name) for name in names)  # FSDP, DeepSpeed
+    if not sharded and not (weights and {"optimizer.pt", "scheduler.pt"} <= set(names)):
+        return "weights, optimizer or scheduler are missing"
+    for name in weights:
+        try:
+            with safe_open(os.path.join(checkpoint, name), framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{name} is cut off"
+    for name in names:
+        if name.endswith((".pt", ".pth")) and not zipfile.is_zipfile(os.path.join(checkpoint, name)):
+            return f"{name} is cut off"
+    return None
+
+
+def _flush(folder: Path) -> None:
+    """Make sure that the files are on the disk before their folder gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _move(staging: str, name: str, folder: str) -> None:
+    final = os.path.join(folder, name)
+    if os.path.isdir(final):  # the same step saved again
+        os.rename(final, os.path.join(staging, f"old-{name}"))
+    os.rename(os.path.join(staging, name), final)
+    shutil.rmtree(staging)

@@ -1,0 +1,315 @@
+"""Hard negatives: texts that a model finds near an anchor and that are none of its known positives."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from modeling_2dmse import Size, TwoDMSEModel
+
+from .data import read_table
+from .evaluation import RetrievalData, load_beir
+from .ranking import Top, merge_top, top_documents
+
+SAMPLINGS = ("top", "random")
+# Texts whose states, at the full hidden size, are held at once.
+_ENCODE_CHUNK = 50_000
+# The cosines held at once: a block of anchors by a chunk of documents, 17 MB.
+_QUERY_CHUNK, _CORPUS_CHUNK = 256, 16_384
+# Rows that choose their negatives at once: an anchor of the block may stand in any number of rows.
+_ROW_CHUNK = 4096
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class NegativeSelection:
+    """Which candidates of a row become its negatives.
+
+    Ranks count an anchor's candidates from 1, nearest first: the corpus without the anchor's positives and own text.
+    """
+
+    num_negatives: int = field(default=1, metadata={"help": "Negatives a row; rows with fewer left are dropped."})
+    range_min: int = field(
+        default=10, metadata={"help": "How many of the best ranks to skip: the likeliest to be unmarked positives."}
+    )
+    range_max: int = field(default=100, metadata={"help": "Deepest rank that is considered."})
+    margin: float | None = field(
+        default=None, metadata={"help": "A negative's cosine is at most the positive's minus this. Default: off."}
+    )
+    relative_margin: float | None = field(
+        default=None,
+        metadata={"help": "A negative's cosine is at most the positive's minus this share of it. Default: off."},
+    )
+    max_score: float | None = field(default=None, metadata={"help": "Highest cosine of a negative. Default: off."})
+    sampling: str = field(
+        default="top", metadata={"help": "top: the best ranked of what is left; random: any of what is left."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the random sampling."})
+
+    def __post_init__(self):
+        faults = []
+        for name, lowest in (("num_negatives", 1), ("range_min", 0), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                faults.append(f"{name}: {getattr(self, name)} is not allowed; use a whole number from {lowest}")
+        if self.range_max < self.range_min + self.num_negatives:
+            faults.append(
+                f"range_max: {self.range_max} must be at least range_min + num_negatives, "
+                f"{self.range_min} + {self.num_negatives}"
+            )
+        for name, lowest, highest in (("margin", 0, 2), ("relative_margin", 0, 1), ("max_score", -1, 1)):
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest:
+                faults.append(f"{name}: {value} is not allowed; use a number from {lowest} to {highest}")
+        if self.sampling not in SAMPLINGS:
+            faults.append(f"sampling: {self.sampling!r} is unknown; choose one of {', '.join(SAMPLINGS)}")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def __str__(self) -> str:
+        """The filters in words, for messages.
+
+        >>> str(NegativeSelection(margin=0.1))
+        'range_min 10, range_max 100, margin 0.1'
+        """
+        names = ("range_min", "range_max", "margin", "relative_margin", "max_score")
+        return ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+
+    def highest_cosine(self, positives: torch.Tensor) -> torch.Tensor:
+        """The cosine that a negative may have at most, for each positive's cosine; both (rows,).
+
+        A share is taken of the absolute value, so that the limit lies below the positive where that is negative, too.
+
+        >>> NegativeSelection(margin=0.125, relative_margin=0.5).highest_cosine(torch.tensor([0.5, 0.125, -0.5]))
+        tensor([ 0.2500,  0.0000, -0.7500])
+        """
+        highest = torch.full_like(positives, math.inf if self.max_score is None else self.max_score)
+        if self.margin is not None:
+            highest = torch.minimum(highest, positives - self.margin)
+        if self.relative_margin is not None:
+            highest = torch.minimum(highest, positives - self.relative_margin * positives.abs())
+        return highest
+
+
+@dataclass(frozen=True)
+class MiningTask:
+    """Rows that want negatives, in numbers.
+
+    Attributes:
+        anchors: A distinct texts.
+        texts: the D documents of the corpus, distinct, and behind them the positives that do not stand there verbatim.
+        num_documents: D.
+        rows: (R, 2), each row's place in `anchors` and its positive's place in `texts`.
+        excluded: for each anchor, the documents that must not be its negatives.
+    """
+
+    anchors: list[str]
+    texts: list[str]
+    num_documents: int
+    rows: torch.Tensor
+    excluded: list[list[int]]
+
+
+def text_key(text: str) -> str:
+    r"""What two texts share that differ in case and white space alone.
+
+    >>> text_key(" A  dog\n")
+    'a dog'
+    """
+    return " ".join(text.casefold().split())
+
+
+def prepare(pairs: Sequence[Pair], corpus: Iterable[str], known: Iterable[Pair] = ()) -> MiningTask:
+    """
+    Number the texts, and find out what must not be an anchor's negative: its own text and all of its positives.
+
+    Args:
+        pairs: (anchor, positive) of each row.
+        corpus: candidates; empty texts are left out, and of texts with the same key the first is taken.
+        known: further (anchor, positive) pairs, which get no row.
+    """
+    first: dict[str, str] = {}
+    for text in corpus:
+        first.setdefault(text_key(text), text)
+    first.pop("", None)
+    documents = {key: number for number, key in enumerate(first)}
+    excluded = defaultdict(set)
+    for anchor, positive in itertools.chain(pairs, known):
+        excluded[text_key(anchor)].update((documents.get(text_key(positive)), documents.get(text_key(anchor))))
+    anchors = {text: number for number, text in enumerate(dict.fromkeys(anchor for anchor, _ in pairs))}
+    every = itertools.chain(first.values(), (positive for _, positive in pairs))
+    texts = {text: number for number, text in enumerate(dict.fromkeys(every))}
+    return MiningTask(
+        list(anchors),
+        list(texts),
+        len(documents),
+        torch.tensor([(anchors[anchor], texts[positive]) for anchor, positive in pairs]),
+        [sorted(excluded[text_key(anchor)] - {None}) for anchor in anchors],
+    )
+
+
+def read_documents(path: str) -> list[str]:
+    """The texts of a table with a column `text`, with their titles where it is a corpus of BEIR (_id, title, text)."""
+    table = read_table(path, "corpus_file")
+    if "text" not in table.column_names:
+        raise ValueError(f"corpus_file: {path} has no column text among {', '.join(table.column_names)}")
+    kind = str(table.features["text"].dtype)
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"corpus_file: column text of {path} holds {kind}, not texts")
+    texts = [text or "" for text in table["text"][:]]
+    if not {"_id", "title"} <= set(table.column_names):
+        return texts
+    return [f"{title or ''} {text}".strip() for title, text in zip(table["title"][:], texts, strict=True)]
+
+
+def read_beir(folder: str, split: str) -> tuple[list[Pair], list[str], list[Pair]]:
+    """(query, relevant document) pairs of a split of a BEIR folder, its corpus, and such pairs of all other splits."""
+    others = sorted(path.stem for path in Path(folder, "qrels").glob("*.tsv") if path.stem != split)
+    data = load_beir(folder, split)
+    # By their texts, not their ids: a query of this split may stand in another one under another id.
+    known = [pair for other in others for pair in _relevant_pairs(load_beir(folder, other))]
+    return _relevant_pairs(data), list(data.corpus.values()), known
+
+
+def _relevant_pairs(data: RetrievalData) -> list[Pair]:
+    pairs = (
+        (data.queries[query], data.corpus.get(document, ""))
+        for query, gains in data.qrels.items()
+        for document, gain in gains.items()
+        if gain > 0
+    )
+    return [(query, document) for query, document in pairs if query.strip() and document]
+
+
+def embed(model: TwoDMSEModel, texts: Sequence[str], size: Size, **encode) -> torch.Tensor:
+    """
+    Embeddings at one size; the hidden states of the whole corpus, many times as wide, are never held.
+
+    Args:
+        encode: `batch_size`, `max_length` of `TwoDMSEModel.encode`.
+
+    Returns:
+        (len(texts), dim), float32, unit norm. Prompts are left out, as in training.
+    """
+    output = torch.empty(len(texts), size.dim)
+    for start in range(0, len(texts), _ENCODE_CHUNK):
+        part = texts[start : start + _ENCODE_CHUNK]
+        output[start : start + len(part)] = torch.from_numpy(model.encode(part, *size, prompt="", **encode))
+    return output
+
+
+def top_candidates(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    k: int,
+    excluded: Sequence[Sequence[int]],
+    query_chunk: int = _QUERY_CHUNK,
+    corpus_chunk: int = _CORPUS_CHUNK,
+) -> Iterator[Top]:
+    """
+    The k nearest documents of each query that are not excluded for it, block of queries after block.
+
+    Args:
+        queries: (Q, dim), documents: (D, dim), unit norm.
+        excluded: for each query, numbers of documents.
+        query_chunk, corpus_chunk: at most (query_chunk, corpus_chunk) cosines are held at once.
+
+    Yields:
+        cosines and document numbers, (block, min(k, D)), best first, equal cosines in the documents' order; -inf where
+        a query has fewer candidates.
+    """
+    steps = math.ceil(len(queries) / query_chunk) * math.ceil(len(documents) / corpus_chunk)
+    with logging.tqdm(total=steps, desc="Searching", unit="block", leave=False, disable=None) as bar:
+        for start in range(0, len(queries), query_chunk):
+            block = queries[start : start + query_chunk]
+            hidden = [(row, number) for row, numbers in enumerate(excluded[start : start + len(block)])
+                      for number in numbers]  # fmt: skip
+            hidden = torch.tensor(hidden, dtype=torch.long).reshape(-1, 2)
+            top = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.long)
+            for first in range(0, len(documents), corpus_chunk):
+                found = _top_of_chunk(block, documents[first : first + corpus_chunk], k, hidden, first)
+                top = merge_top(top, found, k)
+                bar.update()
+            yield top
+
+
+def _top_of_chunk(queries: torch.Tensor, documents: torch.Tensor, k: int, hidden: torch.Tensor, first: int) -> Top:
+    """At least the k nearest in one chunk of the corpus, -inf for hidden (row, document) pairs, whatever their order.
+
+    As many more are looked for as are hidden in this chunk, so never more than the chunk has.
+    """
+    rows, numbers = hidden[(hidden[:, 1] >= first) & (hidden[:, 1] < first + len(documents))].T
+    mask = torch.zeros(len(queries), len(documents), dtype=torch.bool)
+    mask[rows, numbers - first] = True
+    scores, found = top_documents(queries, documents, k + int(rows.bincount(minlength=1).max()), first)
+    return scores.masked_fill(mask.gather(1, found - first), -math.inf), found
+
+
+def choose_negatives(
+    scores: torch.Tensor, positives: torch.Tensor, selection: NegativeSelection, rng: np.random.Generator
+) -> torch.Tensor:
+    """
+    Choose among the candidates of each row.
+
+    Args:
+        scores: (rows, K) cosines, best first, K at least num_negatives; -inf where there is no candidate.
+        positives: (rows,) cosine of each row's positive.
+
+    Returns:
+        (rows, num_negatives) columns of `scores`, ascending; -1 throughout where the filters leave fewer.
+
+    >>> cosines = torch.tensor([[0.9, 0.7, 0.5, 0.3], [0.9, 0.7, 0.5, 0.3]])
+    >>> selection = NegativeSelection(num_negatives=2, range_min=1, margin=0.1)
+    >>> choose_negatives(cosines, torch.tensor([0.8, 0.4]), selection, np.random.default_rng(0))
+    tensor([[ 1,  2],
+            [-1, -1]])
+    """
+    rank = torch.arange(1, scores.shape[1] + 1)
+    allowed = scores.isfinite() & (rank > selection.range_min) & (rank <= selection.range_max)
+    allowed &= scores <= selection.highest_cosine(positives)[:, None]
+    order = torch.from_numpy(rng.random(scores.shape)) if selection.sampling == "random" else rank.expand(scores.shape)
+    order = order.double().masked_fill(~allowed, math.inf)
+    chosen = order.argsort(dim=1)[:, : selection.num_negatives].sort(dim=1).values
+    return chosen.masked_fill(allowed.sum(dim=1, keepdim=True) < selection.num_negatives, -1)
+
+
+def mine(
+    task: MiningTask,
+    anchors: torch.Tensor,
+    texts: torch.Tensor,
+    selection: NegativeSelection,
+    query_chunk: int = _QUERY_CHUNK,
+    corpus_chunk: int = _CORPUS_CHUNK,
+) -> torch.Tensor:
+    """
+    Negatives of every row, the same whatever the chunks are.
+
+    Args:
+        anchors: (A, dim), texts: (T, dim), the embeddings of the task's.
+
+    Returns:
+        (R, num_negatives) document numbers, best ranked first; -1 throughout where the filters leave fewer.
+    """
+    rng = np.random.default_rng(selection.seed)
+    chosen = torch.empty(len(task.rows), selection.num_negatives, dtype=torch.long)
+    order = task.rows[:, 0].argsort(stable=True)
+    owner = task.rows[order, 0].contiguous()
+    first = 0
+    blocks = top_candidates(
+        anchors, texts[: task.num_documents], selection.range_max, task.excluded, query_chunk, corpus_chunk
+    )
+    for scores, numbers in blocks:
+        start, end = torch.searchsorted(owner, torch.tensor([first, first + len(scores)])).tolist()
+        for rows in order[start:end].split(_ROW_CHUNK):
+            anchor, positive = task.rows[rows].T
+            cosines = (anchors[anchor] * texts[positive]).sum(dim=1)
+            columns = choose_negatives(scores[anchor - first], cosines, selection, rng)
+            found = numbers[anchor - first].gather(1, columns.clamp(min=0))
+            chosen[rows] = found.masked_fill(columns < 0, -1)
+        first += len(scores)
+    return chosen
