@@ -61,7 +61,7 @@ def grid_cost(args: BenchmarkArguments) -> list[dict]:
         raise ValueError("sts_files: name texts to measure on with --sts_files or --beir_dirs")
     tasks = [load_sts(path) for path in args.sts_files or []]
     tasks += [load_beir(folder) for folder in args.beir_dirs or []]
-    model = common.load_encoder(args.model_name_or_path, args.sizes)
+    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
     grid = grid_sizes(model.num_layers, [size.dim for size in model.config.ladder])
     options = {"max_length": args.max_length, "show_progress_bar": False}
     evaluate_tasks(model, tasks, grid[-1:], **options)  # the first call pays for memory and threads

@@ -106,6 +106,11 @@ def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
         ) from error
 
 
+def to_device(model: TwoDMSEModel) -> TwoDMSEModel:
+    """The model on the GPU, where there is one: for scripts that no Trainer places it for."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
 def load_adapter(folder: str) -> TwoDMSEModel:
     """The model of a LoRA checkpoint, its adapter merged into the weights of the model that it adapts."""
     from peft import PeftConfig, PeftModel

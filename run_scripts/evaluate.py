@@ -48,7 +48,7 @@ def main(argv=None) -> None:
             raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
-        model = common.load_encoder(args.model_name_or_path, pooling=args.pooling)
+        model = common.to_device(common.load_encoder(args.model_name_or_path, pooling=args.pooling))
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()

@@ -64,7 +64,7 @@ def main(argv=None) -> None:
         args, selection = common.Parser((MiningArguments, NegativeSelection)).parse(argv)
         check_arguments(args)
         task = read_task(args, selection)
-        model = common.load_encoder(args.model_name_or_path)
+        model = common.to_device(common.load_encoder(args.model_name_or_path))
         size = choose_size(model, args.size)
         os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
     print(f"{len(task.rows)} rows, {len(task.anchors)} anchors, {task.num_documents} documents; at {size}", flush=True)

@@ -187,7 +187,7 @@ def wrong_inputs():
         ),
         "no data": ({"--dataset_name": ["python-docs"]}, "either --train_file or --dataset_name"),
         "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
-        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no checkpoint"),
+        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no complete checkpoint"),
         "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
     }
@@ -235,7 +235,7 @@ def test_recipes_parse_and_flags_override_them():
     from trainer import TwoDMSETrainingArguments
 
     types = (finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments)
-    recipes = sorted(common.RECIPES.glob("*.yaml"))
+    recipes = [path for path in common.RECIPES.glob("*.yaml") if not path.name.startswith("smae-")]
     assert {"quickstart.yaml", "minilm-nli.yaml"} <= {path.name for path in recipes}
     for recipe in recipes:
         _, _, args = common.Parser(types).parse([str(recipe), "--learning_rate", "0.5", "--output_dir", "x"])
