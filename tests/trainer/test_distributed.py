@@ -76,7 +76,9 @@ def assert_same(ours: dict, expected: dict) -> None:
     assert set(ours) == set(expected)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        # float32: a sum over all tokens carries an error in proportion to its largest entries.
+        close = {"atol": 1e-5 * max(1.0, gradient.abs().max().item()), "rtol": 1e-4}
+        torch.testing.assert_close(ours[name], gradient, **close, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def without_dropout(model):
@@ -87,12 +89,12 @@ def without_dropout(model):
 
 
 def check_processes(start: str, folder: str) -> None:
-    """Run by each of several processes: every case, plain and cached, one batch and two accumulated ones."""
+    """Run by each of several processes: every case, plain and (of two) cached, one batch and two accumulated ones."""
     from modeling_2dmse import TwoDMSEModel
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     counts = [4, 3, 2][:world]  # uneven, as at the end of an epoch
-    for chunk in (None, 2):
+    for chunk in (None, 2) if world == 2 else (None,):
         for case in CASES:
             model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
             trainer = make_trainer(model, folder, *case, gradient_cache_chunk_size=chunk)
