@@ -205,16 +205,14 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
     def _loss(self, states: torch.Tensor, mlm: torch.Tensor, mae: torch.Tensor, copies: int) -> StarbucksOutput:
         """From the head's transform of all masked tokens, MLM of every size, then MAE of every size."""
         targets = torch.cat((mlm.repeat(copies), mae.repeat(copies)))
-        factors = states.new_tensor([0.5 / (copies * max(1, len(part))) for part in (mlm, mae)], dtype=torch.float32)
-        counts = torch.tensor([copies * len(mlm), copies * len(mae)], device=states.device)
+        counts = [copies * len(mlm), copies * len(mae)]
+        shares = [states.new_full((count,), 0.5 / max(1, count), dtype=torch.float32) for count in counts]
         weight = self.head.output_weight(self.get_input_embeddings())
-        loss, losses, hits = vocabulary_loss(
-            states, weight, self.head.bias, targets, factors.repeat_interleave(counts, output_size=len(targets))
-        )
+        loss, losses, hits = vocabulary_loss(states, weight, self.head.bias, targets, torch.cat(shares))
         parts = [
-            part.view(copies, -1).sum(dim=1) / max(1, len(labels))
+            part.view(copies, -1).sum(dim=1) * copies / max(1, len(part))
             for values in (losses, hits.to(losses.dtype))
-            for part, labels in zip(values.split([copies * len(mlm), copies * len(mae)]), (mlm, mae), strict=True)
+            for part in values.split(counts)
         ]
         return StarbucksOutput(loss, *parts)
 

@@ -37,6 +37,9 @@ class ElasticTrainingArguments(TrainingArguments):
         metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept off: a loss that is not finite stops the run."}
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
     eval_steps: float | None = field(
         default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}

@@ -142,7 +142,7 @@ class MaskingCollator:
         first, around = len(self.before), len(self.before) + len(self.after)
         width = max(len(row) for row in ids) + around
         width += -width % self.pad_to_multiple_of
-        width = min(width, max(self.max_length, around + 1))
+        width = min(width, self.max_length)
         tokens = np.full((len(ids), width), self.tokenizer.pad_token_id, dtype=np.int64)
         numbers, attention = np.full(tokens.shape, -1, dtype=np.int64), np.zeros(tokens.shape, dtype=np.int64)
         special = np.asarray(self.tokenizer.all_special_ids)

@@ -6,8 +6,17 @@ import torch
 class PartLogMixin:
     """Before `Trainer`: `record` what a step gives, and `log` adds the means since the last entry."""
 
-    def record(self, parts: dict[str, torch.Tensor]) -> None:
-        """Add detached scalars; they stay on their device: no step waits for a number that is only logged."""
+    def record(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        """Add detached scalars, which stay on their device; FloatingPointError naming the parts of a loss not finite.
+
+        This is the one number that a step waits for; the Trainer's own filter, which would hide it, is off.
+        """
+        if not torch.isfinite(loss):
+            names = [name for name, value in parts.items() if not torch.isfinite(value)]
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}, from {', '.join(names)}; the last "
+                "checkpoint is kept: lower the learning rate, or go on from there without half precision"
+            )
         sums, counts = self.__dict__.setdefault("_part_sums", {}), self.__dict__.setdefault("_part_counts", {})
         for name, value in parts.items():
             sums[name] = sums[name] + value if name in sums else value

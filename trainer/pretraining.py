@@ -83,7 +83,8 @@ class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; every size's parts are logged."""
         output: StarbucksOutput = model(**inputs)
-        self.record({f"{part}/{size}": value for part in PARTS for size, value in self._by_size(output[part])})
+        parts = {f"{part}/{size}": value for part in PARTS for size, value in self._by_size(output[part])}
+        self.record(output.loss.detach(), parts)
         return (output.loss, output) if return_outputs else output.loss
 
     @torch.no_grad()

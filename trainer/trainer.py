@@ -97,6 +97,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         collator = kwargs.pop("data_collator", None)
         if collator is None and columns is not None:
             collator = PairCollator(tokenizer, columns, min(args.max_length, self.encoder.max_length))
+        # Made here, so that impossible batches are refused before anything is written.
+        self.block_sampler = make_block_sampler(self.train_tables, args)
+        tell_epoch = [TellEpoch(self.block_sampler)] if self.block_sampler is not None else []
         super().__init__(
             model=model,
             args=args,
@@ -104,29 +107,16 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[EvaluateLastStep(), self.stop_signals, *tell_epoch, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
     def _get_train_sampler(self, train_dataset=None):
-        args = self.args
-        world = args.world_size
-        plain = args.batch_sampler == "random" and len(self.train_tables) == 1
-        if plain and (world == 1 or args.train_sampling_strategy == "sequential"):
-            return super()._get_train_sampler(train_dataset)
-        sampler = BlockSampler(
-            self.train_tables,
-            args.train_batch_size * world,
-            args.batch_sampler,
-            args.mixing,
-            args.seed,
-            # With several processes accelerate fills up the last batches with rows from the start.
-            keep_last=not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates"),
-        )
-        self.add_callback(TellEpoch(sampler))
-        return sampler
+        if self.block_sampler is not None:
+            return self.block_sampler
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
@@ -136,8 +126,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.args.gather_negatives:
             states, rows = gather_rows(states, rows)
         loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale)
-        self._check_finite(loss, parts)
-        self.record(parts)
+        self.record(loss, parts)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -155,8 +144,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         states = cached.states().requires_grad_()
         joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
         loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale)
-        self._check_finite(loss, parts)
-        self.record(parts)
+        self.record(loss, parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)
 
         def run(scalar: Callable[[], torch.Tensor], last: bool) -> None:
@@ -172,14 +160,6 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         inputs = dict(inputs)
         rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None))
         return inputs, rows, self.objective.plan(self._step_generator())
-
-    def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
-        if not torch.isfinite(loss):
-            names = [name for name, value in parts.items() if not torch.isfinite(value)]
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in step {self.state.global_step + 1}, from {', '.join(names)}; the last "
-                "checkpoint is kept: lower the learning rate, or go on from there without half precision"
-            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Score every ladder size on the evaluation tasks.
@@ -254,6 +234,19 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
+
+
+def make_block_sampler(tables: Sequence[Dataset], args: TwoDMSETrainingArguments) -> BlockSampler | None:
+    """Our own order of the rows, None where the Trainer's does."""
+    world = args.world_size
+    plain = args.batch_sampler == "random" and len(tables) == 1
+    if not tables or (plain and (world == 1 or args.train_sampling_strategy == "sequential")):
+        return None
+    # With several processes accelerate fills up the last batches with rows from the start.
+    keep_last = not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates")
+    return BlockSampler(
+        tables, args.train_batch_size * world, args.batch_sampler, args.mixing, args.seed, keep_last=keep_last
+    )
 
 
 def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:

@@ -188,6 +188,10 @@ def wrong_inputs():
         "no data": ({"--dataset_name": ["python-docs"]}, "either --train_file or --dataset_name"),
         "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
         "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no complete checkpoint"),
+        "duplicates": (
+            {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--eval_rows": ["0"]},
+            "batch_sampler: no_duplicates is impossible: one text stands in 8 rows, but there are 2 batches of 4",
+        ),
         "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
     }
@@ -203,6 +207,7 @@ def test_wrong_input_ends_in_one_line_before_training(case, files, tmp_path, cap
         '{"sentence1": "a", "sentence2": "b", "score": 1.5}\n{"sentence1": "a", "sentence2": "b", "score": NaN}\n'
     )
     (tmp_path / "hole.csv").write_text("anchor,positive\na,\nb,c\n")
+    (tmp_path / "same.csv").write_text("anchor,positive\n" + "".join(f"same,text {row}\n" for row in range(8)))
     change, message = wrong_inputs()[case]
     change = {name: [value.replace("{tmp}", str(tmp_path)) for value in values] for name, values in change.items()}
     with pytest.raises(SystemExit) as caught:

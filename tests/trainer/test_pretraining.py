@@ -153,6 +153,14 @@ def test_bf16_learns(tiny_smae, tmp_path):
     assert model.head.bias.dtype == torch.float32
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_size(tiny_smae, tmp_path):
+    model = tiny_smae()
+    with torch.no_grad():
+        model.encoder.backbone.encoder.layer[1].output.dense.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan in step 1, from loss_mlm/2x16, loss_mlm/4x32"):
+        SmaeTrainer(model=model, args=arguments(tmp_path), train_dataset=TEXTS).train()
+
+
 def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
     for wrong, message in (
         ({"mlm_probability": 0.0}, "mlm_probability: 0.0 is not allowed; use a share between 0 and 1"),
@@ -182,6 +190,14 @@ trainer = SmaeTrainer(model, args, endless(texts.to_iterable_dataset(), 0) if ki
 metrics = trainer.evaluate()
 trainer.train()
 trainer.save_model()
+
+def gathered(tensor):
+    parts = [torch.empty_like(tensor) for _ in range(2)]
+    torch.distributed.all_gather(parts, tensor)
+    return parts
+
+assert torch.equal(*gathered(torch.cat([p.detach().flatten() for p in model.parameters()])))
+assert not torch.equal(*gathered(trainer.data_collator([{"text": text} for text in texts["text"]])["labels"]))
 if trainer.is_world_process_zero():
     torch.save(metrics, f"{out}/metrics.pt")
 """
@@ -189,7 +205,7 @@ if trainer.is_world_process_zero():
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
-    """Gradients are synchronised, and the masks of the two differ."""
+    """Their weights stay the same, so the gradients are synchronised, and their masks differ."""
     model = tiny_smae()
     model.save_pretrained(tmp_path / "start")
     model.encoder.tokenizer.save_pretrained(tmp_path / "start")
