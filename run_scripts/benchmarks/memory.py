@@ -1,15 +1,13 @@
 """What the gradient cache and the loss cost in memory and time."""
 
-import statistics
 import tempfile
-import time
 
 import torch
 from datasets import Dataset
 
 from modeling_2dmse import Size
 from run_scripts import common
-from run_scripts.measure import allocated_at_peak, in_a_fresh_process, peak_memory
+from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row, seconds
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.losses import Rows
 from trainer.objectives import Objective, plan_loss
@@ -24,37 +22,24 @@ def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
     print(f"peak: cached {peaks['cached']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     cached, plain = (make_step(side, name_or_path, sizes) for side in ("cached", "plain"))
     plain(0)  # the first step pays for memory and threads
-    ratios = []
-    for _ in range(runs):
-        seconds = [_seconds(lambda: cached(0)), _seconds(lambda: [plain(i) for i in range(EXAMPLES // CHUNK)])]
-        ratios.append(seconds[0] / seconds[1])
-        print(f"step: cached {seconds[0]:.1f} s, plain {seconds[1]:.1f} s", flush=True)
-    shape = {"examples": EXAMPLES, "chunk": CHUNK, "length": LENGTH, "runs": runs}
+    sides = {
+        "cached": lambda: seconds(lambda: cached(0)),
+        "plain": lambda: seconds(lambda: [plain(i) for i in range(EXAMPLES // CHUNK)]),
+    }
+    taken = in_turn(runs, sides)
+    shape = {"examples": EXAMPLES, "chunk": CHUNK, "length": LENGTH}
     unit = QUERIES * DOCUMENTS * 6 * 4
     return [
-        {
-            "id": "memory.cache",
-            "ratio": peaks["cached"] / peaks["plain"],
-            "target": "<= 1.6",
-            "peaks_gb": peaks,
-            **shape,
-        },
-        {
-            "id": "memory.cache_time",
-            "ratio": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "target": "<= 1.7",
-            **shape,
-        },
-        {"id": "memory.loss", "ratio": loss_memory() / unit, "target": "<= 6", "unit_bytes": unit},
+        row("memory.gradient_cache", "<= 1.6", [peaks["cached"]], [peaks["plain"]], peaks_gb=peaks, **shape),
+        row("memory.gradient_cache_time", "<= 1.7", taken["cached"], taken["plain"], **shape),
+        row("memory.loss", "<= 6", [loss_memory()], [unit], unit_bytes=unit),
     ]
 
 
 def make_step(side: str, name_or_path: str, sizes: list[str]):
     """A function of the batch's number: forward and backward of 2,048 triplets in chunks, or of 64 at once."""
     model = common.load_encoder(name_or_path, sizes)
-    row = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
+    texts = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
     args = TwoDMSETrainingArguments(
         output_dir=tempfile.gettempdir(),
         sizes=sizes,
@@ -64,7 +49,7 @@ def make_step(side: str, name_or_path: str, sizes: list[str]):
         report_to="none",
         bf16=False,
     )
-    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(row))
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(texts))
     trainer.current_gradient_accumulation_steps = 1
     examples = EXAMPLES if side == "cached" else CHUNK
     generator = torch.Generator().manual_seed(0)
@@ -94,9 +79,3 @@ def _measure_peak(side: str, name_or_path: str, sizes: list[str], pipe) -> None:
     for _ in range(1 if side == "cached" else 2):
         step(0)
     pipe.send(peak_memory())
-
-
-def _seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start

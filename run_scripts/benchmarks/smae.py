@@ -1,7 +1,6 @@
 """What an SMAE step costs, against computing every token's logits size by size as the published code does."""
 
-import statistics
-import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from transformers import BertConfig
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, StarbucksOutput, TwoDMSEConfig
 from modeling_2dmse.backbone import view
 from modeling_2dmse.modeling_smae import FirstTokenReplaced
-from run_scripts.measure import in_a_fresh_process, peak_memory
+from run_scripts.benchmarks.measure import in_a_fresh_process, in_turn, peak_memory, row, seconds
 from trainer.masking import IGNORED
 
 ROWS, LENGTH = 32, 128
@@ -29,22 +28,12 @@ def smae_cost(sizes: list[str], runs: int) -> list[dict]:
     model.train()
     for side in SIDES:
         step(side, model, batch)  # the first step pays for memory and threads
-    ratios = []
-    for _ in range(runs):
-        seconds = {side: _seconds(side, model, batch) for side in SIDES}
-        ratios.append(seconds["ours"] / seconds["plain"])
-        print(f"step: ours {seconds['ours']:.2f} s, plain {seconds['plain']:.2f} s", flush=True)
-    shape = {"rows": ROWS, "length": LENGTH, "sizes": len(sizes), "runs": runs}
+    sides = {side: partial(seconds, partial(step, side, model, batch)) for side in SIDES}
+    taken = in_turn(runs, sides)
+    shape = {"rows": ROWS, "length": LENGTH, "sizes": len(sizes)}
     return [
-        {
-            "id": "smae.time",
-            "ratio": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "target": "<= 0.45",
-            **shape,
-        },
-        {"id": "smae.memory", "ratio": peaks["ours"] / peaks["plain"], "target": "<= 0.4", "peaks_gb": peaks, **shape},
+        row("smae.time", "<= 0.45", taken["ours"], taken["plain"], **shape),
+        row("smae.memory", "<= 0.4", [peaks["ours"]], [peaks["plain"]], peaks_gb=peaks, **shape),
     ]
 
 
@@ -110,8 +99,6 @@ def step(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torc
     model.zero_grad()
     output: StarbucksOutput | None = model(**batch) if side == "ours" else None
     (output.loss if output else plain_loss(model, batch)).backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _measure_peak(side: str, sizes: list[str], pipe) -> None:
@@ -119,9 +106,3 @@ def _measure_peak(side: str, sizes: list[str], pipe) -> None:
     for _ in range(2):
         step(side, model, batch)
     pipe.send(peak_memory())
-
-
-def _seconds(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> float:
-    start = time.perf_counter()
-    step(side, model, batch)
-    return time.perf_counter() - start

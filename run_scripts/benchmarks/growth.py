@@ -1,0 +1,97 @@
+"""How time and memory grow: encoding and a training step over length, batch, layers and dims."""
+
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from modeling_2dmse import Size, TwoDMSEModel
+from run_scripts import common
+from run_scripts.benchmarks.measure import allocated_at_peak, row, seconds
+from trainer.losses import Rows
+from trainer.objectives import Objective, plan_loss
+
+WORK = ("encode", "train")
+# What is held while another quantity grows.
+BASE = {"length": 128, "batch": 16}
+LENGTHS, BATCHES = (32, 64, 128, 256, 512), (8, 16, 32, 64)
+
+
+def growth_cost(args) -> list[dict]:
+    """Seconds and GB of each kind of work at each value of each quantity, and a picture of them.
+
+    The ratio of a row is the time at the quantity's largest value over that at its smallest.
+    """
+    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
+    layers, width = model.num_layers, model.config.hidden_size
+    base = BASE | {"layers": layers, "dims": width}
+    dims = sorted({width >> i for i in range(4)} | {size.dim for size in model.config.ladder})
+    values = {"length": LENGTHS, "batch": BATCHES, "layers": tuple(range(1, layers + 1)), "dims": tuple(dims)}
+    rows = []
+    for work in WORK:
+        for name, points in values.items():
+            taken, held = zip(*(_measure(model, work, base | {name: x}, args.runs) for x in points), strict=True)
+            proportional = f"{points[-1] / points[0]:g} would be proportional"
+            line = row(f"growth.{work}.{name}", proportional, taken[-1], taken[0])
+            middle = [statistics.median(times) for times in taken]
+            rows.append(line | {"x": points, "seconds": middle, "gb": held})
+            print(f"{work} over {name}:", *(f"{x}: {s:.3g} s" for x, s in zip(points, middle, strict=True)), flush=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    draw(rows, Path(args.output_dir) / "growth.png")
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Seconds above, GB below, a column a quantity, a line a kind of work, on double logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(line["id"].rsplit(".", 1)[1] for line in rows))
+    figure = Figure(figsize=(3 * len(names), 5.5), layout="constrained")
+    axes = figure.subplots(2, len(names), sharey="row", squeeze=False)
+    for line in rows:
+        _, work, name = line["id"].split(".")
+        for axis, key in zip(axes[:, names.index(name)], ("seconds", "gb"), strict=True):
+            axis.loglog(line["x"], line[key], marker="o", label=work)
+            axis.set_xticks(line["x"], [str(x) for x in line["x"]])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_xlabel(name)
+    for axis, label in zip(axes[:, 0], ("seconds", "GB above the weights"), strict=True):
+        axis.set_ylabel(label)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _measure(model: TwoDMSEModel, work: str, shape: dict, runs: int) -> tuple[list[float], float]:
+    """Seconds of each run, and GB at the peak."""
+    call = partial(_encode if work == "encode" else _train, model, **shape)
+    call()  # the first call pays for memory
+    times = [seconds(call) for _ in range(runs)]
+    if model.device.type == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return times, (torch.cuda.max_memory_allocated() - held) / 1e9
+    return times, allocated_at_peak(call) / 1e9
+
+
+def _inputs(model: TwoDMSEModel, length: int, batch: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 20_000, (batch, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.inference_mode()
+def _encode(model: TwoDMSEModel, length: int, batch: int, layers: int, dims: int) -> None:
+    model.eval()
+    model(**_inputs(model, length, batch), layers=[layers]).layer_embeddings[0, :, :dims]
+
+
+def _train(model: TwoDMSEModel, length: int, batch: int, layers: int, dims: int) -> None:
+    """Forward and backward of the ladder's sizes up to the given one, each text a pair of its own."""
+    model.train()
+    ladder = [Size(n, max(1, dims * n // layers)) for n in range(1, layers + 1)]
+    plan = Objective("starbucks", ladder, layers, model.config.hidden_size, alignment="score_kl").plan(None)
+    states = model(**_inputs(model, length, batch), layers=plan.layers).layer_embeddings
+    plan_loss(plan, states, Rows((batch // 2, batch // 2)), "infonce")[0].backward()
+    model.zero_grad()

@@ -1,0 +1,59 @@
+"""sentence-transformers, the way its own documentation calls it, and whether it does the same work as we do."""
+
+import copy
+import importlib.util
+
+import torch
+
+from modeling_2dmse import Size, TwoDMSEModel
+from trainer.losses import Rows, base_loss
+
+# Largest difference between two embeddings, or two losses, that rounding explains.
+ROUNDING = 1e-4
+
+
+def check_installed() -> None:
+    """ValueError where sentence-transformers is missing."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ValueError('benchmark: sentence-transformers is missing; pip install -e ".[benchmark]"')
+
+
+def load_peer(folder: str, max_length: int):
+    """A plain model of the folder as a SentenceTransformer, on the CPU or the GPU as it chooses itself."""
+    from sentence_transformers import SentenceTransformer
+
+    peer = SentenceTransformer(folder)
+    peer.max_seq_length = max_length
+    return peer
+
+
+def cut_layers(peer, num_layers: int):
+    """A copy with the first `num_layers` layers, as sentence-transformers' guide to layer-cut models does it."""
+    peer = copy.deepcopy(peer)
+    backbone = peer[0].auto_model
+    backbone.encoder.layer = backbone.encoder.layer[:num_layers]
+    return peer
+
+
+def check_same_embeddings(model: TwoDMSEModel, peer, texts: list[str], sizes: list[Size]) -> None:
+    """ValueError where the two sides embed the texts differently at one of the sizes."""
+    for size in sizes:
+        ours = model.encode(texts, num_layers=size.num_layers, dim=size.dim, max_length=peer.max_seq_length)
+        theirs = cut_layers(peer, size.num_layers).encode(texts, truncate_dim=size.dim, normalize_embeddings=True)
+        apart = float(abs(ours - theirs).max())
+        if apart > ROUNDING:
+            raise ValueError(f"benchmark: the sides' embeddings differ by {apart:.1g} at {size}; nothing is compared")
+
+
+@torch.no_grad()
+def check_same_loss(model: TwoDMSEModel, peer, columns: dict[str, list[str]]) -> None:
+    """ValueError where the inner losses of the two sides differ on a batch of anchors, positives and negatives."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    texts = [text for column in columns.values() for text in column]
+    embeddings = model.encode(texts, max_length=peer.max_seq_length, convert_to_tensor=True)
+    ours = base_loss("infonce", embeddings, Rows(tuple(map(len, columns.values())))).item()
+    embedded = [peer.encode(column, convert_to_tensor=True) for column in columns.values()]
+    theirs = MultipleNegativesRankingLoss(peer).compute_loss_from_embeddings(embedded, None).item()
+    if abs(ours - theirs) > ROUNDING:
+        raise ValueError(f"benchmark: the sides' losses differ ({ours:.6f} and {theirs:.6f}); nothing is compared")

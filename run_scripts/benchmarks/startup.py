@@ -1,0 +1,34 @@
+"""From the start of Python to the first embedding, with the model on disk."""
+
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from run_scripts import common
+from run_scripts.benchmarks import peer as peers
+from run_scripts.benchmarks.measure import in_turn, row, seconds
+
+OURS = "from modeling_2dmse import TwoDMSEModel as Model; Model.from_pretrained({!r}).encode('a short text')"
+THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model({!r}).encode('a short text')"
+
+
+def startup_cost(args) -> list[dict]:
+    """Ratio of the time that a fresh process takes, ours over sentence-transformers'."""
+    peers.check_installed()
+    name = common.resolve_model(args.model_name_or_path)
+    with tempfile.TemporaryDirectory() as folder:
+        common.load_encoder(name, args.sizes).save_pretrained(folder)
+        sides = {
+            "ours": partial(seconds, partial(_run, OURS.format(folder))),
+            "theirs": partial(seconds, partial(_run, THEIRS.format(name))),
+        }
+        in_turn(1, sides)  # the first call reads from the disk
+        taken = in_turn(args.runs, sides)
+    return [row("startup", "<= 1", taken["ours"], taken["theirs"], seconds=taken)]
+
+
+def _run(code: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)

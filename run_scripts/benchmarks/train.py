@@ -1,0 +1,126 @@
+"""Training: samples per second of whole steps, data loading and optimizer included, against sentence-transformers."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from modeling_2dmse import parse_ladder
+from run_scripts import common
+from run_scripts.benchmarks import peer as peers
+from run_scripts.benchmarks.measure import in_turn, row, wait, write_profile
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.arguments import cpu_has_bf16
+from trainer.data import text_columns
+
+BATCH, WARM_UP, STEPS = 64, 2, 8
+# Neither side evaluates, saves or logs while it is measured.
+QUIET = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+}
+
+
+def train_cost(args, rows: Dataset) -> list[dict]:
+    """Ratios of samples per second: float32, bf16, defaults, and a ladder against a single size.
+
+    Args:
+        args: the benchmark's arguments.
+        rows: a checked table of texts without scores.
+    """
+    peers.check_installed()
+    name, columns = common.resolve_model(args.model_name_or_path), text_columns(rows)
+    head = rows.select(range(BATCH))[:]
+    model, peer = common.to_device(common.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    peers.check_same_embeddings(model, peer, head[columns[0]], parse_ladder(args.sizes))
+    peers.check_same_loss(model, peer, {column: head[column] for column in columns})
+    if args.profile:
+        trainer = _ours(args, rows, TrainerCallback(), bf16=False)
+        write_profile(trainer.train, Path(args.output_dir) / "profile-train.txt")
+    ours, theirs = partial(_rate, _ours, args, rows), partial(_rate, _theirs, args, rows)
+    sides = {
+        "ours": partial(ours, bf16=False),
+        "theirs": partial(theirs, bf16=False, whole=True),
+        "theirs-sampled": partial(theirs, bf16=False, whole=False),
+        "one-size": partial(ours, bf16=False, objective="separate", sizes=args.sizes[-1:]),
+        "ours-default": ours,
+        "theirs-default": partial(theirs, bf16=False, whole=False, batch=8),
+    }
+    if cpu_has_bf16() or model.device.type != "cpu":
+        sides |= {"ours-bf16": partial(ours, bf16=True), "theirs-bf16": partial(theirs, bf16=True, whole=True)}
+    rates = in_turn(args.runs, sides)
+    more = {"batch": BATCH, "steps": STEPS, "unit": "samples per second"}
+    lines = [
+        row("train.fp32", ">= 1.5", rates["ours"], rates["theirs"], **more),
+        row("train.fp32_sampled", "beside it", rates["ours"], rates["theirs-sampled"], **more),
+        row("train.default", ">= 3", rates["ours-default"], rates["theirs-default"], **more | {"batch": [BATCH, 8]}),
+        row("train.ladder_cost", "<= 1.08", rates["one-size"], rates["ours"], **more),
+    ]
+    if "ours-bf16" in rates:
+        lines.insert(1, row("train.bf16", ">= 1.7", rates["ours-bf16"], rates["theirs-bf16"], **more))
+    else:
+        print("train.bf16 is left out: this CPU has no instructions for bf16", flush=True)
+    return lines
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of the warm-up's last step to the end of the run's last."""
+
+    def __init__(self):
+        self.marks: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        wait()
+        self.marks.append(time.perf_counter())
+
+    @property
+    def elapsed(self) -> float:
+        return self.marks[-1] - self.marks[WARM_UP - 1]
+
+
+def _rate(side: Callable, *args, batch: int = BATCH, **options) -> float:
+    """Samples per second of one run."""
+    clock = Clock()
+    side(*args, clock, batch=batch, **options).train()
+    return STEPS * batch / clock.elapsed
+
+
+def _ours(args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, **options) -> Trainer:
+    model = common.load_encoder(args.model_name_or_path, sizes or args.sizes)
+    arguments = TwoDMSETrainingArguments(
+        **_shared(batch), sizes=sizes or args.sizes, max_length=args.max_length, **options
+    )
+    return TwoDMSETrainer(model=model, args=arguments, train_dataset=_part(rows, batch), callbacks=[clock])
+
+
+def _theirs(
+    args, rows: Dataset, clock: TrainerCallback, whole: bool, batch: int = BATCH, bf16: bool = False
+) -> Trainer:
+    """Matryoshka2dLoss on every layer and dim of the ladder, or (its default) on one of each, drawn a step."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
+
+    peer = peers.load_peer(common.resolve_model(args.model_name_or_path), args.max_length)
+    each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
+    dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
+    loss = Matryoshka2dLoss(peer, MultipleNegativesRankingLoss(peer), dims, **each)
+    arguments = SentenceTransformerTrainingArguments(**_shared(batch), bf16=bf16)
+    return SentenceTransformerTrainer(
+        model=peer, args=arguments, train_dataset=_part(rows, batch), loss=loss, callbacks=[clock]
+    )
+
+
+def _shared(batch: int) -> dict:
+    steps = WARM_UP + STEPS
+    return QUIET | {"output_dir": tempfile.gettempdir(), "max_steps": steps, "per_device_train_batch_size": batch}
+
+
+def _part(rows: Dataset, batch: int) -> Dataset:
+    return rows.select(range(min(len(rows), (WARM_UP + STEPS) * batch)))
