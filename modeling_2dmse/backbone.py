@@ -134,14 +134,25 @@ def accepted_inputs(backbone: nn.Module) -> set[str]:
     return known & set(inspect.signature(backbone.forward).parameters)
 
 
+def takes_words(backbone: nn.Module) -> bool:
+    """Whether the backbone gives the same for `inputs_embeds` as for the `input_ids` that they stand for."""
+    # RoBERTa's kin give a padding token no position, also where it stands among real ones.
+    takes = "inputs_embeds" in inspect.signature(backbone.forward).parameters
+    return takes and not _padding_indices(backbone)
+
+
 def count_positions(backbone: nn.Module) -> int:
     """Longest input that the backbone has positions for, in tokens."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
-    for name, module in backbone.named_modules():
-        # RoBERTa's kin count positions from behind the padding index.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1
-    return positions
+    # RoBERTa's kin count positions from behind the padding index.
+    return positions - sum(index + 1 for index in _padding_indices(backbone))
+
+
+def _padding_indices(backbone: nn.Module) -> list[int]:
+    """Of tables of positions that have one."""
+    tables = (module for name, module in backbone.named_modules() if name.endswith("position_embeddings"))
+    indices = [getattr(table, "padding_idx", None) for table in tables]
+    return [index for index in indices if index is not None]
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

@@ -1,6 +1,8 @@
 """Texts in, embeddings out: batches by length, a progress bar on long work, and compact output formats."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,6 +13,10 @@ from .backbone import count_positions
 from .pooling import cut_and_normalize
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
+# Texts that are tokenized at a time.
+_PIECE = 4096
+# On a CPU, a batch of more tokens falls out of its caches.
+_CPU_TOKENS = 2048
 # A bar appears once there are this many batches; shorter work ends before a person would read it.
 _BATCHES_FOR_A_BAR = 20
 
@@ -43,22 +49,49 @@ def pad(tokenizer, rows: list[dict], device=None) -> dict[str, torch.Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def length_groups(mask: torch.Tensor, count: int) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
-    """Rows sorted by length, in at most `count` groups of equal size.
+def row_lengths(mask: torch.Tensor) -> list[int]:
+    """Columns up to the last real token of each row of a (batch, length) mask, at least 1; a GPU is waited for."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask.to(torch.long) * columns).amax(dim=1).clamp(min=1).tolist()
 
-    Args:
-        mask: (batch, length) attention mask.
+
+def even_groups(lengths: Sequence[int], rows: int) -> list[tuple[np.ndarray, int]]:
+    """Rows sorted by length, `rows` or one fewer to a group: (rows, longest) of each."""
+    order = np.argsort(lengths, kind="stable")
+    groups = np.array_split(order, -(-len(order) // rows))
+    return [(group, int(lengths[group[-1]])) for group in groups]
+
+
+def tight_groups(lengths: Sequence[int], count: int) -> list[tuple[np.ndarray, int]]:
+    """Rows sorted by length, in at most `count` groups, cut where the fewest tokens of padding are left.
 
     Returns:
-        (rows, columns up to the last real token of the longest row) of each group, and the permutation that puts the
-        groups' rows, one behind the other, back in order. Trailing columns alone are cut: positions stay as they are.
+        (rows, longest) of each group.
+
+    >>> [(rows.tolist(), longest) for rows, longest in tight_groups([9, 2, 3, 2], 2)]
+    [([1, 3, 2], 3), ([0], 9)]
     """
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    widths = (mask.to(torch.long) * columns).amax(dim=1)
-    order = widths.argsort(stable=True)
-    groups = [rows for rows in order.tensor_split(count) if len(rows)]
-    longest = torch.stack([widths[rows[-1]] for rows in groups]).clamp(min=1).tolist()
-    return list(zip(groups, longest, strict=True)), order.argsort()
+    order = np.argsort(lengths, kind="stable")
+    values, repeats = np.unique(lengths, return_counts=True)
+    ends = np.concatenate([[0], repeats.cumsum()])
+    # padded[i, j]: tokens of one group from the i-th distinct length to the (j-1)-th; cost[j]: of all rows before.
+    padded = (ends[None, :] - ends[:, None]) * np.concatenate([[0], values])[None, :].astype(float)
+    padded[np.tril_indices(len(ends))] = np.inf
+    cost, cuts = np.concatenate([[0.0], np.full(len(values), np.inf)]), []
+    for _ in range(min(count, len(values))):
+        total = cost[:, None] + padded
+        cuts.append(total.argmin(axis=0))
+        cost = total.min(axis=0)
+    groups, end = [], len(values)
+    for cut in reversed(cuts):
+        groups.append((order[ends[cut[end]] : ends[end]], int(values[end - 1])))
+        end = cut[end]
+    return groups[::-1]
+
+
+def back_in_order(groups: list[tuple[np.ndarray, int]]) -> torch.Tensor:
+    """The permutation that puts the groups' rows, one group behind the other, back in order."""
+    return torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in groups])))
 
 
 def pooled_states(
@@ -78,30 +111,48 @@ def pooled_states(
     Returns:
         (exits, len(texts), hidden), float32, on the CPU.
     """
-    # Tokenized in pieces, so that a long corpus is never held as Python lists of numbers.
-    piece = max(batch_size, 64 * 256)
-    total = -(-len(texts) // batch_size)
-    bar = _progress_bar(total, show_progress_bar)
+    # Tokenized in pieces, so that a long corpus is never held as Python lists of numbers; the next piece while the
+    # model is busy with this one.
+    piece = max(batch_size, _PIECE)
+    starts = range(0, len(texts), piece)
+    bar = _progress_bar(len(texts), batch_size, show_progress_bar)
     output = None
-    for start in range(0, len(texts), piece):
-        rows = tokenize(tokenizer, texts[start : start + piece], max_length)
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        order = np.argsort(-lengths, kind="stable")
-        for first in range(0, len(order), batch_size):
-            index = order[first : first + batch_size]
-            states = forward(pad(tokenizer, [rows[i] for i in index], device)).float().cpu()
-            if output is None:
-                output = torch.empty(states.shape[0], len(texts), states.shape[2])
-            output[:, torch.from_numpy(index + start)] = states
-            bar.update(1)
+    most = _CPU_TOKENS if torch.device(device).type == "cpu" else sys.maxsize
+    with ThreadPoolExecutor(1) as tokenizing:
+        waiting = [tokenizing.submit(tokenize, tokenizer, texts[s : s + piece], max_length) for s in starts[:1]]
+        for start in starts:
+            rows = waiting.pop().result()
+            if start + piece < len(texts):
+                following = texts[start + piece : start + 2 * piece]
+                waiting.append(tokenizing.submit(tokenize, tokenizer, following, max_length))
+            for index in token_batches([len(row["input_ids"]) for row in rows], batch_size, most):
+                states = forward(pad(tokenizer, [rows[i] for i in index], device)).float().cpu()
+                if output is None:
+                    output = torch.empty(states.shape[0], len(texts), states.shape[2])
+                output[:, torch.from_numpy(index + start)] = states
+                bar.update(len(index))
     bar.close()
     return output
 
 
-def _progress_bar(batches: int, show: bool | None):
+def token_batches(lengths: Sequence[int], batch_size: int, most: int = sys.maxsize) -> Iterator[np.ndarray]:
+    """Rows, longest first, in batches of as many tokens as `batch_size` of the longest rows have, and of `most`.
+
+    >>> [rows.tolist() for rows in token_batches([2, 8, 4, 4, 1], 1)]
+    [[1], [2, 3], [0, 4]]
+    """
+    order = np.argsort([-length for length in lengths], kind="stable")
+    tokens, first = min(most, batch_size * lengths[order[0]]), 0
+    while first < len(order):
+        rows = order[first : first + max(1, tokens // max(1, lengths[order[first]]))]
+        yield rows
+        first += len(rows)
+
+
+def _progress_bar(texts: int, batch_size: int, show: bool | None):
     # By default a bar needs long work and a terminal (tqdm's disable=None).
-    disable = (True if batches < _BATCHES_FOR_A_BAR else None) if show is None else not show
-    return logging.tqdm(total=batches, desc="Encoding", unit="batch", leave=False, disable=disable)
+    disable = (True if texts < _BATCHES_FOR_A_BAR * batch_size else None) if show is None else not show
+    return logging.tqdm(total=texts, desc="Encoding", unit="text", leave=False, disable=disable)
 
 
 def quantize(embeddings: torch.Tensor, precision: str) -> torch.Tensor:
@@ -177,7 +228,8 @@ class EncodeMixin:
             texts: a string, or a list of strings.
             num_layers: layers to run, 1 to N; the model's own number when left out.
             dim: dimensions to keep, 1 to the hidden size; the model's own number when left out.
-            batch_size: texts a batch; batches are filled by length.
+            batch_size: texts a batch where they are the longest; shorter ones share a batch of as many tokens
+                (on a CPU, of at most 2,048, which are faster there).
             prompt: text put in front of every text; or `prompt_name`, one of the config's prompts.
             max_length: in tokens; longer texts are cut.
             precision: `float32`, `float16`, `int8` or `binary`, see `encoding.quantize`.

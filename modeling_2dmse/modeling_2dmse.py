@@ -18,9 +18,10 @@ from .backbone import (
     find_final_norms,
     find_layer_stack,
     run_layers,
+    takes_words,
 )
 from .configuration_2dmse import TwoDMSEConfig
-from .encoding import EncodeMixin, check_between, length_groups
+from .encoding import EncodeMixin, back_in_order, check_between, row_lengths, tight_groups
 from .export import check_export, export
 from .pooling import pool
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
@@ -166,6 +167,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         num_layers: int | None = None,
         layers: Sequence[int] | None = None,
         num_buckets: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> TwoDMSEOutput:
         """
         Run the encoder.
@@ -175,8 +177,9 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             attention_mask: (batch, length), 1 for real tokens; all real when left out.
             num_layers: layers to run, all when left out. No layer above is run.
             layers: exits, ascending; their pooled states come back from one pass that runs max(layers) layers.
-            num_buckets: with `layers`, sort the rows by length and run them in this many groups, each padded only
-                to its own longest row; the pooled states come back in the rows' order. Padding on the right only.
+            num_buckets: with `layers`, run the rows in up to this many groups of similar length, each padded only to
+                its own longest row; the pooled states come back in the rows' order. Padding on the right only.
+            lengths: columns up to each row's last real token, from whoever knows them without asking the GPU.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
@@ -198,7 +201,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
         if num_buckets > 1:
-            return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets))
+            return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets, lengths))
         states = self.token_states(layers, inputs)
         return TwoDMSEOutput(last_hidden_state=states[-1], layer_embeddings=self._pool(states, attention_mask))
 
@@ -268,16 +271,33 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     def _pool(self, states: Sequence[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
         return torch.stack([pool(state, attention_mask, self.config.pooling) for state in states])
 
-    def _bucketed(self, layers, inputs: dict[str, torch.Tensor], num_buckets: int) -> torch.Tensor:
+    def _bucketed(self, layers, inputs: dict[str, torch.Tensor], num_buckets: int, lengths) -> torch.Tensor:
         mask, pooled = inputs["attention_mask"], []
-        groups, restore = length_groups(mask, num_buckets)
+        groups = tight_groups(row_lengths(mask) if lengths is None else lengths, num_buckets)
+        parts = []
         for rows, width in groups:
-            part = {
-                name: (value[rows] if value.shape[0] == len(mask) else value)[:, :width]
-                for name, value in inputs.items()
-            }
+            rows = torch.from_numpy(rows).to(mask.device, non_blocking=True)
+            parts.append(
+                {
+                    name: (value[rows] if value.shape[0] == len(mask) else value)[:, :width]
+                    for name, value in inputs.items()
+                }
+            )
+        self._look_up_words_once(parts)
+        for part in parts:
             pooled.append(self._pool(self.token_states(layers, part), part["attention_mask"]))
-        return torch.cat(pooled, dim=1)[:, restore]
+        return torch.cat(pooled, dim=1)[:, back_in_order(groups).to(mask.device, non_blocking=True)]
+
+    def _look_up_words_once(self, parts: list[dict[str, torch.Tensor]]) -> None:
+        # The gradient of a look-up is as large as the vocabulary: one for all buckets, not one for each. Several
+        # processes may hold a table in pieces (FSDP), which only its own part of the backbone puts together.
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if spread or "input_ids" not in parts[0] or not takes_words(self.backbone):
+            return
+        ids = [part.pop("input_ids") for part in parts]
+        words = self.get_input_embeddings()(torch.cat([part.flatten() for part in ids]))
+        for part, own, vectors in zip(parts, ids, words.split([part.numel() for part in ids]), strict=True):
+            part["inputs_embeds"] = vectors.view(*own.shape, -1)
 
     def _check_layers(self, layers) -> list[int]:
         layers = list(layers)

@@ -117,8 +117,9 @@ class PairCollator:
         columns: the text columns in the order of their roles.
         max_length: in tokens.
 
-    Returns (per call): `input_ids`, `attention_mask` (rows, length), `counts` (rows of each column; a row without a
-    text in a column of negatives adds none), and `scores` (B,) where the examples carry a score.
+    Returns (per call): `input_ids`, `attention_mask` (rows, length), `lengths` (tokens of each row), `counts` (rows of
+    each column; a row without a text in a column of negatives adds none), and `scores` (B,) where the examples carry a
+    score.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
@@ -134,6 +135,7 @@ class PairCollator:
         )
         known = ("input_ids", "attention_mask", "token_type_ids")
         output = {key: batch[key] for key in known if key in batch}
+        output["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
         output["counts"] = tuple(map(len, columns))
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)

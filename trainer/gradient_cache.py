@@ -1,12 +1,12 @@
 """Large batches in little memory: the loss of all rows at once, the encoder in chunks (Gao et al. 2021, GradCache)."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from modeling_2dmse.encoding import length_groups
+from modeling_2dmse.encoding import back_in_order, even_groups, row_lengths
 
 
 class RandomState:
@@ -36,14 +36,26 @@ class CachedForward:
         forward: from a chunk's inputs to its (L, rows, H) states.
         inputs: tensors of (rows, length), among them `attention_mask`; padding on the right.
         chunk_rows: rows a chunk.
+        lengths: of the rows, where they are known without asking the GPU.
     """
 
-    def __init__(self, forward: Callable[[dict], torch.Tensor], inputs: dict[str, torch.Tensor], chunk_rows: int):
+    def __init__(
+        self,
+        forward: Callable[[dict], torch.Tensor],
+        inputs: dict[str, torch.Tensor],
+        chunk_rows: int,
+        lengths: Sequence[int] | None = None,
+    ):
         self.forward = forward
         mask = inputs["attention_mask"]
-        groups, self.restore = length_groups(mask, -(-len(mask) // chunk_rows))
-        self.rows = [rows for rows, _ in groups]
-        self.chunks = [{name: value[rows, :width] for name, value in inputs.items()} for rows, width in groups]
+        groups = even_groups(row_lengths(mask) if lengths is None else lengths, chunk_rows)
+        self.restore = back_in_order(groups).to(mask.device, non_blocking=True)
+        self.rows = [torch.from_numpy(rows).to(mask.device, non_blocking=True) for rows, _ in groups]
+        widths = [width for _, width in groups]
+        self.chunks = [
+            {name: value[rows, :width] for name, value in inputs.items()}
+            for rows, width in zip(self.rows, widths, strict=True)
+        ]
         self.random_states = []
 
     @torch.no_grad()

@@ -120,8 +120,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
-        inputs, rows, plan = self._step(inputs)
-        outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets)
+        inputs, lengths, rows, plan = self._step(inputs)
+        outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets, lengths=lengths)
         states = outputs.layer_embeddings
         if self.args.gather_negatives:
             states, rows = gather_rows(states, rows)
@@ -134,13 +134,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.args.gradient_cache_chunk_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        inputs, rows, plan = self._step(self._prepare_inputs(inputs))
+        inputs, lengths, rows, plan = self._step(self._prepare_inputs(inputs))
 
         def forward(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.compute_loss_context_manager():
                 return model(**chunk, layers=plan.layers).layer_embeddings
 
-        cached = CachedForward(forward, inputs, len(rows.counts) * self.args.gradient_cache_chunk_size)
+        chunk_rows = len(rows.counts) * self.args.gradient_cache_chunk_size
+        cached = CachedForward(forward, inputs, chunk_rows, lengths)
         states = cached.states().requires_grad_()
         joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
         loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale)
@@ -155,11 +156,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         cached.backward(states.grad, run)
         return loss / self.current_gradient_accumulation_steps
 
-    def _step(self, inputs: dict) -> tuple[dict, Rows, Plan]:
-        """The model's inputs, the roles of their rows, and what the objective does in this step."""
+    def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
+        """The model's inputs, their rows' lengths and roles, and what the objective does in this step."""
         inputs = dict(inputs)
         rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None))
-        return inputs, rows, self.objective.plan(self._step_generator())
+        lengths = inputs.pop("lengths", None)
+        if self.args.torch_compile:
+            lengths = None  # numbers from outside would be compiled in, anew in each step
+        return inputs, lengths, rows, self.objective.plan(self._step_generator())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Score every ladder size on the evaluation tasks.

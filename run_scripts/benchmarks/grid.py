@@ -57,7 +57,10 @@ def check_same_scores(ours: dict, theirs: dict) -> None:
 
 
 def _evaluator(task: StsData | RetrievalData, dim: int):
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
+    from sentence_transformers.sentence_transformer.evaluation import (
+        EmbeddingSimilarityEvaluator,
+        InformationRetrievalEvaluator,
+    )
 
     options = {"batch_size": 32, "truncate_dim": dim, "write_csv": False, "name": task.name}
     if isinstance(task, StsData):

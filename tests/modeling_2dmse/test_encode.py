@@ -1,11 +1,14 @@
 """encode: order, shapes, prompts, precisions, and what it refuses."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
 
-from modeling_2dmse.encoding import quantize
+from modeling_2dmse import encoding
+from modeling_2dmse.encoding import back_in_order, even_groups, quantize, tight_groups, token_batches
 from modeling_2dmse.pooling import cut_and_normalize, pool
 
 
@@ -148,3 +151,50 @@ def test_pooling_against_loops():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(pool(state, mask, "mean"), pool(state.float(), mask, "mean"))
         assert pool(state, mask, "mean").dtype == torch.float32
+
+
+def padded(groups) -> int:
+    return sum(len(rows) * longest for rows, longest in groups)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_tight_groups_leave_the_least_padding(count):
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        lengths = rng.integers(1, 12, size=8).tolist()
+        groups = tight_groups(lengths, count)
+        assert sorted(np.concatenate([rows for rows, _ in groups])) == list(range(8))
+        assert all(max(lengths[i] for i in rows) == longest for rows, longest in groups)
+        ordered, best = sorted(lengths), np.inf
+        for cuts in itertools.combinations_with_replacement(range(9), count - 1):
+            parts = [ordered[a:b] for a, b in itertools.pairwise([0, *cuts, 8])]
+            best = min(best, sum(len(part) * max(part, default=0) for part in parts))
+        assert len(groups) <= count
+        assert padded(groups) == best
+
+
+def test_even_groups_hold_no_more_rows_than_asked_for():
+    lengths = [5, 1, 4, 9, 2, 2, 7]
+    groups = even_groups(lengths, 3)
+    assert [len(rows) for rows, _ in groups] == [3, 2, 2]
+    assert [longest for _, longest in groups] == [2, 5, 9]
+    values = torch.tensor([lengths[i] for rows, _ in groups for i in rows])
+    assert values[back_in_order(groups)].tolist() == lengths
+
+
+def test_batches_hold_as_many_tokens_as_the_longest_texts():
+    lengths = np.random.default_rng(0).integers(1, 40, size=300).tolist()
+    batches = list(token_batches(lengths, 4))
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    tokens = [len(rows) * lengths[rows[0]] for rows in batches]
+    assert max(tokens) <= 4 * max(lengths)
+    assert min(tokens[:-1]) > 3 * max(lengths) - 40
+    assert [len(rows) for rows in token_batches([9, 9, 9], 3, most=10)] == [1, 1, 1]
+
+
+def test_a_corpus_of_several_pieces_keeps_its_order(tiny_model, monkeypatch):
+    model = tiny_model()
+    texts = [f"{text} {i}" for i, text in enumerate(SENTENCES * 4)]
+    whole = model.encode(texts)
+    monkeypatch.setattr(encoding, "_PIECE", 5)
+    assert np.allclose(model.encode(texts, batch_size=2), whole, atol=1e-6)

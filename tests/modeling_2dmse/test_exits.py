@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.backbone import find_layer_stack, layers_of
+from modeling_2dmse.encoding import row_lengths
 
 
 def batch(padding: str) -> dict[str, torch.Tensor]:
@@ -154,7 +155,27 @@ def test_buckets_change_nothing(family, tiny_model):
         with torch.no_grad():
             whole = model(**inputs, layers=(1, 4)).layer_embeddings
             split = model(**inputs, layers=(1, 4), num_buckets=3).layer_embeddings
+            told = model(**inputs, layers=(1, 4), num_buckets=3, lengths=row_lengths(inputs["attention_mask"]))
         assert torch.allclose(whole, split, atol=2e-6)
+        assert torch.equal(split, told.layer_embeddings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buckets_change_nothing_where_a_text_holds_the_padding_token(family, tiny_model):
+    """RoBERTa's kin give such a token no position of its own."""
+    model, inputs = tiny_model(family), batch("right")
+    inputs["input_ids"][:, 2] = model.config.backbone_config.pad_token_id or 0
+    with torch.no_grad():
+        whole = model(**inputs, layers=(1, 4)).layer_embeddings
+        split = model(**inputs, layers=(1, 4), num_buckets=3).layer_embeddings
+    assert torch.allclose(whole, split, atol=2e-6)
+
+
+def test_the_words_of_all_buckets_are_looked_up_at_once(tiny_model):
+    model, calls = tiny_model("bert"), []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    model(**batch("right"), layers=(4,), num_buckets=3)
+    assert calls == [10 + 7 + 4]
 
 
 def test_gradients_through_exits_and_buckets_equal_those_of_separate_passes(tiny_model):
