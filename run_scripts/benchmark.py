@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +126,12 @@ def _tasks(args: BenchmarkArguments) -> list:
     return tasks or [task_from_table("python-docs", python_docs()[1])]
 
 
+def _encode(args: BenchmarkArguments) -> list[dict]:
+    tasks = [load_sts(path) for path in args.sts_files or []]
+    with tempfile.TemporaryDirectory() as folder:
+        return encode_cost(args, _texts(args), tasks, folder)
+
+
 def _texts(args: BenchmarkArguments) -> list[str]:
     """Sentences and documents in equal parts, or the lines of `--texts`."""
     if args.texts:
@@ -141,7 +148,7 @@ def _texts(args: BenchmarkArguments) -> list[str]:
 
 BENCHMARKS = {
     "train": lambda args: train_cost(args, _rows(args)),
-    "encode": lambda args: encode_cost(args, _texts(args)),
+    "encode": _encode,
     "grid": lambda args: grid_cost(args, _tasks(args)),
     "startup": startup_cost,
     "smae": lambda args: smae_cost(args.sizes, args.runs),

@@ -1,73 +1,124 @@
 """Encoding: texts per second against sentence-transformers, in float32 and at the best precision, and by depth."""
 
 import copy
+import importlib.util
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from scipy.stats import spearmanr
+from transformers.utils import is_flash_attn_2_available
 
 from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.encoding import pooled_states
 from run_scripts import common
 from run_scripts.benchmarks import peer as peers
 from run_scripts.benchmarks.measure import in_turn, row, seconds, write_profile
 from trainer.arguments import cpu_has_bf16
+from trainer.evaluation import StsData, evaluate_sts
 
 BATCH = 32
+# A precision may move no task's Spearman by more.
+TOLERANCE = 0.001
 
 
-def encode_cost(args, texts: list[str]) -> list[dict]:
+class OnnxEncoder:
+    """What `export(format="onnx")` wrote, with the part of a [`TwoDMSEModel`] that encodes."""
+
+    def __init__(self, model: TwoDMSEModel, folder: str, dtype: str):
+        import onnxruntime
+
+        model.export(folder, format="onnx", dtype=dtype)
+        self.tokenizer, self.max_length = model.tokenizer, model.max_length
+        providers = onnxruntime.get_available_providers()
+        self.session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), providers=providers)
+
+    def encode(self, texts: Sequence[str], **kwargs) -> np.ndarray:
+        """(len(texts), dim) unit vectors."""
+        return self.encode_states(texts, **kwargs)[0].numpy()
+
+    def encode_states(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+        max_length: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> torch.Tensor:
+        """(1, len(texts), dim), of the one size that was exported."""
+        length = min(max_length or self.max_length, self.max_length)
+        return pooled_states(self._run, self.tokenizer, texts, length, batch_size, "cpu", show_progress_bar)
+
+    def _run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        (vectors,) = self.session.run(None, {key: batch[key].numpy() for key in ("input_ids", "attention_mask")})
+        return torch.from_numpy(vectors)[None]
+
+
+def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> list[dict]:
     """Ratios of texts per second (`encode.fp32`, `encode.best`), and of time by depth (`encode.depth`).
 
     Args:
         args: the benchmark's arguments.
         texts: what is encoded.
+        tasks: sentence pairs that say what a precision costs; without any, the best is sought in float32 alone.
+        folder: an empty one, for exports.
     """
     peers.check_installed()
     name = common.resolve_model(args.model_name_or_path)
     model, peer = common.to_device(common.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
-    peers.check_same_embeddings(model, peer, texts[:64], [Size(model.num_layers, model.config.hidden_size)])
-    best, precision = best_precision(model)
-    ours = partial(_encode, texts=texts, max_length=args.max_length)
-    sides = {
-        "ours": partial(seconds, partial(ours, model)),
-        "theirs": partial(seconds, partial(peer.encode, texts, batch_size=BATCH)),
-        "ours-best": partial(seconds, partial(ours, best)),
-    }
-    depths = {n: partial(seconds, partial(ours, model, num_layers=n)) for n in range(1, model.num_layers + 1)}
+    full = Size(model.num_layers, model.config.hidden_size)
+    peers.check_same_embeddings(model, peer, texts[:64], [full])
+    ways = {"float32": model} | (precisions(model, folder) if tasks else {})
+    lost = {way: spearman_lost(encoder, model, tasks, full, args.max_length) for way, encoder in ways.items()}
+    options = {"max_length": args.max_length, "batch_size": BATCH, "show_progress_bar": False}
+    calls = {way: partial(encoder.encode, texts, **options) for way, encoder in ways.items()}
+    calls["theirs"] = partial(peer.encode, texts, batch_size=BATCH)
     if args.profile:
-        write_profile(sides["ours"], Path(args.output_dir) / "profile-encode.txt")
-    in_turn(1, sides)  # the first call pays for memory and threads
-    taken = in_turn(args.runs, sides)
-    by_depth = in_turn(args.runs, {f"{n} layers": side for n, side in depths.items()})
-    full = by_depth[f"{model.num_layers} layers"]
-    more = {"texts": len(texts), "batch": BATCH, "unit": "texts per second"}
-    lines = [
-        row("encode.fp32", ">= 1.3", taken["theirs"], taken["ours"], **more),
-        row("encode.best", ">= 3", taken["theirs"], taken["ours-best"], **more, precision=precision,
-            spearman=agreement(model, best, texts)),
-    ]  # fmt: skip
-    for n in range(1, model.num_layers):
-        target = f"<= {n / model.num_layers + 0.10:.2f}"
-        lines.append(row(f"encode.depth.{n}", target, by_depth[f"{n} layers"], full, texts=len(texts)))
-    return lines
+        write_profile(calls["float32"], Path(args.output_dir) / "profile-encode.txt")
+    in_turn(1, {way: partial(seconds, call) for way, call in calls.items()})  # pays for memory and threads
+    taken = in_turn(args.runs, {way: partial(seconds, call) for way, call in calls.items()})
+    more = {"texts": len(texts), "batch": BATCH}
+    lines = [row("encode.fp32", ">= 1.3", taken["theirs"], taken["float32"], **more)]
+    for way in list(ways)[1:]:
+        line = row(f"encode.{way}", "beside it", taken["theirs"], taken[way], **more, spearman_lost=lost[way])
+        lines.append(line)
+    best = max((line for line in lines if line.get("spearman_lost", 0) <= TOLERANCE), key=lambda line: line["ratio"])
+    lines.append(best | {"id": "encode.best", "target": ">= 3", "precision": best["id"].removeprefix("encode.")})
+    return [*lines, *depth_rows(model, texts, args.runs, options)]
 
 
-def best_precision(model: TwoDMSEModel) -> tuple[TwoDMSEModel, str]:
-    """The model in bf16 where the device multiplies bf16 matrices, as it is elsewhere."""
+def depth_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) -> list[dict]:
+    """Time at n layers over time at all N, which should be n/N."""
+    depths = range(1, model.num_layers + 1)
+    calls = {n: partial(model.encode, texts, num_layers=n, **options) for n in depths}
+    taken = in_turn(runs, {f"{n} layers": partial(seconds, call) for n, call in calls.items()})
+    whole = taken[f"{model.num_layers} layers"]
+    targets = {n: f"<= {n / model.num_layers + 0.10:.2f}" for n in depths[:-1]}
+    return [row(f"encode.depth.{n}", target, taken[f"{n} layers"], whole) for n, target in targets.items()]
+
+
+def precisions(model: TwoDMSEModel, folder: str) -> dict[str, TwoDMSEModel | OnnxEncoder]:
+    """The model in what else this machine may be faster at."""
+    ways = {}
     if model.device.type != "cpu" or cpu_has_bf16():
-        return copy.deepcopy(model).to(torch.bfloat16), "bfloat16"
-    return model, "float32"
+        ways["bf16"] = copy.deepcopy(model).to(torch.bfloat16)
+    if model.device.type == "cuda" and is_flash_attn_2_available():
+        ways["bf16_flash"] = copy.deepcopy(ways["bf16"])
+        ways["bf16_flash"].set_attn_implementation("flash_attention_2")
+    if model.device.type == "cpu" and importlib.util.find_spec("onnxruntime"):
+        for dtype in ("float32", "int8"):
+            ways[f"onnx_{dtype}"] = OnnxEncoder(model, str(Path(folder) / dtype), dtype)
+    return ways
 
 
-def agreement(model: TwoDMSEModel, other: TwoDMSEModel, texts: list[str]) -> float:
-    """Spearman correlation of the cosine similarities of neighbouring texts under two models."""
-    similarities = []
-    for side in (model, other):
-        embeddings = side.encode(texts)
-        similarities.append((embeddings[:-1] * embeddings[1:]).sum(axis=1))
-    return float(spearmanr(*similarities).statistic)
-
-
-def _encode(model: TwoDMSEModel, texts: list[str], max_length: int, num_layers: int | None = None) -> None:
-    model.encode(texts, num_layers=num_layers, batch_size=BATCH, max_length=max_length, show_progress_bar=False)
+def spearman_lost(encoder, model: TwoDMSEModel, tasks: list[StsData], size: Size, max_length: int) -> float:
+    """By how much an encoder's Spearman differs from the model's, on the task where it differs most."""
+    if encoder is model:
+        return 0.0
+    options = {"max_length": max_length, "show_progress_bar": False}
+    scores = [
+        [evaluate_sts(side, task, [size], **options)["spearman"][str(size)] for task in tasks]
+        for side in (encoder, model)
+    ]
+    return max(abs(a - b) for a, b in zip(*scores, strict=True))

@@ -1,5 +1,6 @@
 """What the benchmark compares is the same computation, and its account of memory is right."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark, common
-from run_scripts.benchmarks import grid, peer, smae, train
+from run_scripts.benchmarks import encode, grid, peer, smae, train
 from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 
@@ -104,6 +105,27 @@ def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
     assert {"train.fp32", "train.fp32_sampled", "train.default", "train.ladder_cost"} <= set(rows)
     assert all(line["ratio"] > 0 for line in rows.values())
     assert "addmm" in (tmp_path / "out" / "profile-train.txt").read_text()
+
+
+def test_the_best_precision_keeps_the_scores(monkeypatch, tmp_path):
+    def broken(model, folder):
+        noisy = copy.deepcopy(model)
+        for parameter in noisy.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        return {"broken": noisy, "copy": copy.deepcopy(model)}
+
+    monkeypatch.setattr(encode, "precisions", broken)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        "\n".join(["sentence1,sentence2,score", *(f"a cat {i},the {i + 3} dogs,{i % 4}" for i in range(9))])
+    )
+    flags = ["--sts_files", str(pairs), "--runs", "2", "--output_dir", str(tmp_path / "out")]
+    benchmark.main(["encode", *flags])
+    rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
+    assert {"encode.fp32", "encode.best", *(f"encode.depth.{n}" for n in range(1, 6))} <= set(rows)
+    assert rows["encode.broken"]["spearman_lost"] > encode.TOLERANCE > rows["encode.copy"]["spearman_lost"]
+    assert rows["encode.best"]["precision"] in ("fp32", "copy")
+    assert rows["encode.best"]["ratio"] == max(rows["encode.fp32"]["ratio"], rows["encode.copy"]["ratio"])
 
 
 def test_the_grid_is_measured_on_both_sides(monkeypatch, tmp_path):
