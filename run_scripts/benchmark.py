@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from run_scripts import common
 from run_scripts.benchmarks.encode import encode_cost
+from run_scripts.benchmarks.funnel import funnel_cost
 from run_scripts.benchmarks.grid import grid_cost
 from run_scripts.benchmarks.growth import growth_cost
 from run_scripts.benchmarks.memory import memory_cost
@@ -154,6 +155,7 @@ BENCHMARKS = {
     "smae": lambda args: smae_cost(args.sizes, args.runs),
     "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
     "growth": growth_cost,
+    "funnel": lambda args: funnel_cost(args, _texts(args)),
 }
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_ci_runs_the_readmes_test_line():
     assert 'pip install -c constraints.txt -e ".[quickstart]" && accelerate launch run_scripts/finetune.py' in readme
 
 
-FOLDERS = ("modeling_*", "trainer", "run_scripts", "tests")
+FOLDERS = ("modeling_*", "retrieval", "trainer", "run_scripts", "tests")
 SOURCES = [path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py")]
 
 

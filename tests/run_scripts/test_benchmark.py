@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark, common
-from run_scripts.benchmarks import encode, grid, peer, smae, train
+from run_scripts.benchmarks import encode, funnel, grid, peer, smae, train
 from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 
@@ -126,6 +126,21 @@ def test_the_best_precision_keeps_the_scores(monkeypatch, tmp_path):
     assert rows["encode.broken"]["spearman_lost"] > encode.TOLERANCE > rows["encode.copy"]["spearman_lost"]
     assert rows["encode.best"]["precision"] in ("fp32", "copy")
     assert rows["encode.best"]["ratio"] == max(rows["encode.fp32"]["ratio"], rows["encode.copy"]["ratio"])
+
+
+def test_funnels_are_measured_beside_exact_search(monkeypatch, tmp_path):
+    for name, value in {"COUNT": 3000, "SINGLE": 3, "BATCH": 4, "GRAPH": (64, "HNSW8")}.items():
+        monkeypatch.setattr(funnel, name, value)
+    monkeypatch.setattr(funnel, "FUNNELS", ("64:3000,384:10", "384:1000:binary,384:10", "64:500:approximate,384:10"))
+    monkeypatch.setattr(funnel, "in_a_fresh_process", lambda *args: 0.1)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(COLUMNS["positive"] + COLUMNS["negative"]))
+    benchmark.main(["funnel", "--texts", str(texts), "--runs", "1", "--output_dir", str(tmp_path / "out")])
+    rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
+    for name in ("single", "batch"):
+        assert rows[f"funnel.{name}.64:3000,384:10"]["recall"] == 1.0, "all are kept"
+        assert 0.5 < rows[f"funnel.{name}.384:1000:binary,384:10"]["recall"] <= 1.0
+        assert 0.5 < rows[f"funnel.{name}.64:500:approximate,384:10"]["recall"] <= 1.0
 
 
 def test_the_grid_is_measured_on_both_sides(monkeypatch, tmp_path):

@@ -1,0 +1,116 @@
+"""A folder of arrays that appears whole or not at all, and is checked when it is opened."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1
+META = "index.json"
+_READ = 2**24
+
+
+class Writer:
+    """Collects files beside the place where the folder will stand; `commit` moves it there."""
+
+    def __init__(self, path: str | os.PathLike, overwrite: bool):
+        self.path = Path(path)
+        if self.path.exists() and any(self.path.iterdir()) and not overwrite:
+            raise ValueError(f"path: {path} exists; name another folder, or overwrite it")
+        if overwrite and self.path.exists() and not (self.path / META).is_file():
+            raise ValueError(f"path: {path} exists and is no index, so it is not overwritten")
+        self.partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.files: dict[str, dict] = {}
+        self._open = {}
+
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Add rows to the end of an array."""
+        rows = np.ascontiguousarray(rows)
+        if name not in self._open:
+            self._open[name] = open(self.partial / name, "wb")  # noqa: SIM115, closed in the end
+            self.files[name] = {"dtype": rows.dtype.str, "shape": [0, *rows.shape[1:]], "crc32": 0}
+        entry = self.files[name]
+        data = rows.tobytes()
+        self._open[name].write(data)
+        entry["crc32"] = zlib.crc32(data, entry["crc32"])
+        entry["shape"][0] += len(rows)
+
+    def array(self, name: str) -> np.ndarray:
+        """What was appended so far, mapped into memory."""
+        self._open[name].flush()
+        entry = self.files[name]
+        return np.memmap(self.partial / name, dtype=entry["dtype"], mode="r", shape=tuple(entry["shape"]))
+
+    def add_file(self, name: str) -> Path:
+        """Where to write a file that another library writes, before `commit`."""
+        self.files[name] = {"dtype": "|u1", "shape": [0], "crc32": 0}
+        return self.partial / name
+
+    def commit(self, meta: dict) -> None:
+        """Write the description and give the folder its name."""
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for name in self.files.keys() - self._open.keys():
+            path = self.partial / name
+            self.files[name] |= {"shape": [path.stat().st_size], "crc32": _checksum(path)}
+        text = json.dumps({"format": FORMAT, **meta, "files": self.files}, indent=2)
+        (self.partial / META).write_text(text, encoding="utf-8")
+        old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(self.partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Leave no trace."""
+        for file in self._open.values():
+            file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def read(path: str | os.PathLike, verify: bool) -> tuple[dict, dict[str, np.ndarray]]:
+    """The description of a folder, and its arrays, mapped into memory; ValueError where something is amiss.
+
+    Args:
+        verify: read every file once and compare its checksum.
+    """
+    folder = Path(path)
+    if not (folder / META).is_file():
+        raise ValueError(f"path: {path} holds no {META}, so it is not an index")
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        version, files = meta["format"], meta["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path: {folder / META} is damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"path: {path} is an index of format {version}; this version reads format {FORMAT}")
+    return meta, {name: _map(folder / name, entry, verify) for name, entry in files.items()}
+
+
+def _map(path: Path, entry: dict, verify: bool) -> np.ndarray:
+    dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+    expected = dtype.itemsize * int(np.prod(shape))
+    found = path.stat().st_size if path.is_file() else -1
+    if found != expected:
+        state = "is missing" if found < 0 else f"has {found} bytes in place of {expected}: it was cut off or changed"
+        raise ValueError(f"path: {path} {state}; build the index again")
+    if verify and _checksum(path) != entry["crc32"]:
+        raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")
+    if not expected:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(_READ):
+            value = zlib.crc32(data, value)
+    return value

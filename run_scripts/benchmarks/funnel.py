@@ -1,0 +1,103 @@
+"""Search among a million vectors: funnels against exact search by numpy at the full width."""
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from retrieval import FunnelIndex, Stage, parse_stages
+from run_scripts import common
+from run_scripts.benchmarks.measure import in_a_fresh_process, in_turn, peak_memory, row
+
+COUNT, K, SINGLE, BATCH = 1_000_000, 10, 30, 64
+# The length of the noise that makes many vectors of one, and a query of a vector.
+NOISE = 0.5
+FUNNELS = ("32:4000,384:10", "64:2000,384:10", "384:4000:binary,384:10", "64:2000:approximate,384:10")
+GRAPH = (64, "HNSW32")
+
+
+def funnel_cost(args, texts: list[str]) -> list[dict]:
+    """Ratios of time, exact over funnel, for single queries and batches, with recall@10; and peak memory.
+
+    Args:
+        args: the benchmark's arguments.
+        texts: their embeddings are the million vectors' centres.
+    """
+    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
+    centres = model.encode(texts, max_length=args.max_length)
+    funnels = {text: parse_stages(text) for text in FUNNELS}
+    prefixes = {(s[0].dim, s[0].precision) for s in funnels.values() if s[0].precision != "approximate"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index"
+        start = time.perf_counter()
+        index = FunnelIndex.build(many(centres, COUNT), path, sorted(prefixes), approximate=GRAPH)
+        print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
+        queries = next(many(centres, BATCH, seed=1))
+        rows = []
+        for name, asked in (("single", queries[:SINGLE]), ("batch", queries)):
+            rows += _compare(index, asked, name, funnels, args.runs)
+        vectors = np.asarray(index.vectors)
+        stored = (vectors.nbytes + 0.2e9) / 1e9
+        for text, stages in funnels.items():
+            peak = in_a_fresh_process(_measure_peak, path, queries[:SINGLE], stages)
+            rows.append(row(f"funnel.memory.{text}", "<= 1.3", [peak], [stored], peak_gb=peak))
+    return rows
+
+
+def many(centres: np.ndarray, count: int, seed: int = 0):
+    """Blocks of `count` vectors in all, each a centre and noise of a fixed expected length."""
+    rng = np.random.default_rng(seed)
+    scale = NOISE / centres.shape[1] ** 0.5
+    for start in range(0, count, 2**16):
+        rows = centres[rng.integers(len(centres), size=min(2**16, count - start))]
+        yield rows + rng.normal(scale=scale, size=rows.shape).astype(np.float32)
+
+
+def exact_search(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """What numpy gives in three lines: the rows of the ten best of each query, unit vectors on both sides."""
+    scores = queries @ vectors.T if len(queries) > 1 else (vectors @ queries[0])[None]
+    best = np.argpartition(scores, -K, axis=1)[:, -K:]
+    order = np.take_along_axis(scores, best, axis=1).argsort(axis=1)[:, ::-1]
+    return np.take_along_axis(best, order, axis=1)
+
+
+def _compare(index: FunnelIndex, queries: np.ndarray, name: str, funnels: dict, runs: int) -> list[dict]:
+    """Single queries one after the other, or all at once."""
+    vectors = np.array(index.vectors)  # in memory, where numpy is fastest
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    parts = [queries[i : i + 1] for i in range(len(queries))] if name == "single" else [queries]
+    found: dict[str, list] = {}
+
+    def timed(label: str, search) -> float:
+        times = []
+        found[label] = []
+        for part in parts:
+            start = time.perf_counter()
+            found[label].append(search(part))
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    sides = {"exact": partial(timed, "exact", partial(exact_search, vectors))}
+    for text, stages in funnels.items():
+        sides[text] = partial(timed, text, lambda part, stages=stages: index.search(part, K, stages)[1])
+    in_turn(1, sides)
+    taken = in_turn(runs, sides)
+    truth = np.concatenate(found["exact"])
+    rows = []
+    for text in funnels:
+        same = [len(set(a) & set(b)) / K for a, b in zip(truth, np.concatenate(found[text]), strict=True)]
+        target = ">= 8" if name == "single" else "as it is"
+        line = row(f"funnel.{name}.{text}", target, taken["exact"], taken[text], recall=float(np.mean(same)))
+        rows.append(line | {"seconds": taken[text], "exact_seconds": taken["exact"]})
+        print(f"{line['id']}: recall@{K} {line['recall']:.4f}", flush=True)
+    return rows
+
+
+def _measure_peak(path: Path, queries: np.ndarray, stages: list[Stage], pipe) -> None:
+    index = FunnelIndex.open(path)
+    for query in queries:
+        index.search(query, K, stages)
+    index.search(queries, K, stages)
+    pipe.send(peak_memory())
