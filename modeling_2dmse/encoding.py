@@ -244,7 +244,7 @@ class EncodeMixin:
         check_batch_size(batch_size)
         texts, single = check_texts(texts)
         states = self.encode_states(
-            texts, layers, batch_size, self._find_prompt(prompt, prompt_name), max_length, show_progress_bar
+            texts, layers, batch_size, self.find_prompt(prompt, prompt_name), max_length, show_progress_bar
         )
         embeddings = quantize(cut_and_normalize(states[0], dim), precision)
         embeddings = embeddings[0] if single else embeddings
@@ -287,7 +287,8 @@ class EncodeMixin:
         finally:
             self.train(training)
 
-    def _find_prompt(self, prompt: str | None, name: str | None) -> str:
+    def find_prompt(self, prompt: str | None = None, name: str | None = None) -> str:
+        """The text to put in front: `prompt`, the one of that name in the config, its default one, or none."""
         if prompt is not None:
             return prompt
         name = name if name is not None else self.config.default_prompt_name

@@ -48,7 +48,7 @@ class FunnelIndex:
         path: str | os.PathLike,
         prefixes: Sequence[int | tuple[int, str]] = (),
         ids: Sequence[str] | Sequence[int] | None = None,
-        texts: Sequence[str] | None = None,
+        texts: Iterable[str] | None = None,
         model: dict | None = None,
         approximate: tuple[int, str] | None = None,
         overwrite: bool = False,
@@ -127,9 +127,14 @@ class FunnelIndex:
         """Dimensions of a vector."""
         return self.meta["width"]
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether `text` can be asked."""
+        return TEXTS in self._arrays
+
     def text(self, id) -> str:
         """The text of an id."""
-        if TEXTS not in self._arrays:
+        if not self.has_texts:
             raise ValueError("texts: this index was built without them")
         row = int(np.flatnonzero(self._ids == id)[0]) if self._ids is not None else int(id)
         first, last = self._arrays[OFFSETS][row : row + 2]
@@ -279,15 +284,20 @@ def _append_graph(writer: Writer, dim: int, spec: str, count: int) -> None:
 
 
 def _append_companions(writer: Writer, ids, texts, count: int) -> None:
-    for name, values in (("ids", ids), ("texts", texts)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"{name}: {len(values)} are given for {count} vectors")
     if ids is not None:
         ids = np.asarray(ids)
+        if len(ids) != count:
+            raise ValueError(f"ids: {len(ids)} are given for {count} vectors")
         if len(np.unique(ids)) != count:
             raise ValueError("ids: one of them stands twice")
         writer.append(IDS, ids)
-    if texts is not None:
-        encoded = [text.encode("utf-8") for text in texts]
-        writer.append(TEXTS, np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        writer.append(OFFSETS, np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+    if texts is None:
+        return
+    ends = [0]
+    for text in texts:
+        encoded = text.encode("utf-8")
+        writer.append(TEXTS, np.frombuffer(encoded, dtype=np.uint8))
+        ends.append(ends[-1] + len(encoded))
+    if len(ends) - 1 != count:
+        raise ValueError(f"texts: {len(ends) - 1} are given for {count} vectors")
+    writer.append(OFFSETS, np.array(ends, dtype=np.int64))

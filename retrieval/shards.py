@@ -1,0 +1,147 @@
+"""Embeddings in shards: each appears whole, and is not made again while its texts are the same."""
+
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .reading import Malformed, Text
+
+FORMATS = ("npy", "parquet")
+SETTINGS, SUMMARY, DONE, IDS = "settings.json", "embeddings.json", "done", "ids"
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Note how the embeddings are made; ValueError where a folder holds embeddings that were made otherwise."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in settings:
+        if before.get(name) != settings[name]:
+            raise ValueError(
+                f"output_dir: {folder} holds embeddings made with {name} {before.get(name)}, not {settings[name]}; "
+                "choose another folder"
+            )
+
+
+def encode_shards(
+    texts: Iterable[Text | Malformed],
+    encode: Callable[[list[str]], dict[str, np.ndarray]],
+    folder: Path,
+    shard_size: int,
+    format: str,
+    process: int = 0,
+    processes: int = 1,
+    on_error: str = "stop",
+    progress: Callable[[int, bool], None] = lambda rows, is_new: None,
+) -> dict:
+    """
+    Write this process' shards: each `processes`-th, from the `process`-th on.
+
+    Args:
+        texts: in the same order in every process and run.
+        encode: from texts to (len(texts), dim) of each size by name.
+        folder: holds `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
+        on_error: `stop` with a ValueError at the first malformed line, or `skip` it.
+        progress: told of each finished shard's rows, and whether they were encoded now.
+
+    Returns:
+        {"rows": all texts, "shards": their number, "skipped": [[line, reason], ...]}, of all processes.
+    """
+    skipped: list[list] = []
+    rows = shards = 0
+    for number, shard in enumerate(_shards(texts, shard_size, on_error, skipped)):
+        rows, shards = rows + len(shard), number + 1
+        if number % processes != process:
+            continue
+        key = zlib.crc32(json.dumps(shard).encode("utf-8"))
+        marker = folder / DONE / f"{number:05d}.json"
+        is_new = not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["crc32"] == key)
+        if is_new:
+            marker.unlink(missing_ok=True)
+            _write_shard(folder, number, shard, encode([text for _, text in shard]), format)
+            _write_json(marker, {"rows": len(shard), "crc32": key})
+        progress(len(shard), is_new)
+    return {"rows": rows, "shards": shards, "skipped": skipped}
+
+
+def finish(folder: Path, settings: dict, summary: dict) -> None:
+    """Drop shards of an earlier, longer input, and say what there is."""
+    for marker in sorted((folder / DONE).glob("*.json"), key=lambda path: int(path.stem))[summary["shards"] :]:
+        for path in folder.glob(f"*/{marker.stem}.*"):
+            path.unlink()
+    _write_json(folder / SUMMARY, settings | summary)
+
+
+def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Ids and embeddings of one size, shard by shard; ValueError where the folder is not complete."""
+    if not (folder / SUMMARY).is_file():
+        raise ValueError(f"embeddings: {folder} is not complete; run encode.py to its end")
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if size not in summary["sizes"]:
+        raise ValueError(f"size: {size} is not in {folder}; it holds {', '.join(summary['sizes'])}")
+    for number in range(summary["shards"]):
+        path = folder / size / f"{number:05d}"
+        if summary["format"] == "npy":
+            ids = json.loads((folder / IDS / f"{number:05d}.json").read_text(encoding="utf-8"))
+            yield ids, np.load(path.with_suffix(".npy"))
+        else:
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path.with_suffix(".parquet"))
+            vectors = table["embedding"].combine_chunks()
+            yield table["id"].to_pylist(), vectors.flatten().to_numpy().reshape(len(table), -1)
+
+
+def _shards(texts, size: int, on_error: str, skipped: list) -> Iterator[list[Text]]:
+    good = _good(texts, on_error, skipped)
+    while shard := list(itertools.islice(good, size)):
+        yield shard
+
+
+def _good(texts, on_error: str, skipped: list) -> Iterator[Text]:
+    for item in texts:
+        if not isinstance(item, Malformed):
+            yield item
+        elif on_error == "stop":
+            raise ValueError(
+                f"input: line {item.line} is malformed: {item.reason}; --on_error skip leaves such lines out, and "
+                "finished shards are kept"
+            )
+        else:
+            skipped.append(list(item))
+
+
+def _write_shard(folder: Path, number: int, shard: list[Text], vectors: dict[str, np.ndarray], format: str) -> None:
+    ids = [text.id for text in shard]
+    if format == "npy":
+        _write_json(folder / IDS / f"{number:05d}.json", ids)
+    for size, rows in vectors.items():
+        path = folder / size / f"{number:05d}.{format}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        if format == "npy":
+            with open(partial, "wb") as file:
+                np.save(file, rows)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            flat = pa.array(np.ascontiguousarray(rows).reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+            pq.write_table(pa.table({"id": ids, "embedding": column}), partial)
+        os.replace(partial, path)
+
+
+def _write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,105 @@
+"""Make embeddings of encode.py searchable: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from retrieval import FunnelIndex
+from retrieval.reading import STDIN, Text, read_texts
+from retrieval.shards import SUMMARY, read_shards
+from run_scripts import common
+
+
+@dataclass
+class IndexArguments:
+    """What is indexed, and for which first stages."""
+
+    embeddings: str = field(metadata={"help": "Folder that encode.py wrote, in float32 or float16."})
+    output_dir: str = field(metadata={"help": "Folder for the index."})
+    size: str | None = field(default=None, metadata={"help": "Which of its sizes. Default: the largest."})
+    prefixes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What first stages of a search will read, DIM or DIM:int8 or DIM:binary."},
+    )
+    approximate: str | None = field(
+        default=None, metadata={"help": "A FAISS graph for an approximate first stage, as in 64:HNSW32."}
+    )
+    with_texts: bool = field(default=True, metadata={"help": "Keep the texts, which search.py shows."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the index in output_dir."})
+
+
+def main(argv=None) -> None:
+    """Parse, check, build."""
+    with common.user_errors():
+        (args,) = common.Parser((IndexArguments,)).parse(argv)
+        folder = Path(args.embeddings)
+        if not (folder / SUMMARY).is_file():
+            raise ValueError(f"embeddings: {folder} holds no {SUMMARY}; run encode.py to its end first")
+        made = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if made["precision"] not in ("float32", "float16"):
+            raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
+        size = args.size or made["sizes"][-1]
+        prefixes = [_prefix(text) for text in args.prefixes]
+        approximate = None
+        if args.approximate:
+            dim, _, spec = args.approximate.partition(":")
+            if not dim.isdigit() or not spec:
+                raise ValueError(f"approximate: {args.approximate!r} is not DIM:NAME, as in 64:HNSW32")
+            approximate = (int(dim), spec)
+        ids: list[str] = []
+
+        def blocks():
+            for names, rows in read_shards(folder, size):
+                ids.extend(names)
+                yield rows
+
+        index = FunnelIndex.build(
+            blocks(),
+            args.output_dir,
+            prefixes,
+            ids=ids,
+            texts=_texts(made, ids) if args.with_texts else None,
+            model=describe(made, size),
+            approximate=approximate,
+            overwrite=args.overwrite,
+        )
+    print(f"{len(index)} vectors of {index.width} dimensions in {args.output_dir}")
+    print(f'Search: python run_scripts/search.py {args.output_dir} "your question"')
+
+
+def describe(made: dict, size: str) -> dict:
+    """What queries must be embedded with."""
+    num_layers, dim = map(int, size.split("x"))
+    return {"name": made["model_name_or_path"], "num_layers": num_layers, "dim": dim, "max_length": made["max_length"]}
+
+
+def _texts(made: dict, ids: list[str]):
+    """The texts behind the ids, read when the vectors, and so the ids, are there."""
+    if made["input"] == STDIN:
+        raise ValueError("with_texts: standard input cannot be read again; pass --with_texts false")
+    texts = read_texts(made["input"], made["text_column"], made["id_column"])
+
+    def each():
+        good = (item for item in texts if isinstance(item, Text))
+        for position, item in enumerate(good):
+            if position >= len(ids) or item.id != ids[position]:
+                raise ValueError(f"with_texts: {made['input']} has changed since it was encoded; encode it again")
+            yield item.text
+
+    return each()
+
+
+def _prefix(text: str) -> tuple[int, str]:
+    dim, _, precision = text.partition(":")
+    if not dim.isdigit():
+        raise ValueError(f"prefixes: {text!r} is not DIM or DIM:PRECISION, as in 32 or 384:binary")
+    return int(dim), precision or "float32"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`; without a query, it asks."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from modeling_2dmse import TwoDMSEModel
+from retrieval import FunnelIndex, Stage, parse_stages
+from retrieval.stages import check_stages
+from run_scripts import common
+
+# Characters of a text that are shown.
+_SHOWN = 160
+
+
+@dataclass
+class SearchArguments:
+    """How an index is searched."""
+
+    k: int | None = field(default=None, metadata={"help": "Results of a query. Default: 10, or all where fewer are."})
+    stages: str | None = field(
+        default=None,
+        metadata={"help": "DIM:KEEP[:PRECISION],... Default: one exact stage at the full width."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The index's model, where it does not stand where it stood."}
+    )
+    prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put in front of a query."})
+
+
+def main(argv=None) -> None:
+    """Parse, open, search."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = []
+    while argv and not argv[0].startswith("-"):
+        words.append(argv.pop(0))
+    with common.user_errors():
+        (args,) = common.Parser((SearchArguments,), usage='%(prog)s INDEX ["query" ...] [--flag value ...]').parse(argv)
+        if not words:
+            raise ValueError("index: name the folder of an index first")
+        index = FunnelIndex.open(words.pop(0))
+        made = index.meta["model"]
+        if not made:
+            raise ValueError(f"index: {index.path} does not say what model made it; build it with build_index.py")
+        args.k = min(10, len(index)) if args.k is None else args.k
+        stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
+        check_stages(stages, args.k, len(index), index.width)
+        model = common.load_encoder(args.model_name_or_path or made["name"])
+        if made["num_layers"] < model.num_layers:
+            model = model.truncate(made["num_layers"])
+        model = common.to_device(model)
+        for query in words or ask():
+            print(answer(index, model, query, args, stages), flush=True)
+
+
+def ask():
+    """Lines that the user types, until there are no more."""
+    while True:
+        try:
+            line = input("query> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def answer(index: FunnelIndex, model: TwoDMSEModel, query: str, args: SearchArguments, stages) -> str:
+    """The results of a query, a line each, and what each stage took."""
+    made = index.meta["model"]
+    start = time.perf_counter()
+    vector = model.encode(query, dim=index.width, prompt_name=args.prompt_name, max_length=made["max_length"])
+    encoded = time.perf_counter() - start
+    scores, ids = index.search(vector, args.k, stages)
+    lines = [f"{query}"]
+    for place, (score, name) in enumerate(zip(scores, ids, strict=True), start=1):
+        text = " ".join(index.text(name).split()) if index.has_texts else ""
+        lines.append(f"{place:>3}  {score:.4f}  {name}  {text[:_SHOWN]}")
+    taken = [f"{name} {1000 * seconds:.2f} ms" for name, seconds in zip(stages, index.seconds, strict=True)]
+    return "\n".join([*lines, f"     encoding {1000 * encoded:.1f} ms, {', '.join(taken)}\n"])
+
+
+if __name__ == "__main__":
+    main()

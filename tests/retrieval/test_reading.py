@@ -1,0 +1,81 @@
+"""Texts come out of every format with their ids, and what cannot be read is named by its line."""
+
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval.reading import Malformed, Text, count_lines, read_texts
+
+TEXTS = ["a cat", "größer, heller", 'he said "no"']
+
+
+def test_every_format_gives_the_same_texts(tmp_path, monkeypatch):
+    lines = "\n".join(TEXTS) + "\n"
+    rows = [{"text": text, "id": f"t{i}"} for i, text in enumerate(TEXTS)]
+    quoted = ["text,id", *('"' + row["text"].replace('"', '""') + f'",{row["id"]}' for row in rows)]
+    (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (tmp_path / "a.csv").write_text("\n".join(quoted), encoding="utf-8")
+    tabbed = [f"{row['text']}\t{row['id']}" for row in rows]
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tid", *tabbed]).replace('"', '""'), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.txt", "b.txt", "a.txt.gz"):
+        assert list(read_texts(str(tmp_path / name))) == [Text(str(i), text) for i, text in enumerate(TEXTS)]
+        assert count_lines(str(tmp_path / name)) == 3
+    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
+        assert list(read_texts(str(tmp_path / name))) == [Text(row["id"], row["text"]) for row in rows]
+        assert next(iter(read_texts(str(tmp_path / name), "id", "text"))) == Text("a cat", "t0")
+    assert [text.id for text in read_texts(str(tmp_path / "a.tsv"))] == ["t0", "t1", "t2"]
+    assert count_lines(str(tmp_path / "a.parquet")) == 3
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert [text.text for text in read_texts("-")] == TEXTS
+    assert count_lines("-") is None
+
+
+def test_a_beir_corpus_joins_title_and_text(tmp_path):
+    rows = [{"_id": "d1", "title": "Cats", "text": "They sleep."}, {"_id": "d2", "title": "", "text": "Dogs."}]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(read_texts(str(tmp_path))) == [Text("d1", "Cats They sleep."), Text("d2", "Dogs.")]
+
+
+def test_malformed_lines_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n\nth\xff\nfour\n")
+    lines = ['{"text": "a"}', "{", "[1]", '{"txt": "b"}', '{"text": 3}', '{"text": " "}', '{"_id": "", "text": "c"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.csv").write_text('id,text\n1,"two\nlines"\n2\n3,a,b\n4,fine\n')
+    found = list(read_texts(str(tmp_path / "a.txt")))
+    assert found == [Text("0", "one"), Malformed(2, "its text is empty"), Malformed(3, "byte 3 is not UTF-8"),
+                     Text("3", "four")]  # fmt: skip
+    first, *others = read_texts(str(tmp_path / "a.jsonl"))
+    assert first == Text("0", "a")
+    assert [item.line for item in others] == [2, 3, 4, 5, 6, 7]
+    reasons = ("it is not JSON", "not a JSON object", "it has no text", "its text is a int", "is empty", "has no _id")
+    assert all(reason in item.reason for reason, item in zip(reasons, others, strict=True))
+    found = list(read_texts(str(tmp_path / "a.csv")))
+    assert found == [Text("1", "two\nlines"), Malformed(4, "it has not 2 columns"),
+                     Malformed(5, "it has not 2 columns"), Text("4", "fine")]  # fmt: skip
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("id,txt\n1,a\n")
+    (tmp_path / "a.doc").write_text("a")
+    (tmp_path / "a.parquet").write_text("a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress("\n".join(map(str, range(9999))).encode())[:-900])
+    for name, message in (
+        ("a.csv", "there is no column text among id, txt"),
+        ("a.doc", r"unknown format; use one of \.txt, \.csv"),
+        ("a.parquet", "cannot be read as parquet"),
+        ("empty", r"is a folder without a corpus\.jsonl"),
+        ("none.txt", "is not a file"),
+        ("cut.txt.gz", "the compressed file ends behind line"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(read_texts(str(tmp_path / name)))
