@@ -15,7 +15,7 @@ from .stages import APPROXIMATE, PRECISIONS, Stage, check_stages, select
 from .store import Writer, read
 
 VECTORS, IDS, TEXTS, OFFSETS, GRAPH = "vectors.f32", "ids", "texts.utf8", "text_offsets", "graph.faiss"
-# Scores that are held at once, and vectors that are written at once.
+# Numbers (scores, copied entries) that are held at once, and vectors that are written at once.
 _SCORES, _ROWS = 2**23, 2**14
 # For int8: so many standard deviations of a random unit vector's entries become 127.
 _DEVIATIONS = 4
@@ -36,6 +36,7 @@ class FunnelIndex:
         self._faiss = None
         self._arrays = arrays
         self._prefixes = {(entry["dim"], entry["precision"]): entry["file"] for entry in meta["prefixes"]}
+        self._prefixes[meta["width"], "float32"] = VECTORS
         ids = arrays.get(IDS)
         self._ids = None if ids is None else np.asarray(ids)
         # The place of each id in sorted order, by which ties are broken.
@@ -176,7 +177,8 @@ class FunnelIndex:
         """Scores and rows of the best among all vectors, (Q, keep)."""
         stored = self._prefixes.get((stage.dim, stage.precision))
         asked = _prefix(queries, stage.dim, "binary" if stage.precision == "binary" else "float32")
-        block = max(1, _SCORES // len(queries))
+        copied = stored is None or stage.precision != "float32"  # then rows are copied as well
+        block = max(1, _SCORES // max(len(queries), stage.dim if copied else 1))
         best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
         for start in range(0, len(self), block):
             end = min(start + block, len(self))

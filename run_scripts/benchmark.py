@@ -75,6 +75,7 @@ def main(argv=None) -> None:
             path = os.path.join(args.output_dir, "benchmark.json")
             common.write_json(path, {"env": environment(), "rows": rows})
     print(table(rows))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in environment().items()))
 
 
 def table(rows: list[dict]) -> str:
@@ -155,7 +156,7 @@ BENCHMARKS = {
     "smae": lambda args: smae_cost(args.sizes, args.runs),
     "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
     "growth": growth_cost,
-    "funnel": lambda args: funnel_cost(args, _texts(args)),
+    "funnel": lambda args: funnel_cost(args, _texts(args), [load_beir(folder) for folder in args.beir_dirs or []]),
 }
 
 if __name__ == "__main__":

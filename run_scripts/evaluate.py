@@ -30,6 +30,10 @@ class EvaluationArguments:
         default_factory=lambda: ["ladder"],
         metadata={"help": "ladder (the model's own), grid (every layer by every dim of the ladder), or LAYERSxDIM ..."},
     )
+    cross_sizes: bool = field(
+        default=False,
+        metadata={"help": "For retrieval, also nDCG@10 of queries at each size against documents at each other."},
+    )
     pooling: str | None = field(default=None, metadata={"help": "Pooling, for a model that does not say."})
     batch_size: int = field(default=32, metadata={"help": "Texts a batch."})
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
@@ -46,6 +50,8 @@ def main(argv=None) -> None:
             raise ValueError(f"batch_size: {args.batch_size} is not allowed; use a whole number from 1")
         if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
             raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
+        if args.cross_sizes and not args.beir_dirs:
+            raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
         model = common.to_device(common.load_encoder(args.model_name_or_path, pooling=args.pooling))
@@ -53,13 +59,18 @@ def main(argv=None) -> None:
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()
     results = {"model": args.model_name_or_path}
-    results |= evaluate_tasks(model, tasks, sizes, batch_size=args.batch_size, max_length=args.max_length)
+    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    results |= evaluate_tasks(model, tasks, sizes, args.cross_sizes, **options)
     common.write_json(os.path.join(args.output_dir, "results.json"), results)
     common.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
     columns = main_scores(results)
     if len(columns) > 1:
         columns["mean"] = mean_scores(results)
     print(common.score_table(columns, sizes, "size"))
+    for name, task in results.get("retrieval", {}).items() if args.cross_sizes else ():
+        table = task["cross_ndcg@10"]
+        columns = {f"d {d}": {str(q): table[str(q)][str(d)] for q in sizes} for d in sizes}
+        print(f"\n{name}, nDCG@10: queries down, documents across\n{common.score_table(columns, sizes, 'queries')}")
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 

@@ -72,6 +72,10 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
         metadata={"help": "Factor of the alignment. Default: 1, and 0.3 for starbucks with feature_kl."},
     )
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
+    cross_size_weight: float = field(
+        default=0.0,
+        metadata={"help": "Factor of the loss of queries at each shallower size against documents at the deepest one."},
+    )
     loss: str | None = field(
         default=None,
         metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "
@@ -139,6 +143,7 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
                 ("max_length", self.max_length, 3),
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
+                ("cross_size_weight", self.cross_size_weight, 0),
                 ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
                 (
                     "gradient_cache_chunk_size",

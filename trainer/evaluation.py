@@ -145,39 +145,62 @@ def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **en
     return result
 
 
-def evaluate_retrieval(model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], **encode) -> dict:
+def evaluate_retrieval(
+    model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], cross_sizes: bool = False, **encode
+) -> dict:
     """nDCG@10, MRR@10 and recall@100 at every size, trec_eval's way (see `ranking`).
 
     Returns:
-        {"n_queries": ..., "ndcg@10": {"1x32": ...}, "mrr@10": {...}, "recall@100": {...}}
+        {"n_queries": ..., "ndcg@10": {"1x32": ...}, "mrr@10": {...}, "recall@100": {...}}; with `cross_sizes` also
+        "cross_ndcg@10", {"1x32": {"6x384": ...}} for queries at the first size against documents at the second, at the
+        smaller of the two dims.
     """
-    query_ids = list(data.queries)
-    # trec_eval breaks ties by the larger document id; a stable ranking over this order does the same.
-    document_ids = sorted(data.corpus, reverse=True)
-    queries = _states(model, [data.queries[query] for query in query_ids], sizes, **encode)
-    top = dict.fromkeys(sizes)
-    for start in range(0, len(document_ids), _CORPUS_CHUNK):
-        chunk = document_ids[start : start + _CORPUS_CHUNK]
-        documents = _states(model, [data.corpus[document] for document in chunk], sizes, **encode)
-        for size in sizes:
-            found = top_documents(
-                cut_and_normalize(queries[size.num_layers], size.dim),
-                cut_and_normalize(documents[size.num_layers], size.dim),
-                k=100,
-                first=start,
-            )
-            top[size] = found if top[size] is None else merge_top(top[size], found, k=100)
-    gains = [data.qrels[query] for query in query_ids]
-    result = {"n_queries": len(query_ids), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
+    cells = [(queries, documents) for queries in sizes for documents in sizes if cross_sizes or queries == documents]
+    metrics = _judge(model, data, cells, **encode)
+    result = {"n_queries": len(data.queries), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
     for size in sizes:
-        ranked = [[document_ids[i] for i in row] for row in top[size][1].tolist()]
-        for metric, value in ranking_metrics(ranked, gains).items():
+        for metric, value in metrics[size, size].items():
             result[metric][str(size)] = value
+    if cross_sizes:
+        result["cross_ndcg@10"] = {str(q): {str(d): metrics[q, d]["ndcg@10"] for d in sizes} for q in sizes}
     return result
 
 
+def _judge(
+    model: TwoDMSEModel, data: RetrievalData, cells: Sequence[tuple[Size, Size]], **encode
+) -> dict[tuple[Size, Size], dict[str, float]]:
+    """The metrics of every cell, a size of the queries and one of the documents, from one pass over the texts."""
+    layers = [size for cell in cells for size in cell]
+    query_ids = list(data.queries)
+    # trec_eval breaks ties by the larger document id; a stable ranking over this order does the same.
+    document_ids = sorted(data.corpus, reverse=True)
+    queries = _states(model, [data.queries[query] for query in query_ids], layers, **encode)
+    top = dict.fromkeys(cells)
+    for start in range(0, len(document_ids), _CORPUS_CHUNK):
+        chunk = document_ids[start : start + _CORPUS_CHUNK]
+        documents = _states(model, [data.corpus[document] for document in chunk], layers, **encode)
+        for cell in cells:
+            (query, document), dim = cell, min(size.dim for size in cell)
+            found = top_documents(
+                cut_and_normalize(queries[query.num_layers], dim),
+                cut_and_normalize(documents[document.num_layers], dim),
+                k=100,
+                first=start,
+            )
+            top[cell] = found if top[cell] is None else merge_top(top[cell], found, k=100)
+    gains = [data.qrels[query] for query in query_ids]
+    return {
+        cell: ranking_metrics([[document_ids[i] for i in row] for row in top[cell][1].tolist()], gains)
+        for cell in cells
+    }
+
+
 def evaluate_tasks(
-    model: TwoDMSEModel, tasks: Sequence[StsData | RetrievalData], sizes: Sequence[Size], **encode
+    model: TwoDMSEModel,
+    tasks: Sequence[StsData | RetrievalData],
+    sizes: Sequence[Size],
+    cross_sizes: bool = False,
+    **encode,
 ) -> dict:
     """All tasks at all sizes, as `results.json` holds them: {"sts": {name: ...}, "retrieval": {name: ...}}."""
     results: dict = {}
@@ -185,7 +208,9 @@ def evaluate_tasks(
         if isinstance(task, StsData):
             results.setdefault("sts", {})[task.name] = evaluate_sts(model, task, sizes, **encode)
         else:
-            results.setdefault("retrieval", {})[task.name] = evaluate_retrieval(model, task, sizes, **encode)
+            results.setdefault("retrieval", {})[task.name] = evaluate_retrieval(
+                model, task, sizes, cross_sizes, **encode
+            )
     return results
 
 

@@ -37,17 +37,30 @@ class Alignment(NamedTuple):
     weight: float
 
 
+class Cross(NamedTuple):
+    """weight * loss of the first column's texts (queries, anchors) at one size against the others at another.
+
+    Both sizes have the same dim.
+    """
+
+    queries: Size
+    documents: Size
+    weight: float
+
+
 class Plan(NamedTuple):
     """What one step computes."""
 
     terms: tuple[Term, ...]
     alignments: tuple[Alignment, ...] = ()
+    crosses: tuple[Cross, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The exits the step needs, ascending."""
         sizes = [term.size for term in self.terms]
         sizes += [size for a in self.alignments for size in (a.student, a.teacher)]
+        sizes += [size for c in self.crosses for size in (c.queries, c.documents)]
         return tuple(sorted({size.num_layers for size in sizes}))
 
 
@@ -63,6 +76,8 @@ class Objective:
         alignment: `none`, `feature_kl` or `score_kl`; the objective's own choice when left out.
         alignment_weight: factor of the alignment; the objective's own when left out.
         compression_dim: dimensions that `espresso` compresses to.
+        cross_size_weight: factor of the loss of queries at each shallower size against documents at the ladder's
+            deepest layer, cut to the same dim; 0 for none.
     """
 
     name: str
@@ -72,10 +87,17 @@ class Objective:
     alignment: str | None = None
     alignment_weight: float | None = None
     compression_dim: int = 128
+    cross_size_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
-        return OBJECTIVES[self.name](self, rng)
+        plan = OBJECTIVES[self.name](self, rng)
+        if not self.cross_size_weight:
+            return plan
+        deepest = max(size.num_layers for size in self.ladder)
+        shallow = dict.fromkeys(term.size for term in plan.terms if term.size.num_layers < deepest)
+        crosses = (Cross(size, Size(deepest, size.dim), self.cross_size_weight) for size in shallow)
+        return plan._replace(crosses=tuple(crosses))
 
     @property
     def kind(self) -> str:
@@ -171,8 +193,8 @@ def plan_parts(
         loss: name of the base loss.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`), weight and value. The parts share the states alone, so that each can be
-        gone backward from, and its graph dropped, before the next is made.
+        name (`loss/2x64`, `alignment/2x64`, `cross/2x64`), weight and value. The parts share the states alone, so that
+        each can be gone backward from, and its graph dropped, before the next is made.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -187,6 +209,10 @@ def plan_parts(
         yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for kind, student, teacher, weight in plan.alignments:
         yield f"alignment/{student}", weight, _distance(kind, student, teacher, state, embedding, scale)
+    first = rows.counts[0]
+    for queries, documents, weight in plan.crosses:
+        joined = torch.cat((state(queries.num_layers)[:first], state(documents.num_layers)[first:]))
+        yield f"cross/{queries}", weight, base_loss(loss, cut_and_normalize(joined, queries.dim), rows, scale)
 
 
 @torch.enable_grad()

@@ -89,7 +89,10 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             alignment=args.alignment,
             alignment_weight=args.alignment_weight,
             compression_dim=args.compression_dim,
+            cross_size_weight=args.cross_size_weight,
         )
+        if args.cross_size_weight and not self.objective.plan(random.Random(0)).crosses:
+            raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)

@@ -89,13 +89,17 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
 
 
 def depth_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) -> list[dict]:
-    """Time at n layers over time at all N, which should be n/N."""
-    depths = range(1, model.num_layers + 1)
-    calls = {n: partial(model.encode, texts, num_layers=n, **options) for n in depths}
+    """Time at n layers over time at all N, which should be n/N, and by how much the worst n is above."""
+    count = model.num_layers
+    calls = {n: partial(model.encode, texts, num_layers=n, **options) for n in range(1, count + 1)}
     taken = in_turn(runs, {f"{n} layers": partial(seconds, call) for n, call in calls.items()})
-    whole = taken[f"{model.num_layers} layers"]
-    targets = {n: f"<= {n / model.num_layers + 0.10:.2f}" for n in depths[:-1]}
-    return [row(f"encode.depth.{n}", target, taken[f"{n} layers"], whole) for n, target in targets.items()]
+    whole = taken[f"{count} layers"]
+    lines = [
+        row(f"encode.depth.{n}", f"<= {n / count + 0.10:.2f}", taken[f"{n} layers"], whole) for n in range(1, count)
+    ]
+    shares = [[taken[f"{n} layers"][i] / whole[i] - n / count for n in range(1, count)] for i in range(runs)]
+    worst = row("encode.depth", "<= 0.10", [max(share, default=0.0) for share in shares], [1.0] * runs)
+    return [worst, *lines]
 
 
 def precisions(model: TwoDMSEModel, folder: str) -> dict[str, TwoDMSEModel | OnnxEncoder]:

@@ -7,23 +7,29 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_2dmse import TwoDMSEModel
 from retrieval import FunnelIndex, Stage, parse_stages
 from run_scripts import common
 from run_scripts.benchmarks.measure import in_a_fresh_process, in_turn, peak_memory, row
+from trainer.evaluation import RetrievalData
+from trainer.ranking import ranking_metrics
 
 COUNT, K, SINGLE, BATCH = 1_000_000, 10, 30, 64
 # The length of the noise that makes many vectors of one, and a query of a vector.
 NOISE = 0.5
 FUNNELS = ("32:4000,384:10", "64:2000,384:10", "384:4000:binary,384:10", "64:2000:approximate,384:10")
 GRAPH = (64, "HNSW32")
+# What is judged on real questions, where a corpus is small.
+JUDGED = ("32:10", "32:50,384:10", "32:200,384:10", "32:200,128:50,384:10", "64:100,384:10", "384:100:binary,384:10")
 
 
-def funnel_cost(args, texts: list[str]) -> list[dict]:
-    """Ratios of time, exact over funnel, for single queries and batches, with recall@10; and peak memory.
+def funnel_cost(args, texts: list[str], tasks: list[RetrievalData]) -> list[dict]:
+    """Ratios of time, exact over funnel, for single queries and batches, with recall@10; peak memory; nDCG@10.
 
     Args:
         args: the benchmark's arguments.
         texts: their embeddings are the million vectors' centres.
+        tasks: on which funnels are judged beside exact search.
     """
     model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
     centres = model.encode(texts, max_length=args.max_length)
@@ -43,7 +49,25 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
         for text, stages in funnels.items():
             peak = in_a_fresh_process(_measure_peak, path, queries[:SINGLE], stages)
             rows.append(row(f"funnel.memory.{text}", "<= 1.3", [peak], [stored], peak_gb=peak))
-    return rows
+    return rows + [line for task in tasks for line in _judge(model, task, args.max_length)]
+
+
+def _judge(model: TwoDMSEModel, task: RetrievalData, max_length: int) -> list[dict]:
+    """nDCG@10 of funnels over that of exact search at the full width."""
+    documents = model.encode(list(task.corpus.values()), max_length=max_length)
+    queries = model.encode(list(task.queries.values()), max_length=max_length)
+    gains = [task.qrels[query] for query in task.queries]
+    with tempfile.TemporaryDirectory() as folder:
+        index = FunnelIndex.build(documents, Path(folder) / "index", ids=list(task.corpus))
+
+        def ndcg(stages) -> float:
+            _, ids = index.search(queries, K, stages)
+            return ranking_metrics(ids.tolist(), gains)["ndcg@10"]
+
+        exact = ndcg(None)
+        scores = {text: ndcg(parse_stages(text)) for text in JUDGED}
+    target = f"of {exact:.4f}, exact"
+    return [row(f"funnel.ndcg.{task.name}.{text}", target, [s], [exact], ndcg=s) for text, s in scores.items()]
 
 
 def many(centres: np.ndarray, count: int, seed: int = 0):

@@ -26,6 +26,7 @@ from trainer.evaluation import (
 )
 from trainer.ranking import merge_top, ranking_metrics, top_documents
 
+LADDER_SIZES = parse_ladder(LADDER)
 STS = StsData("sts", SENTENCES[::2], SENTENCES[1::2], [0, 5, 1, 4, 2, 3, 2.5, 1.5, 0.5, 4.5])
 
 
@@ -92,6 +93,28 @@ def test_retrieval_equals_a_plain_reference_with_ties_and_graded_judgements(tiny
             )
             got = [result[metric][str(size)] for metric in ("ndcg@10", "mrr@10", "recall@100")]
             assert got == pytest.approx(expected.tolist(), abs=1e-9), (chunk, size)
+
+
+def test_crossed_sizes_judge_queries_of_one_size_among_documents_of_another(tiny_model):
+    model = tiny_model()
+    queries = {f"q{i}": text for i, text in enumerate(SENTENCES[:5])}
+    corpus = {f"d{i:02d}": text for i, text in enumerate(SENTENCES)}
+    qrels = {f"q{i}": {f"d{i + 3:02d}": 1, f"d{i + 9:02d}": 2} for i in range(5)}
+    data = RetrievalData("r", queries, corpus, qrels)
+    result = evaluate_retrieval(model, data, LADDER_SIZES, cross_sizes=True)
+    assert list(result["cross_ndcg@10"]) == [str(size) for size in LADDER_SIZES]
+    for query in LADDER_SIZES:
+        for document in LADDER_SIZES:
+            dim = min(query.dim, document.dim)
+            asked = model.encode(list(queries.values()), query.num_layers, dim)
+            stored = model.encode(list(corpus.values()), document.num_layers, dim)
+            values = []
+            for row, gains in zip(asked @ stored.T, qrels.values(), strict=True):
+                ranked = sorted(corpus, key=lambda name, row=row: (-row[int(name[1:])], name))
+                found = [gains.get(name, 0) / math.log2(place + 2) for place, name in enumerate(ranked[:10])]
+                values.append(sum(found) / (2 + 1 / math.log2(3)))
+            assert result["cross_ndcg@10"][str(query)][str(document)] == pytest.approx(np.mean(values), abs=1e-6)
+    assert evaluate_retrieval(model, data, LADDER_SIZES) == {k: v for k, v in result.items() if k != "cross_ndcg@10"}
 
 
 def test_ties_at_the_cut_keep_the_documents_order():

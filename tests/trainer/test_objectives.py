@@ -148,3 +148,38 @@ def test_one_layer_model():
     plan = Objective("2dmse", parse_ladder(["1x8"]), 1, H).plan(random.Random(0))
     assert plan.layers == (1,)
     assert plan.alignments == ()
+
+
+@pytest.mark.parametrize("name", ["starbucks", "2dmse", "espresso"])
+def test_crossed_sizes_equal_a_loop(name):
+    """Anchors at a shallow size, positives and negatives at the deepest layer with as many dims."""
+    rng = random.Random(3)
+    plain, _ = compute(objective(name), random.Random(3))
+    total, parts = compute(objective(name, cross_size_weight=0.5), rng)
+    crossed = {part: value.item() for part, value in parts.items() if part.startswith("cross/")}
+    trained = {part.removeprefix("loss/") for part in parts if part.startswith("loss/")}
+    shallow = {size for size in trained if int(size.split("x")[0]) < N}
+    assert {part.removeprefix("cross/") for part in crossed} == shallow
+    assert shallow
+    for part, value in crossed.items():
+        n, d = map(int, part.removeprefix("cross/").split("x"))
+        anchors, others = emb(n, d)[:4], emb(N, d)[4:]
+        expected = 0.0
+        for i in range(4):
+            logits = [20 * sum(a * b for a, b in zip(anchors[i], other, strict=True)).item() for other in others]
+            expected += (math.log(sum(math.exp(x) for x in logits)) - logits[i]) / 4
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert total.item() == pytest.approx(plain.item() + 0.5 * sum(crossed.values()), rel=1e-5)
+
+
+def test_crossed_sizes_train_both_sides():
+    plan = objective("starbucks", alignment="none", cross_size_weight=1.0).plan(None)
+    states = STATES[[n - 1 for n in plan.layers]].clone().requires_grad_()
+    only = plan._replace(terms=(), alignments=())
+    assert only.layers == plan.layers
+    plan_loss(only, states, TRIPLETS, "infonce")[0].backward()
+    moved = states.grad.abs().amax(dim=2) > 0
+    assert moved[:2, :4].all(), "anchors at the shallow exits"
+    assert moved[2, 4:].all(), "documents at the deepest"
+    assert not moved[:2, 4:].any()
+    assert not moved[2, :4].any()

@@ -73,6 +73,18 @@ def test_each_size_is_logged_and_adds_up(tiny_model, tmp_path):
     assert sum(parts) == pytest.approx(entry["loss"], abs=2e-3)
 
 
+def test_crossed_sizes_are_trained_and_logged(tiny_model, tmp_path):
+    trainer = train(tiny_model(), tmp_path, alignment="none", logging_steps=2, cross_size_weight=0.5)
+    entry = trainer.state.log_history[0]
+    parts = {name: value for name, value in entry.items() if name.startswith(("loss/", "cross/"))}
+    assert {name for name in parts if name.startswith("cross/")} == {"cross/1x8", "cross/2x16"}
+    weighted = sum(value * (0.5 if name.startswith("cross/") else 1) for name, value in parts.items())
+    assert weighted == pytest.approx(entry["loss"], abs=2e-3)
+    args = arguments(tmp_path, objective="separate", cross_size_weight=1.0)
+    with pytest.raises(ValueError, match="cross_size_weight: separate trains no shallower size"):
+        TwoDMSETrainer(model=tiny_model(), args=args, train_dataset=TRIPLETS)
+
+
 def test_all_columns_go_through_one_call_of_the_wrapped_model(tiny_model, tmp_path):
     model, calls = tiny_model(), []
     trainer = TwoDMSETrainer(model=model, args=arguments(tmp_path, num_buckets=2), train_dataset=TRIPLETS)

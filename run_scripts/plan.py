@@ -1,0 +1,120 @@
+"""Choose a size for a budget: `python run_scripts/plan.py --model_name_or_path M --results R/results.json ...`."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from retrieval.planning import BYTES, Cell, Limits, as_rows, choose, pareto, plan
+from retrieval.reading import Text, read_texts
+from run_scripts import common
+from run_scripts.evaluate import choose_sizes
+from run_scripts.quickstart import python_docs
+from trainer.evaluation import mean_scores
+
+
+@dataclass
+class PlanArguments:
+    """What is measured, and what a size may cost."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a TwoDMSE model or any text encoder."})
+    results: str | None = field(
+        default=None,
+        metadata={"help": "results.json of evaluate.py, for the scores; without it, sizes are costs alone."},
+    )
+    sizes: list[str] = field(
+        default_factory=lambda: ["ladder"],
+        metadata={"help": "ladder (the model's own), grid (every layer by every dim of the ladder), or LAYERSxDIM ..."},
+    )
+    texts: str | None = field(
+        default=None, metadata={"help": "Texts like yours (as for encode.py). Default: Python's documentation."}
+    )
+    max_ms_per_text: float | None = field(default=None, metadata={"help": "Milliseconds that one text may take."})
+    max_bytes_per_vector: float | None = field(default=None, metadata={"help": "Bytes that a vector may take."})
+    min_score: float | None = field(default=None, metadata={"help": "Score that must be reached."})
+    corpus_size: int | None = field(default=None, metadata={"help": "Texts to embed: shows hours and gigabytes."})
+    precision: str = field(default="float32", metadata={"help": f"Of the stored vectors: {', '.join(BYTES)}."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for plan.json and plan.png."})
+
+
+def main(argv=None) -> None:
+    """Parse, measure, choose, print."""
+    with common.user_errors():
+        (args,) = common.Parser((PlanArguments,)).parse(argv)
+        limits = Limits(args.max_ms_per_text, args.max_bytes_per_vector, args.min_score)
+        scores = read_scores(args.results) if args.results else None
+        if args.min_score is not None and scores is None:
+            raise ValueError("min_score: name the scores with --results")
+        model = common.to_device(common.load_encoder(args.model_name_or_path))
+        sizes = choose_sizes(model, args.sizes)
+        texts = _texts(args.texts)
+        cells = plan(model, sizes, texts, scores, args.precision, args.max_length)
+        print(table(cells, args.corpus_size))
+        if args.output_dir:
+            os.makedirs(args.output_dir, exist_ok=True)
+            common.write_json(os.path.join(args.output_dir, "plan.json"), as_rows(cells))
+            draw(cells, os.path.join(args.output_dir, "plan.png"))
+        best, reason = choose(cells, limits)
+    print(f"\n{best.size}: {reason}")
+    num_layers, dim = best.size.split("x")
+    load = f"TwoDMSEModel.from_pretrained({args.model_name_or_path!r}, num_layers={num_layers})"
+    print(f"Use it: {load}.encode(texts, dim={dim})")
+
+
+def read_scores(path: str) -> dict[str, float]:
+    """The mean over tasks of the main metric, by size."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return mean_scores(json.load(file))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"results: {path} is not a results.json of evaluate.py: {error}") from error
+
+
+def table(cells: list[Cell], corpus_size: int | None) -> str:
+    """A line a size; those on the Pareto front are marked."""
+    front = pareto(cells)
+    titles = ["size", "score", "ms/text", "texts/s", "parameters", "MB", "bytes/vector"]
+    titles += ["hours", "GB"] if corpus_size else []
+    lines = ["".join(f"{title:>14}" for title in titles)]
+    for cell in cells:
+        score = "-" if cell.score is None else f"{cell.score:.4f}"
+        values = [cell.size, score, f"{cell.ms_per_text:.2f}", f"{cell.texts_per_second:.0f}", f"{cell.parameters:,}"]
+        values += [f"{cell.memory_mb:.1f}", f"{cell.bytes_per_vector:g}"]
+        if corpus_size:
+            hours = corpus_size / cell.texts_per_second / 3600
+            values += [f"{hours:.2f}", f"{corpus_size * cell.bytes_per_vector / 1e9:.3f}"]
+        lines.append("".join(f"{value:>14}" for value in values) + ("  *" if cell in front else ""))
+    return "\n".join([*lines, "* no other size is as good in score, time and bytes"])
+
+
+def draw(cells: list[Cell], path: str) -> None:
+    """Score over milliseconds, a point a size, its area by bytes; the front is joined."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    points = [cell for cell in cells if cell.score is not None]
+    for cell in points:
+        axis.scatter(cell.ms_per_text, cell.score, s=10 + cell.bytes_per_vector / 8, alpha=0.6, color="tab:blue")
+        axis.annotate(cell.size, (cell.ms_per_text, cell.score), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    front = sorted(pareto(points), key=lambda cell: cell.ms_per_text)
+    axis.plot([c.ms_per_text for c in front], [c.score for c in front], color="tab:orange", linewidth=1)
+    axis.set(xlabel="ms for one text", ylabel="score", title="area: bytes of a vector")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _texts(path: str | None) -> list[str]:
+    if path is None:
+        return python_docs()[1]["anchor"][:128]
+    return [item.text for item in read_texts(path) if isinstance(item, Text)][:128]
+
+
+if __name__ == "__main__":
+    main()
