@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SENTENCES
 
 from modeling_2dmse import TwoDMSEModel
@@ -88,7 +89,8 @@ def launch(folder: Path, name: str, processes: int = 1):
     if processes > 1:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
                    "--main_process_port", "29671", "run_scripts/encode.py"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # As many threads as here: another number rounds differently.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [*command, *flags(folder, name)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
