@@ -66,6 +66,7 @@ def encode_shards(
         is_new = not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["crc32"] == key)
         if is_new:
             marker.unlink(missing_ok=True)
+            (folder / SUMMARY).unlink(missing_ok=True)  # until all is done again, the folder is not complete
             _write_shard(folder, number, shard, encode([text for _, text in shard]), format)
             _write_json(marker, {"rows": len(shard), "crc32": key})
         progress(len(shard), is_new)
@@ -74,8 +75,8 @@ def encode_shards(
 
 def finish(folder: Path, settings: dict, summary: dict) -> None:
     """Drop shards of an earlier, longer input, and say what there is."""
-    for marker in sorted((folder / DONE).glob("*.json"), key=lambda path: int(path.stem))[summary["shards"] :]:
-        for path in folder.glob(f"*/{marker.stem}.*"):
+    for path in folder.glob("*/*.*"):
+        if path.stem.isdigit() and int(path.stem) >= summary["shards"]:
             path.unlink()
     _write_json(folder / SUMMARY, settings | summary)
 

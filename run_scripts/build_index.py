@@ -75,7 +75,8 @@ def main(argv=None) -> None:
 def describe(made: dict, size: str) -> dict:
     """What queries must be embedded with."""
     num_layers, dim = map(int, size.split("x"))
-    return {"name": made["model_name_or_path"], "num_layers": num_layers, "dim": dim, "max_length": made["max_length"]}
+    names = {"name": made["model_name_or_path"], "weights": made["weights"], "max_length": made["max_length"]}
+    return names | {"num_layers": num_layers, "dim": dim}
 
 
 def _texts(made: dict, ids: list[str]):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
         raise ValueError(
             f"model_name_or_path: {name_or_path} is no folder, and the Hub does not give it: {reason}"
         ) from error
+
+
+def fingerprint(model: TwoDMSEModel) -> int:
+    """A checksum of the weights: another one after any further training."""
+    value = 0
+    for tensor in model.state_dict().values():
+        value = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
+    return value
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:

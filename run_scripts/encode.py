@@ -14,12 +14,13 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
-from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import PRECISIONS, check_batch_size, quantize
 from modeling_2dmse.pooling import cut_and_normalize
 from retrieval.reading import STDIN, count_lines, read_texts
 from retrieval.shards import FORMATS, check_settings, encode_shards, finish
 from run_scripts import common
+from run_scripts.evaluate import choose_sizes
 
 
 @dataclass
@@ -33,7 +34,7 @@ class EncodeArguments:
     )  # fmt: skip
     output_dir: str = field(metadata={"help": "Folder for the embeddings; run again, it is completed."})
     sizes: list[str] | None = field(
-        default=None, metadata={"help": "LAYERSxDIM ..., or ladder. Default: the model's whole size."}
+        default=None, metadata={"help": "LAYERSxDIM ..., ladder or grid. Default: the model's whole size."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of a table that holds the texts."})
     id_column: str | None = field(
@@ -59,7 +60,7 @@ def main(argv=None) -> None:
             raise ValueError("input: standard input reaches one process alone; start encode.py without the others")
         texts = read_texts(args.input, args.text_column, args.id_column)
         model = common.load_encoder(args.model_name_or_path).to(state.device)
-        sizes = choose_sizes(model, args.sizes)
+        sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
         prompt = model.find_prompt(name=args.prompt_name)
         folder, settings = Path(args.output_dir), describe(args, model, sizes)
         with state.main_process_first():
@@ -116,20 +117,11 @@ def check(args: EncodeArguments) -> None:
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
 
 
-def choose_sizes(model: TwoDMSEModel, names: list[str] | None) -> list[Size]:
-    """The sizes that the flag names."""
-    if names is None:
-        return [Size(model.num_layers, model.config.dim)]
-    if names == ["ladder"]:
-        return model.config.ladder
-    return parse_ladder(names, model.num_layers, model.config.hidden_size)
-
-
 def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size]) -> dict:
     """What must be the same for shards to belong together."""
     names = ("model_name_or_path", "input", "text_column", "id_column", "format", "precision", "shard_size")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
+    settings |= {"weights": common.fingerprint(model), "sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
     return settings | {"max_length": args.max_length or model.max_length}
 
 

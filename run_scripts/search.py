@@ -51,6 +51,8 @@ def main(argv=None) -> None:
         stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
         model = common.load_encoder(args.model_name_or_path or made["name"])
+        if common.fingerprint(model) != made["weights"]:
+            raise ValueError(f"model_name_or_path: the weights are not those that {index.path} was made with")
         if made["num_layers"] < model.num_layers:
             model = model.truncate(made["num_layers"])
         model = common.to_device(model)

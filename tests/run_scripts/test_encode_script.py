@@ -80,6 +80,13 @@ def test_run_again_it_encodes_nothing_and_what_changed_alone(start, monkeypatch)
     encode.main(flags(start, "out"))
     assert calls == [changed[14:21], changed[49:]]
     assert whole(start / "out", "2x8")[0] == [str(i) for i in range(50)]
+    (start / "texts.txt").write_text("\n".join(["changed", *changed[1:20], "", *changed[20:]]))
+    with pytest.raises(SystemExit, match="2"):
+        encode.main(flags(start, "out"))
+    with pytest.raises(ValueError, match="is not complete"):
+        whole(start / "out", "2x8")
+    (start / "texts.txt").write_text("\n".join(changed))
+    encode.main(flags(start, "out"))
     encode.main(flags(start, "fresh"))
     assert contents(start / "out") == {**contents(start / "fresh"), "settings.json": before["settings.json"]}
 

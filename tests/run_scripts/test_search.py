@@ -90,6 +90,12 @@ def test_wrong_input_ends_in_one_line(encoded, capsys):
     fails(search.main, [index, "a", "--stages", "8"], "is not DIM:KEEP")
     FunnelIndex.build(np.ones((12, 4)), encoded / "bare")
     fails(search.main, [str(encoded / "bare"), "a"], "does not say what model made it")
+    other = TwoDMSEModel.from_pretrained(encoded / "model")
+    other.backbone.get_input_embeddings().weight.data[7] += 0.1
+    other.tokenizer.save_pretrained(encoded / "other")
+    other.save_pretrained(encoded / "other")
+    changed = [index, "a", "--model_name_or_path", str(encoded / "other")]
+    fails(search.main, changed, "the weights are not those that")
     lines = (encoded / "docs" / "corpus.jsonl").read_text().splitlines()
     (encoded / "docs" / "corpus.jsonl").write_text("\n".join(lines[1:]))
     fails(build_index.main, [*base, "--overwrite"], "has changed since it was encoded; encode it again")
