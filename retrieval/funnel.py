@@ -15,8 +15,9 @@ from .stages import APPROXIMATE, PRECISIONS, Stage, check_stages, select
 from .store import Writer, read
 
 VECTORS, IDS, TEXTS, OFFSETS, GRAPH = "vectors.f32", "ids", "texts.utf8", "text_offsets", "graph.faiss"
-# Numbers (scores, copied entries) that are held at once, and vectors that are written at once.
-_SCORES, _ROWS = 2**23, 2**14
+# Numbers (scores, copied entries) that are held at once, vectors that are written at once, and entries of a small
+# precision that are made float32 at once: few enough to stay in a processor's cache.
+_SCORES, _ROWS, _CACHED = 2**23, 2**14, 2**18
 # For int8: so many standard deviations of a random unit vector's entries become 127.
 _DEVIATIONS = 4
 
@@ -177,8 +178,7 @@ class FunnelIndex:
         """Scores and rows of the best among all vectors, (Q, keep)."""
         stored = self._prefixes.get((stage.dim, stage.precision))
         asked = _prefix(queries, stage.dim, "binary" if stage.precision == "binary" else "float32")
-        copied = stored is None or stage.precision != "float32"  # then rows are copied as well
-        block = max(1, _SCORES // max(len(queries), stage.dim if copied else 1))
+        block = max(1, _SCORES // max(len(queries), stage.dim if stored is None else 1))  # else rows are copied
         best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
         for start in range(0, len(self), block):
             end = min(start + block, len(self))
@@ -268,11 +268,22 @@ def _prefix(rows: np.ndarray, dim: int, precision: str) -> np.ndarray:
 
 def _score(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
     """(Q, rows): cosine similarity, or for bits the share that agrees."""
-    if stage.precision == "binary":
-        apart = np.stack([np.bitwise_count(rows ^ query).sum(axis=1, dtype=np.int32) for query in queries])
-        return 1 - apart.astype(np.float32) / stage.dim
+    if stage.precision == "float32":
+        return _products(queries, rows)
+    step = max(1, _CACHED // stage.dim)
+    parts = [_score_small(queries, rows[start : start + step], stage) for start in range(0, len(rows), step)]
+    return np.concatenate(parts, axis=1)
+
+
+def _score_small(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
     if stage.precision == "int8":
-        queries, rows = queries * (_DEVIATIONS / (127 * stage.dim**0.5)), rows.astype(np.float32)
+        return _products(queries * (_DEVIATIONS / (127 * stage.dim**0.5)), rows.astype(np.float32))
+    ones = np.ones(rows.shape[1], np.float32)  # a product with it is the fastest sum of a few columns
+    apart = np.stack([np.bitwise_count(rows ^ query).astype(np.float32) @ ones for query in queries])
+    return 1 - apart / stage.dim
+
+
+def _products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return queries @ rows.T if len(queries) > 1 else (rows @ queries[0])[None]
 
 

@@ -69,8 +69,12 @@ def count_lines(path: str) -> int | None:
 
         return pq.ParquetFile(path).metadata.num_rows
     path = os.path.join(path, "corpus.jsonl") if os.path.isdir(path) else path
+    count, last = 0, b"\n"
     with _open(path) as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+        for block in iter(lambda: file.read(2**20), b""):
+            count, last = count + block.count(b"\n"), block[-1:]
+    heading = _suffix(path) in (".csv", ".tsv")
+    return count + (last != b"\n") - heading
 
 
 def _suffix(path: str) -> str:

@@ -1,5 +1,7 @@
 """Search among a million vectors: funnels against exact search by numpy at the full width."""
 
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -8,16 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from modeling_2dmse import TwoDMSEModel
-from retrieval import FunnelIndex, Stage, parse_stages
+from retrieval import FunnelIndex, parse_stages
 from run_scripts import common
-from run_scripts.benchmarks.measure import in_a_fresh_process, in_turn, peak_memory, row
+from run_scripts.benchmarks.measure import in_turn, row
 from trainer.evaluation import RetrievalData
 from trainer.ranking import ranking_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 COUNT, K, SINGLE, BATCH = 1_000_000, 10, 30, 64
 # The length of the noise that makes many vectors of one, and a query of a vector.
 NOISE = 0.5
-FUNNELS = ("32:4000,384:10", "64:2000,384:10", "384:4000:binary,384:10", "64:2000:approximate,384:10")
+EXACT = ("32:1000,384:10", "32:2000,384:10", "64:1000,384:10", "64:1000:int8,384:10", "384:2000:binary,384:10")
+FUNNELS = (*EXACT, *(f"64:{keep}:approximate,384:10" for keep in (200, 500, 1000, 2000)))
 GRAPH = (64, "HNSW32")
 # What is judged on real questions, where a corpus is small.
 JUDGED = ("32:10", "32:50,384:10", "32:200,384:10", "32:200,128:50,384:10", "64:100,384:10", "384:100:binary,384:10")
@@ -45,8 +49,8 @@ def funnel_cost(args, texts: list[str], tasks: list[RetrievalData]) -> list[dict
         for name, asked in (("single", queries[:SINGLE]), ("batch", queries)):
             rows += _compare(index, asked, name, funnels, args.runs)
         stored = index.vectors.nbytes / 1e9
-        for text, stages in funnels.items():
-            peak = in_a_fresh_process(_measure_peak, path, queries[:SINGLE], stages)
+        for text in funnels:
+            peak = _peak(path, queries, text)
             rows.append(row(f"funnel.memory.{text}", "<= 1.3", [peak - 0.2], [stored], peak_gb=peak))
     return rows + [line for task in tasks for line in _judge(model, task, args.max_length)]
 
@@ -118,9 +122,10 @@ def _compare(index: FunnelIndex, queries: np.ndarray, name: str, funnels: dict, 
     return rows
 
 
-def _measure_peak(path: Path, queries: np.ndarray, stages: list[Stage], pipe) -> None:
-    index = FunnelIndex.open(path)
-    for query in queries:
-        index.search(query, K, stages)
-    index.search(queries, K, stages)
-    pipe.send(peak_memory())
+def _peak(path: Path, queries: np.ndarray, stages: str) -> float:
+    """GB that a process of its own holds which searches, one query at a time and all at once."""
+    asked = path.with_name("queries.npy")
+    np.save(asked, queries)
+    command = [sys.executable, "-m", "run_scripts.benchmarks.peak", str(path), str(asked), stages, str(K)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)

@@ -1,15 +1,14 @@
 """Measuring: sides in turn, ratios of what they took, and memory."""
 
 import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from run_scripts.benchmarks.peak import process_peak
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -48,11 +47,7 @@ def peak_memory() -> float:
     """Most memory that this process has held, in GB: the GPU's tensors, or all of the process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this peak does not begin with that of the process that started us
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return process_peak()
 
 
 def allocated_at_peak(function) -> int:

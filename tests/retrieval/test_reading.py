@@ -32,6 +32,7 @@ def test_every_format_gives_the_same_texts(tmp_path, monkeypatch):
     for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
         assert list(read_texts(str(tmp_path / name))) == [Text(row["id"], row["text"]) for row in rows]
         assert next(iter(read_texts(str(tmp_path / name), "id", "text"))) == Text("a cat", "t0")
+        assert count_lines(str(tmp_path / name)) == 3
     assert [text.id for text in read_texts(str(tmp_path / "a.tsv"))] == ["t0", "t1", "t2"]
     assert count_lines(str(tmp_path / "a.parquet")) == 3
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))

@@ -118,7 +118,6 @@ def test_funnels_are_measured_beside_exact_search(monkeypatch, tmp_path):
     for name, value in {"COUNT": 3000, "SINGLE": 3, "BATCH": 4, "GRAPH": (64, "HNSW8")}.items():
         monkeypatch.setattr(funnel, name, value)
     monkeypatch.setattr(funnel, "FUNNELS", ("64:3000,384:10", "384:1000:binary,384:10", "64:500:approximate,384:10"))
-    monkeypatch.setattr(funnel, "in_a_fresh_process", lambda *args: 0.1)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(COLUMNS["positive"] + COLUMNS["negative"]))
     flags = ["--texts", str(texts), "--beir_dirs", str(beir(tmp_path / "docs")), "--runs", "1"]
@@ -130,6 +129,8 @@ def test_funnels_are_measured_beside_exact_search(monkeypatch, tmp_path):
         assert rows[f"funnel.{name}.64:3000,384:10"]["recall"] == 1.0, "all are kept"
         assert 0.5 < rows[f"funnel.{name}.384:1000:binary,384:10"]["recall"] <= 1.0
         assert 0.5 < rows[f"funnel.{name}.64:500:approximate,384:10"]["recall"] <= 1.0
+    stored, peak = 3000 * 384 * 4 / 1e9, rows["funnel.memory.64:3000,384:10"]["peak_gb"]
+    assert stored < peak < 0.3, "a process without torch"
     assert rows["funnel.ndcg.docs.8:7,384:5"]["ratio"] == 1.0, "all seven are kept"
     assert rows["funnel.ndcg.docs.8:5"]["ndcg"] <= 1.0
 

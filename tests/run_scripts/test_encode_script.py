@@ -95,7 +95,7 @@ def launch(folder: Path, name: str, processes: int = 1):
     command = [sys.executable, "run_scripts/encode.py"]
     if processes > 1:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                   "--main_process_port", "29671", "run_scripts/encode.py"]  # fmt: skip
+                   "--main_process_port", "0", "run_scripts/encode.py"]  # fmt: skip
     # As many threads as here: another number rounds differently.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(

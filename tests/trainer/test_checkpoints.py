@@ -73,7 +73,7 @@ def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(tmp_path / "run.py")]
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29631"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *torchrun, str(tmp_path / "run.py")]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

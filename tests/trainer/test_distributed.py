@@ -171,8 +171,7 @@ def run_processes(function: str, world: int, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(code)
     tests = ROOT / "tests"
     path = os.pathsep.join([str(ROOT), str(tests), str(tests / "trainer")])
-    port = f"--master-port={29620 + world}"
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", port]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*launch, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, check=False

@@ -211,7 +211,7 @@ def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
     model.encoder.tokenizer.save_pretrained(tmp_path / "start")
     (tmp_path / "texts").write_text("\n".join(TEXTS["text"]))
     (tmp_path / "run.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "run.py", "start", "two", "2", kind]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -321,7 +321,7 @@ def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(objective,
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for name, launcher, batch in (
         ("one", [sys.executable], "8"),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"], "4"),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "4"),
     ):
         command = [*launcher, str(tmp_path / "run.py"), str(tmp_path / "start"), str(tmp_path / "rows.json"), root]
         command += [str(tmp_path / name), batch, objective]
