@@ -1,0 +1,186 @@
+"""Compare methods under one budget: `python run_scripts/compare.py recipes/compare-minilm.yaml --train_file F ...`.
+
+Run again, or in several processes at once, it goes on with what is not finished.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import time
+
+import torch
+
+from modeling_2dmse import Size, parse_ladder
+from run_scripts import common
+from run_scripts.comparing.methods import BEST, METHODS, PEER, SMAE, UNTRAINED, Budget, Unit, train, units
+from run_scripts.comparing.rates import choose_rate
+from run_scripts.comparing.report import draw, means, table
+from run_scripts.comparing.store import Store, claim
+from trainer.evaluation import StsData, evaluate_tasks, load_sts
+
+
+@dataclass
+class ComparisonArguments:
+    """What is compared on what."""
+
+    train_file: str = field(metadata={"help": "Rows (anchor, positive, negative) or (sentence1, sentence2, score)."})
+    eval_file: str = field(metadata={"help": "Scored sentence pairs that learning rates are chosen on."})
+    sts_files: list[str] = field(metadata={"help": "Scored sentence pairs that are reported."})
+    train: str = field(default="nli", metadata={"help": "Name of the training data in the results."})
+    recipe: str = field(
+        default=str(common.RECIPES / "minilm-nli.yaml"),
+        metadata={"help": "Recipe of finetune.py that all methods share: backbone, ladder, batch, epochs, schedule."},
+    )
+    best_recipe: str = field(
+        default=str(common.RECIPES / "minilm-best.yaml"), metadata={"help": "Recipe of finetune.py for `best`."}
+    )
+    pretrain_recipe: str = field(
+        default=str(common.RECIPES / "smae-quick.yaml"), metadata={"help": "Recipe of pretrain.py for SMAE."}
+    )
+    pretrain_file: str | None = field(default=None, metadata={"help": "Plain text, for SMAE."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Which: {', '.join(METHODS)}."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first also chooses the rate."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4],
+        metadata={"help": "From which each method's is chosen, climbing from the middle."},
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
+    output_dir: str = field(default="out/compare", metadata={"help": "Folder for the models."})
+    results_file: str = field(
+        default="model_cards/compare-minilm.json", metadata={"help": "Finished runs; table and picture stand beside."}
+    )
+
+
+def main(argv=None) -> None:
+    """Parse, check, run what is not finished, report."""
+    with common.user_errors():
+        (args,) = common.Parser((ComparisonArguments,)).parse(argv)
+        budget, ladder = _check(args)
+        tasks = [load_sts(path) for path in [args.eval_file, *args.sts_files]]
+        folder = Path(args.output_dir)
+        store = Store(args.results_file, folder / "results.lock", args.train, _settings(args, budget, tasks))
+    waiting = []
+    for unit in units(args.methods, ladder):
+        with claim(folder / f"{args.train}-{unit}.lock") as ours:
+            if ours:
+                run_unit(unit, args, budget, tasks, store)
+            else:
+                waiting.append(str(unit))
+    if waiting:
+        print(f"\nleft to another process: {', '.join(waiting)}")
+    report(store, args, ladder, [task.name for task in tasks[1:]])
+
+
+def run_unit(unit: Unit, args: ComparisonArguments, budget: Budget, tasks: list[StsData], store: Store) -> None:
+    """Choose a learning rate and run every seed, as far as that is not done."""
+    key = {"method": unit.method} | ({"size": unit.size} if unit.size else {})
+    if unit.method == UNTRAINED:
+        if not store.find("rows", **key, seed=args.seeds[0]):
+            name = budget.arguments()[0].model_name_or_path
+            store.add(
+                "rows", key | {"seed": args.seeds[0], "learning_rate": None, **_evaluate(name, unit, budget, tasks)}
+            )
+        return
+
+    def on_dev(rate: float) -> float:
+        run = {**key, "learning_rate": rate, "seed": args.seeds[0]}
+        row = store.find("search", **run)
+        if row is None:
+            start = time.perf_counter()
+            model = train(unit, rate, args.seeds[0], budget)
+            seconds = round(time.perf_counter() - start)
+            row = run | _evaluate(model, unit, budget, tasks[:1]) | {"seconds": seconds}
+            store.add("search", row)
+        scores = row["scores"][tasks[0].name]
+        return sum(scores.values()) / len(scores)
+
+    rate = choose_rate(sorted(args.learning_rates), on_dev)
+    for seed in args.seeds:
+        run = {**key, "learning_rate": rate, "seed": seed}
+        if store.find("rows", **run) is None:
+            store.add("rows", run | _evaluate(train(unit, rate, seed, budget), unit, budget, tasks))
+
+
+def report(store: Store, args: ComparisonArguments, ladder: list[Size], tasks: list[str]) -> None:
+    """Print the table, and write it and the picture beside the results."""
+    scores = means(store.rows(), args.train, tasks)
+    if not scores:
+        return
+    text = f"Trained on {args.train}; Spearman x 100, mean over {', '.join(tasks)}\n\n{table(scores, ladder)}\n"
+    print(f"\n{text}")
+    start = f"{os.path.splitext(args.results_file)[0]}-{args.train}"
+    Path(f"{start}.md").write_text(text, encoding="utf-8")
+    draw(scores, ladder, f"{start}.png")
+
+
+def _evaluate(model: str, unit: Unit, budget: Budget, tasks: list[StsData]) -> dict:
+    """{"scores": {task: {size: Spearman}}} of a model folder."""
+    _, args = budget.arguments()
+    sizes = [unit.size] if unit.size else args.sizes
+    encoder = common.to_device(common.load_encoder(model, sizes))
+    options = {"max_length": args.max_length, "show_progress_bar": False}
+    results = evaluate_tasks(encoder, tasks, parse_ladder(sizes), **options)["sts"]
+    scores = {task.name: results[task.name]["spearman"] for task in tasks}
+    mean = {name: sum(values.values()) / len(values) for name, values in scores.items()}
+    print(f"{unit} {os.path.basename(model)}: " + ", ".join(f"{n} {m:.4f}" for n, m in mean.items()), flush=True)
+    return {"scores": scores, "threads": torch.get_num_threads()}
+
+
+def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
+    """The budget and its ladder; ValueError for what would fail after hours."""
+    unknown = [method for method in args.methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"methods: {unknown[0]!r} is unknown; choose of {', '.join(METHODS)}")
+    if not args.learning_rates or min(args.learning_rates) <= 0:
+        raise ValueError(f"learning_rates: {args.learning_rates} is not allowed; name numbers above 0")
+    if not args.seeds:
+        raise ValueError("seeds: name at least one")
+    if SMAE in args.methods and not (args.pretrain_file and os.path.isfile(args.pretrain_file)):
+        raise ValueError(f"pretrain_file: {args.pretrain_file} is not a file; {SMAE} needs plain text")
+    if BEST in args.methods and not os.path.isfile(args.best_recipe):
+        raise ValueError(f"best_recipe: {args.best_recipe} is not a file")
+    if PEER in args.methods:
+        from run_scripts.benchmarks.peer import check_installed
+
+        check_installed()
+    budget = Budget(
+        recipe=args.recipe,
+        train_file=args.train_file,
+        max_train_rows=args.max_train_rows,
+        best_recipe=args.best_recipe,
+        pretrain_recipe=args.pretrain_recipe,
+        pretrain_file=args.pretrain_file,
+        folder=Path(args.output_dir) / args.train,
+    )
+    budget.rows(args.seeds[0])
+    sizes = budget.arguments()[1].sizes
+    if sizes is None:
+        raise ValueError(f"recipe: {args.recipe} names no sizes")
+    return budget, parse_ladder(sizes)
+
+
+def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -> dict:
+    """What runs must share to be compared."""
+    model, training = budget.arguments()
+    return {
+        "model": model.model_name_or_path,
+        "rows": len(budget.rows(args.seeds[0])),
+        "sizes": training.sizes,
+        "batch": training.per_device_train_batch_size,
+        "epochs": training.num_train_epochs,
+        "max_length": training.max_length,
+        "chosen_on": tasks[0].name,
+        "tasks": [task.name for task in tasks[1:]],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The methods that are compared, and how each of them trains one model under the shared budget."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import set_seed
+
+from modeling_2dmse import Size, parse_ladder
+from run_scripts import common, finetune, pretrain
+from run_scripts.benchmarks import peer as peers
+from trainer import TwoDMSETrainingArguments
+from trainer.data import check_table, read_table
+
+UNTRAINED, SEPARATE, PEER, SMAE, BEST = "untrained", "separate", "sentence-transformers-2d", "smae-starbucks", "best"
+# Flags of finetune.py that make a method; they stand behind those of the shared recipe.
+FLAGS = {
+    SEPARATE: ("--objective", "separate", "--alignment", "none"),
+    "matryoshka": ("--objective", "matryoshka", "--alignment", "none"),
+    "2dmse": ("--objective", "2dmse", "--alignment", "feature_kl"),
+    "starbucks-feature_kl": ("--objective", "starbucks", "--alignment", "feature_kl"),
+    "starbucks-score_kl": ("--objective", "starbucks", "--alignment", "score_kl"),
+    SMAE: ("--objective", "starbucks", "--alignment", "score_kl"),
+}
+METHODS = (UNTRAINED, *FLAGS, PEER, BEST)
+# A run of the comparison is evaluated afterwards, on all tasks at once.
+QUIET = ("--eval_rows", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
+QUIET += ("--report_to", "none")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods have in common.
+
+    Args:
+        recipe: of finetune.py: backbone, ladder, loss, batch, epochs, schedule.
+        train_file: rows to train on, of which each seed draws `max_train_rows`.
+        best_recipe: of finetune.py, for the method `best`.
+        pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
+        folder: where models are written.
+    """
+
+    recipe: str
+    train_file: str
+    max_train_rows: int | None
+    best_recipe: str
+    pretrain_recipe: str
+    pretrain_file: str | None
+    folder: Path
+
+    def arguments(self) -> tuple[finetune.ModelArguments, TwoDMSETrainingArguments]:
+        """What the shared recipe says."""
+        parser = common.Parser((finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments))
+        model, _, args = parser.parse([self.recipe, "--output_dir", str(self.folder)])
+        return model, args
+
+    def rows(self, seed: int) -> Dataset:
+        """The rows that finetune.py draws by a seed."""
+        table = check_table(read_table(self.train_file), "train_file")
+        limit = self.max_train_rows
+        return table.shuffle(seed=seed).select(range(limit)) if limit and limit < len(table) else table
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One method, or `separate` at one size: what a learning rate is chosen for."""
+
+    method: str
+    size: str | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.size is None else f"{self.method}-{self.size}"
+
+
+def units(methods: list[str], ladder: list[Size]) -> list[Unit]:
+    """The methods, `separate` once a size."""
+    return [
+        unit
+        for method in methods
+        for unit in ([Unit(method, str(size)) for size in ladder] if method == SEPARATE else [Unit(method)])
+    ]
+
+
+def train(unit: Unit, rate: float, seed: int, budget: Budget) -> str:
+    """The folder of a trained model; a run that was stopped half-way begins anew."""
+    folder = budget.folder / f"{unit}-{rate:g}-{seed}"
+    if folder.is_dir():
+        return str(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if unit.method == PEER:
+        _train_peer(rate, seed, budget, str(partial))
+    else:
+        _finetune(unit, rate, seed, budget, str(partial))
+    os.replace(partial, folder)
+    return str(folder)
+
+
+def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -> None:
+    flags = [budget.best_recipe if unit.method == BEST else budget.recipe, "--train_file", budget.train_file]
+    if budget.max_train_rows:
+        flags += ["--max_train_rows", str(budget.max_train_rows)]
+    flags += [*FLAGS.get(unit.method, ()), *QUIET, "--learning_rate", str(rate), "--seed", str(seed)]
+    if unit.size is not None:
+        flags += ["--sizes", unit.size]
+    if unit.method == SMAE:
+        flags += ["--model_name_or_path", _pretrained(budget)]
+    finetune.main([*flags, "--output_dir", folder])
+
+
+def _pretrained(budget: Budget) -> str:
+    """The encoder that SMAE pre-trains, once for all seeds."""
+    folder = budget.folder / "smae"
+    if not folder.is_dir():
+        partial = folder.with_name("smae.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        flags = ["--train_file", budget.pretrain_file, "--save_strategy", "no", "--disable_tqdm", "true"]
+        pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
+        os.replace(partial, folder)
+    return str(folder / "encoder")
+
+
+def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
+    """sentence-transformers' Matryoshka2dLoss with its default sampling, by its own trainer."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer import losses
+
+    model, args = budget.arguments()
+    set_seed(seed)
+    peer = peers.load_peer(common.resolve_model(model.model_name_or_path), args.max_length)
+    rows = budget.rows(seed)
+    inner = losses.CoSENTLoss(peer) if "score" in rows.column_names else losses.MultipleNegativesRankingLoss(peer)
+    dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=folder,
+        learning_rate=rate,
+        seed=seed,
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    loss = losses.Matryoshka2dLoss(peer, inner, dims)
+    SentenceTransformerTrainer(model=peer, args=arguments, train_dataset=rows, loss=loss).train()
+    peer.save(folder)

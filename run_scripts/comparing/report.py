@@ -1,0 +1,67 @@
+"""The comparison as a table and a picture."""
+
+import statistics
+from collections.abc import Sequence
+
+from modeling_2dmse import Size
+
+from .methods import METHODS
+
+
+def means(rows: list[dict], train: str, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+    """Mean over tasks of the scores, as {method: {size: {seed: score}}}, methods in their order.
+
+    Args:
+        rows: of the results file; those of `separate` hold one size each.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {method: {} for method in METHODS}
+    for row in rows:
+        if row["train"] != train:
+            continue
+        for size in row["scores"][tasks[0]]:
+            value = statistics.fmean(row["scores"][task][size] for task in tasks)
+            found[row["method"]].setdefault(size, {})[row["seed"]] = value
+    return {method: sizes for method, sizes in found.items() if sizes}
+
+
+def table(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size]) -> str:
+    """Markdown: a line a size and one for the ladder's mean, mean and deviation over seeds, times 100."""
+    names = [str(size) for size in ladder]
+    lines = ["| size | " + " | ".join(scores) + " |", "|---|" + "---:|" * len(scores)]
+    for name in names:
+        cells = [_cell(list(sizes.get(name, {}).values())) for sizes in scores.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = [_cell(list(ladder_means(sizes, names).values())) for sizes in scores.values()]
+    return "\n".join([*lines, "| ladder mean | " + " | ".join(cells) + " |"])
+
+
+def ladder_means(sizes: dict[str, dict[int, float]], names: Sequence[str]) -> dict[int, float]:
+    """{seed: mean over the ladder}, of the seeds that have a score at every size."""
+    seeds = set.intersection(*(set(sizes.get(name, {})) for name in names))
+    return {seed: statistics.fmean(sizes[name][seed] for name in names) for seed in sorted(seeds)}
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    text = f"{100 * statistics.fmean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
+def draw(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size], path: str) -> None:
+    """Score over cost (layers run, of all), a line a method; bars are one standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    deepest = max(size.num_layers for size in ladder)
+    for method, sizes in scores.items():
+        points = [(size, list(sizes[str(size)].values())) for size in ladder if str(size) in sizes]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        cost = [size.num_layers / deepest for size, _ in points]
+        axis.errorbar(cost, [statistics.fmean(v) for _, v in points], spread, label=method, marker="o", capsize=2)
+    axis.set_xticks([size.num_layers / deepest for size in ladder], [str(size) for size in ladder])
+    axis.set(xlabel="cost: layers that run", ylabel="Spearman, mean over tasks")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,88 @@
+"""The file of finished runs: several processes, days and machines may add to it."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None
+
+from run_scripts import common
+
+# Entries of a row that say which run it is.
+KEYS = ("train", "method", "size", "learning_rate", "seed")
+
+
+class Store:
+    """
+    `{"settings": {...}, "search": [...], "rows": [...]}` in a file.
+
+    Args:
+        path: of the file.
+        lock: a file that keeps two processes from writing at once.
+        train: name of the training data, under which settings and runs stand.
+        settings: what all runs of this training data share; ValueError where the file's were made with others.
+    """
+
+    def __init__(self, path: str, lock: Path, train: str, settings: dict):
+        self.path, self.lock, self.train = Path(path), lock, train
+        with claim(lock, wait=True):
+            content = self._read()
+            found = content["settings"].setdefault(train, settings)
+            other = [name for name in settings if found.get(name) != settings[name]]
+            if other:
+                name = other[0]
+                raise ValueError(
+                    f"results_file: {path} holds runs on {train} with {name} {found.get(name)}, not {settings[name]}; "
+                    "name another file"
+                )
+            self._write(content)
+
+    def find(self, kind: str, **key) -> dict | None:
+        """A finished run of `search` or `rows`, None where there is none."""
+        wanted = self._key({"train": self.train, **key})
+        return next((row for row in self._read()[kind] if self._key(row) == wanted), None)
+
+    def rows(self) -> list[dict]:
+        """The finished runs of the comparison, of all training data."""
+        return self._read()["rows"]
+
+    def add(self, kind: str, row: dict) -> None:
+        """Write a finished run."""
+        with claim(self.lock, wait=True):
+            content = self._read()
+            content[kind].append({"train": self.train, **row})
+            self._write(content)
+
+    @staticmethod
+    def _key(row: dict) -> tuple:
+        return tuple(row.get(name) for name in KEYS)
+
+    def _read(self) -> dict:
+        if not self.path.is_file():
+            return {"settings": {}, "search": [], "rows": []}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return {"settings": content["settings"], "search": content["search"], "rows": content["rows"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"results_file: {self.path} is not a file of this script: {error}") from error
+
+    def _write(self, content: dict) -> None:
+        os.makedirs(self.path.parent, exist_ok=True)
+        common.write_json(self.path, content)
+
+
+@contextlib.contextmanager
+def claim(path: Path, wait: bool = False):
+    """Whether this process has the file for itself; released in the end, or by the process's death."""
+    os.makedirs(path.parent, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield True
+        except BlockingIOError:
+            yield False
