@@ -1,0 +1,180 @@
+"""compare.py: every method under one budget, each at its own learning rate, going on where it stopped."""
+
+import json
+import statistics
+
+import pytest
+from conftest import SENTENCES
+
+from modeling_2dmse import parse_ladder
+from run_scripts import compare, finetune
+from run_scripts.comparing import methods
+from run_scripts.comparing.methods import METHODS, Budget, Unit
+from run_scripts.comparing.rates import choose_rate
+from run_scripts.comparing.report import ladder_means, means, table
+from run_scripts.comparing.store import Store, claim
+
+LADDER = ["1x8", "4x32"]
+RATES = ("1e-2", "5e-2")
+
+
+@pytest.fixture
+def folder(tmp_path, backbone_path, monkeypatch):
+    """Data, and recipes of two steps on a tiny model."""
+    triplets = [f"{a},{b},{c}" for a, b, c in zip(SENTENCES, SENTENCES[1:], SENTENCES[2:], strict=False)]
+    (tmp_path / "t.csv").write_text("\n".join(["anchor,positive,negative", *triplets]))
+    scored = [f"{a},{b},{i % 5}" for i, (a, b) in enumerate(zip(SENTENCES, SENTENCES[3:], strict=False))]
+    for name in ("dev", "one", "two"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["sentence1,sentence2,score", *scored]))
+        scored = scored[2:]
+    (tmp_path / "plain.txt").write_text("\n".join(SENTENCES))
+    sizes = f"model_name_or_path: {backbone_path('bert')}\nsizes: [{', '.join(LADDER)}]\n"
+    shared = "max_length: 16\nper_device_train_batch_size: 4\nuse_cpu: true\nbf16: false\n"
+    (tmp_path / "recipe.yaml").write_text(f"{sizes}{shared}num_train_epochs: 1\n")
+    (tmp_path / "best.yaml").write_text(f"{sizes}{shared}num_train_epochs: 1\nloss_scale: 5\n")
+    (tmp_path / "smae.yaml").write_text(f'{sizes}{shared}max_steps: 2\neval_strategy: "no"\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flags(*more: str) -> list[str]:
+    return [
+        *("--train_file", "t.csv", "--eval_file", "dev.csv", "--sts_files", "one.csv", "two.csv"),
+        *("--recipe", "recipe.yaml", "--best_recipe", "best.yaml", "--pretrain_recipe", "smae.yaml"),
+        *("--pretrain_file", "plain.txt", "--max_train_rows", "8", "--seeds", "0", "1", "--learning_rates", *RATES),
+        *("--output_dir", "out", "--results_file", "results.json", *more),
+    ]
+
+
+def test_every_method_is_run_once_and_reported(folder, monkeypatch, capsys):
+    compare.main(flags())
+    printed = capsys.readouterr().out
+    text = (folder / "results.json").read_text()
+    rows = json.loads(text)["rows"]
+    assert {row["method"] for row in rows} == set(METHODS)
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        sizes = [[size for row in own if row["seed"] == seed for size in row["scores"]["one"]] for seed in (0, 1)]
+        assert sizes == ([LADDER, []] if method == "untrained" else [LADDER, LADDER]), "each size once a seed"
+    assert all(set(row["scores"]) == {"dev", "one", "two"} for row in rows)
+    trained = {str(row["scores"]) for row in rows}
+    assert len(trained) == len(rows), "no two runs are the same model"
+    assert printed.count("|") > 50
+    assert (folder / "results-nli.png").stat().st_size > 5000
+    assert (folder / "results-nli.md").read_text() in printed
+
+    search = json.loads(text)["search"]
+    for row in rows:
+        mine = [r for r in search if (r["method"], r.get("size")) == (row["method"], row.get("size"))]
+        score = {r["learning_rate"]: statistics.fmean(r["scores"]["dev"].values()) for r in mine}
+        assert row["learning_rate"] == (max(score, key=score.get) if score else None)
+
+    monkeypatch.setattr(compare, "train", lambda *args: pytest.fail("a finished run was run again"))
+    compare.main(flags())
+    assert (folder / "results.json").read_text() == text
+
+
+def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
+    wanted = flags("--methods", "2dmse", "--learning_rates", "5e-2")
+    compare.main(wanted)
+    before = json.loads((folder / "results.json").read_text())
+    lost = {**before, "rows": before["rows"][:1]}
+    (folder / "results.json").write_text(json.dumps(lost))
+    trained = folder / "out" / "nli" / "2dmse-0.05-1"
+    trained.rename(trained.with_name("2dmse-0.05-1.partial"))  # as if it had been stopped half-way
+    compare.main(wanted)
+    after = json.loads((folder / "results.json").read_text())
+    assert after["rows"] == before["rows"]
+    assert before["rows"][0]["scores"] != before["rows"][1]["scores"]
+
+
+def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
+    budget = Budget("recipe.yaml", "t.csv", 8, "best.yaml", "smae.yaml", None, folder)
+    parser = finetune.common.Parser(
+        (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
+    )
+    drawn = []
+    for seed in ("0", "1"):
+        given = ["recipe.yaml", "--train_file", "t.csv", "--max_train_rows", "8", "--eval_rows", "0", "--seed", seed]
+        _, data, args = parser.parse([*given, "--output_dir", "x"])
+        (ours,), _ = finetune._load_tables(data, args)
+        assert budget.rows(int(seed))["anchor"][:] == ours["anchor"][:]
+        drawn.append(ours["anchor"][:])
+    assert drawn[0] != drawn[1]
+    assert len(drawn[0]) == 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_climbing_finds_the_best_of_a_hill(count):
+    rates = [2.0**n for n in range(count)]
+    for top in rates:
+        asked = []
+        assert choose_rate(rates, lambda rate, top=top, asked=asked: asked.append(rate) or -abs(rate - top)) == top
+        assert len(asked) == len(set(asked))
+
+
+def test_the_table_means_over_tasks_then_seeds():
+    ladder = parse_ladder(["1x8", "4x32"])
+    score = {("separate", "1x8"): 0.1, ("separate", "4x32"): 0.3, ("2dmse", "1x8"): 0.2, ("2dmse", "4x32"): 0.5}
+    rows = [
+        {"train": "nli", "method": "separate", "size": size, "seed": seed,
+         "scores": {task: {size: score["separate", size] + 0.02 * seed + shift} for task, shift in TASKS.items()}}
+        for size in ("1x8", "4x32") for seed in (0, 1)
+    ]  # fmt: skip
+    both = {task: {size: score["2dmse", size] for size in ("1x8", "4x32")} for task in TASKS}
+    rows += [{"train": train, "method": "2dmse", "seed": 0, "scores": both} for train in ("nli", "other")]
+    scores = means(rows, "nli", list(TASKS))
+    assert scores["separate"]["1x8"] == pytest.approx({0: 0.12, 1: 0.14})
+    assert ladder_means(scores["separate"], ["1x8", "4x32"]) == pytest.approx({0: 0.22, 1: 0.24})
+    lines = table(scores, ladder).splitlines()
+    assert lines[0] == "| size | separate | 2dmse |"
+    assert lines[2] == "| 1x8 | 13.00 ± 1.41 | 20.00 |"
+    assert lines[4] == "| ladder mean | 23.00 ± 1.41 | 35.00 |"
+
+
+TASKS = {"one": 0.0, "two": 0.04}
+
+
+def test_what_another_process_works_on_is_left_to_it(folder, capsys):
+    with claim(folder / "out" / "nli-2dmse.lock") as ours:
+        assert ours
+        compare.main(flags("--methods", "2dmse", "untrained"))
+    assert "left to another process: 2dmse" in capsys.readouterr().out
+    assert [row["method"] for row in json.loads((folder / "results.json").read_text())["rows"]] == ["untrained"]
+
+
+def test_results_of_another_budget_are_refused(folder):
+    lock = folder / "lock"
+    Store("results.json", lock, "nli", {"rows": 8})
+    Store("results.json", lock, "stsb", {"rows": 9})
+    with pytest.raises(ValueError, match="holds runs on nli with rows 8, not 9"):
+        Store("results.json", lock, "nli", {"rows": 9})
+    (folder / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a file of this script"):
+        Store("results.json", lock, "nli", {"rows": 8})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "magic"], "methods: 'magic' is unknown"),
+        (["--learning_rates", "0"], "learning_rates: [0.0] is not allowed"),
+        (["--pretrain_file", "none.txt"], "pretrain_file: none.txt is not a file"),
+        (["--best_recipe", "none.yaml"], "best_recipe: none.yaml is not a file"),
+        (["--recipe", "none.yaml"], "none.yaml is not a file"),
+        (["--train_file", "none.csv"], "none.csv"),
+    ],
+)
+def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(methods, "train", lambda *args: pytest.fail("something was trained"))
+    with pytest.raises(SystemExit):
+        compare.main(flags(*more))
+    assert message in capsys.readouterr().err
+    assert not (folder / "results.json").exists()
+
+
+def test_units_are_methods_and_separate_once_a_size():
+    assert list(map(str, methods.units(["2dmse", "separate"], parse_ladder(LADDER)))) == [
+        "2dmse", *(f"separate-{size}" for size in LADDER)
+    ]  # fmt: skip
+    assert Unit("separate", "1x8").size == "1x8"
