@@ -17,11 +17,12 @@ import time
 import torch
 
 from modeling_2dmse import Size, parse_ladder
-from run_scripts import common
+from run_scripts import common, pretrain
 from run_scripts.comparing.methods import BEST, METHODS, PEER, SMAE, UNTRAINED, Budget, Unit, train, units
 from run_scripts.comparing.rates import choose_rate
 from run_scripts.comparing.report import draw, means, table
 from run_scripts.comparing.store import Store, claim
+from trainer.arguments import SmaeTrainingArguments
 from trainer.evaluation import StsData, evaluate_tasks, load_sts
 
 
@@ -29,9 +30,13 @@ from trainer.evaluation import StsData, evaluate_tasks, load_sts
 class ComparisonArguments:
     """What is compared on what."""
 
-    train_file: str = field(metadata={"help": "Rows (anchor, positive, negative) or (sentence1, sentence2, score)."})
     eval_file: str = field(metadata={"help": "Scored sentence pairs that learning rates are chosen on."})
     sts_files: list[str] = field(metadata={"help": "Scored sentence pairs that are reported."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows (anchor, positive[, negative]) or (sentence1, sentence2, score)."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset with such columns instead."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; the split is `train`."})
     train: str = field(default="nli", metadata={"help": "Name of the training data in the results."})
     recipe: str = field(
         default=str(common.RECIPES / "minilm-nli.yaml"),
@@ -43,7 +48,9 @@ class ComparisonArguments:
     pretrain_recipe: str = field(
         default=str(common.RECIPES / "smae-quick.yaml"), metadata={"help": "Recipe of pretrain.py for SMAE."}
     )
-    pretrain_file: str | None = field(default=None, metadata={"help": "Plain text, for SMAE."})
+    pretrain_file: str | None = field(
+        default=None, metadata={"help": "Plain text for SMAE, where its recipe names no dataset."}
+    )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Which: {', '.join(METHODS)}."}
     )
@@ -143,8 +150,10 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         raise ValueError(f"learning_rates: {args.learning_rates} is not allowed; name numbers above 0")
     if not args.seeds:
         raise ValueError("seeds: name at least one")
-    if SMAE in args.methods and not (args.pretrain_file and os.path.isfile(args.pretrain_file)):
-        raise ValueError(f"pretrain_file: {args.pretrain_file} is not a file; {SMAE} needs plain text")
+    if (args.train_file is None) == (args.dataset_name is None):
+        raise ValueError("train_file: name the training data with either --train_file or --dataset_name")
+    if SMAE in args.methods:
+        _check_pretraining(args)
     if BEST in args.methods and not os.path.isfile(args.best_recipe):
         raise ValueError(f"best_recipe: {args.best_recipe} is not a file")
     if PEER in args.methods:
@@ -154,6 +163,8 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
     budget = Budget(
         recipe=args.recipe,
         train_file=args.train_file,
+        dataset_name=args.dataset_name,
+        dataset_config=args.dataset_config,
         max_train_rows=args.max_train_rows,
         best_recipe=args.best_recipe,
         pretrain_recipe=args.pretrain_recipe,
@@ -165,6 +176,16 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
     if sizes is None:
         raise ValueError(f"recipe: {args.recipe} names no sizes")
     return budget, parse_ladder(sizes)
+
+
+def _check_pretraining(args: ComparisonArguments) -> None:
+    parser = common.Parser((pretrain.ModelArguments, pretrain.DataArguments, SmaeTrainingArguments))
+    flags = ["--train_file", args.pretrain_file] if args.pretrain_file else []
+    _, data, _ = parser.parse([args.pretrain_recipe, *flags])
+    if (data.dataset_name is None) == (args.pretrain_file is None):
+        raise ValueError(f"pretrain_file: name plain text for {SMAE}, where {args.pretrain_recipe} names no dataset")
+    if args.pretrain_file and not os.path.isfile(args.pretrain_file):
+        raise ValueError(f"pretrain_file: {args.pretrain_file} is not a file")
 
 
 def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -> dict:

@@ -76,6 +76,11 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
         default=0.0,
         metadata={"help": "Factor of the loss of queries at each shallower size against documents at the deepest one."},
     )
+    initial_share: float = field(
+        default=0.0,
+        metadata={"help": "After training, average with the initial weights: their share in the last layer, 0 to 1; "
+                  "it falls evenly to 0 in the first layer. Keeps the largest size under a large learning rate."},
+    )  # fmt: skip
     loss: str | None = field(
         default=None,
         metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "
@@ -153,6 +158,8 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
             )
             if value is not None and value < least
         ]
+        if not 0 <= self.initial_share <= 1:
+            faults.append(f"initial_share: {self.initial_share} is not allowed; use a share from 0 to 1")
         if faults:
             raise ValueError("; ".join(faults))
         if self.load_best_model_at_end is None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
+from .averaging import average_with_initial
 from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .data import PairCollator, check_table, join_tables, rescale_scores, text_columns
@@ -113,6 +114,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[EvaluateLastStep(), self.stop_signals, *tell_epoch, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+        self._initial = self._keep_initial() if args.initial_share else None
         if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
@@ -120,6 +122,19 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.block_sampler is not None:
             return self.block_sampler
         return super()._get_train_sampler(train_dataset)
+
+    def _keep_initial(self) -> dict[str, torch.Tensor]:
+        """The parameters as they are now, by name."""
+        if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("initial_share: whole weights are averaged, not adapters nor what FSDP or DeepSpeed split")
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.encoder.named_parameters()}
+
+    def train(self, *args, **kwargs):
+        """Train as `Trainer` does; a run that comes to its end is then averaged with its start (`initial_share`)."""
+        output = super().train(*args, **kwargs)
+        if self._initial is not None and self.stop_signals.received is None:
+            average_with_initial(self.encoder, self._initial, self.args.initial_share)
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
@@ -219,7 +234,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
             "max_length": args.max_length,
             "seed": args.seed,
-        }
+        } | ({"initial share": args.initial_share} if args.initial_share else {})
 
     def create_model_card(self, model_name=None, license=None, finetuned_from=None, **kwargs):
         """Write this project's card, unless a script has written a fuller one."""

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import set_seed
 
 from modeling_2dmse import Size, parse_ladder
@@ -36,14 +36,17 @@ class Budget:
 
     Args:
         recipe: of finetune.py: backbone, ladder, loss, batch, epochs, schedule.
-        train_file: rows to train on, of which each seed draws `max_train_rows`.
+        train_file: rows to train on, of which each seed draws `max_train_rows`; or the Hub dataset named by
+            dataset_name and dataset_config.
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
         folder: where models are written.
     """
 
     recipe: str
-    train_file: str
+    train_file: str | None
+    dataset_name: str | None
+    dataset_config: str | None
     max_train_rows: int | None
     best_recipe: str
     pretrain_recipe: str
@@ -58,7 +61,11 @@ class Budget:
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws by a seed."""
-        table = check_table(read_table(self.train_file), "train_file")
+        if self.train_file is not None:
+            table = check_table(read_table(self.train_file), "train_file")
+        else:
+            table = load_dataset(self.dataset_name, self.dataset_config, split="train")
+            table = check_table(table, "dataset_name")
         limit = self.max_train_rows
         return table.shuffle(seed=seed).select(range(limit)) if limit and limit < len(table) else table
 
@@ -99,9 +106,10 @@ def train(unit: Unit, rate: float, seed: int, budget: Budget) -> str:
 
 
 def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -> None:
-    flags = [budget.best_recipe if unit.method == BEST else budget.recipe, "--train_file", budget.train_file]
-    if budget.max_train_rows:
-        flags += ["--max_train_rows", str(budget.max_train_rows)]
+    flags = [budget.best_recipe if unit.method == BEST else budget.recipe]
+    for name in ("train_file", "dataset_name", "dataset_config", "max_train_rows"):
+        value = getattr(budget, name)
+        flags += [] if value is None else [f"--{name}", str(value)]
     flags += [*FLAGS.get(unit.method, ()), *QUIET, "--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
@@ -116,7 +124,8 @@ def _pretrained(budget: Budget) -> str:
     if not folder.is_dir():
         partial = folder.with_name("smae.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        flags = ["--train_file", budget.pretrain_file, "--save_strategy", "no", "--disable_tqdm", "true"]
+        flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
+        flags += ["--save_strategy", "no", "--disable_tqdm", "true"]
         pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
         os.replace(partial, folder)
     return str(folder / "encoder")

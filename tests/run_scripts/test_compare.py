@@ -89,7 +89,7 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
-    budget = Budget("recipe.yaml", "t.csv", 8, "best.yaml", "smae.yaml", None, folder)
+    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, folder)
     parser = finetune.common.Parser(
         (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
     )
@@ -163,6 +163,7 @@ def test_results_of_another_budget_are_refused(folder):
         (["--best_recipe", "none.yaml"], "best_recipe: none.yaml is not a file"),
         (["--recipe", "none.yaml"], "none.yaml is not a file"),
         (["--train_file", "none.csv"], "none.csv"),
+        (["--dataset_name", "org/data"], "either --train_file or --dataset_name"),
     ],
 )
 def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, more, message):
@@ -171,6 +172,19 @@ def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, 
         compare.main(flags(*more))
     assert message in capsys.readouterr().err
     assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted(compare.common.RECIPES.glob("compare-*.yaml")), ids=lambda path: path.name)
+def test_recipes_name_recipes_and_the_data_they_do_not_ask_for(path):
+    needed = ["--eval_file", "dev.csv", "--sts_files", "one.csv"]
+    (args,) = compare.common.Parser((compare.ComparisonArguments,)).parse([str(path), *needed])
+    for recipe in (args.recipe, args.best_recipe, args.pretrain_recipe):
+        assert (compare.common.RECIPES / recipe.split("/")[-1]).is_file()
+    if args.dataset_name:
+        compare._check_pretraining(args)
+    else:
+        with pytest.raises(ValueError, match="pretrain_file: name plain text"):
+            compare._check_pretraining(args)
 
 
 def test_units_are_methods_and_separate_once_a_size():

@@ -1,0 +1,64 @@
+"""Trained weights averaged with the initial ones, layer by layer."""
+
+import pytest
+import torch
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
+
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.averaging import initial_shares
+
+ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
+
+
+def train(model, folder, **kwargs) -> TwoDMSETrainer:
+    args = TwoDMSETrainingArguments(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, sizes=LADDER, **kwargs,
+    )  # fmt: skip
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=ROWS)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+def test_layer_n_keeps_its_share_of_the_start(family, tiny_model, tmp_path):
+    start = {name: value.clone() for name, value in tiny_model(family).state_dict().items()}
+    plain, averaged = tiny_model(family), tiny_model(family)
+    train(plain, tmp_path / "plain")
+    trainer = train(averaged, tmp_path / "averaged", initial_share=0.6)
+    stack, norm, moved = plain.config.layer_stack, plain.config.final_norm, set()
+    for name, value in averaged.named_parameters():
+        share = 0.0
+        for index in range(4):
+            if f".{stack}.{index}." in name:
+                share = 0.6 * index / 3
+        if norm and f".{norm}." in name:
+            share = 0.6
+        trained = dict(plain.named_parameters())[name]
+        torch.testing.assert_close(value, share * start[name] + (1 - share) * trained, atol=1e-7, rtol=1e-5)
+        if share and not torch.equal(trained, start[name]):
+            moved.add(share)
+    assert moved == {0.6 / 3, 0.6 * 2 / 3, 0.6}, "the comparison is not an empty one"
+    assert trainer.describe()["initial share"] == 0.6
+
+
+def test_a_whole_share_leaves_the_last_layer_as_it_was(tiny_model, tmp_path):
+    model = tiny_model()
+    before = model.backbone.encoder.layer[3].output.dense.weight.clone()
+    train(model, tmp_path, initial_share=1.0)
+    torch.testing.assert_close(model.backbone.encoder.layer[3].output.dense.weight, before)
+
+
+def test_one_layer_stays_as_it_was_trained(tiny_model):
+    assert set(initial_shares(tiny_model().truncate(1), 0.5).values()) == {0.0}
+
+
+def test_what_cannot_be_averaged_is_refused(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match=r"initial_share: -0\.1 is not allowed"):
+        TwoDMSETrainingArguments(output_dir=str(tmp_path), initial_share=-0.1)
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="initial_share: whole weights are averaged, not adapters"):
+        train(adapted, tmp_path, initial_share=0.5)
