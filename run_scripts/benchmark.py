@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from run_scripts import common
 from run_scripts.benchmarks.encode import encode_cost
-from run_scripts.benchmarks.funnel import funnel_cost
+from run_scripts.benchmarks.funnel import funnel_cost, funnel_quality
 from run_scripts.benchmarks.grid import grid_cost
 from run_scripts.benchmarks.growth import growth_cost
 from run_scripts.benchmarks.memory import memory_cost
@@ -26,7 +26,7 @@ from run_scripts.benchmarks.train import train_cost
 from run_scripts.quickstart import python_docs
 from trainer.arguments import cpu_has_bf16
 from trainer.data import check_table, read_table
-from trainer.evaluation import load_beir, load_sts, task_from_table
+from trainer.evaluation import RetrievalData, load_beir, load_sts, task_from_table
 
 
 @dataclass
@@ -156,7 +156,8 @@ BENCHMARKS = {
     "smae": lambda args: smae_cost(args.sizes, args.runs),
     "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
     "growth": growth_cost,
-    "funnel": lambda args: funnel_cost(args, _texts(args), [load_beir(folder) for folder in args.beir_dirs or []]),
+    "funnel": lambda args: funnel_cost(args, _texts(args)),
+    "funnel-quality": lambda args: funnel_quality(args, [t for t in _tasks(args) if isinstance(t, RetrievalData)]),
 }
 
 if __name__ == "__main__":

@@ -123,8 +123,10 @@ def test_funnels_are_measured_beside_exact_search(monkeypatch, tmp_path):
     flags = ["--texts", str(texts), "--beir_dirs", str(beir(tmp_path / "docs")), "--runs", "1"]
     monkeypatch.setattr(funnel, "K", 5)
     monkeypatch.setattr(funnel, "JUDGED", ("8:5", "8:7,384:5"))
-    benchmark.main(["funnel", *flags, "--output_dir", str(tmp_path / "out")])
-    rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
+    rows = {}
+    for name in ("funnel", "funnel-quality"):
+        benchmark.main([name, *flags, "--output_dir", str(tmp_path / "out")])
+        rows |= {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
     for name in ("single", "batch"):
         assert rows[f"funnel.{name}.64:3000,384:10"]["recall"] == 1.0, "all are kept"
         assert 0.5 < rows[f"funnel.{name}.384:1000:binary,384:10"]["recall"] <= 1.0
