@@ -40,7 +40,7 @@ class Parser(HfArgumentParser):
         recipe = self.default_recipe if not argv else None
         if argv and not argv[0].startswith("-"):
             recipe = argv.pop(0)
-        flags = [*(_recipe_flags(recipe) if recipe else []), *argv]
+        flags = [*(recipe_flags(recipe) if recipe else []), *argv]
         *parsed, unknown = self.parse_args_into_dataclasses(flags, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"flags: {' '.join(unknown)} is unknown; --help lists what there is")
@@ -260,7 +260,7 @@ def save_heatmap(results: dict, sizes: Sequence[Size], path: str | Path) -> None
     plt.close(figure)
 
 
-def _recipe_flags(path: str) -> list[str]:
+def recipe_flags(path: str) -> list[str]:
     """The flags that a YAML recipe stands for."""
     if not os.path.isfile(path):
         raise ValueError(f"recipe: {path} is not a file")

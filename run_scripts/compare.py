@@ -17,12 +17,11 @@ import time
 import torch
 
 from modeling_2dmse import Size, parse_ladder
-from run_scripts import common, pretrain
+from run_scripts import common
 from run_scripts.comparing.methods import BEST, METHODS, PEER, SMAE, UNTRAINED, Budget, Unit, train, units
 from run_scripts.comparing.rates import choose_rate
 from run_scripts.comparing.report import draw, means, table
 from run_scripts.comparing.store import Store, claim
-from trainer.arguments import SmaeTrainingArguments
 from trainer.evaluation import StsData, evaluate_tasks, load_sts
 
 
@@ -179,10 +178,8 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
 
 
 def _check_pretraining(args: ComparisonArguments) -> None:
-    parser = common.Parser((pretrain.ModelArguments, pretrain.DataArguments, SmaeTrainingArguments))
-    flags = ["--train_file", args.pretrain_file] if args.pretrain_file else []
-    _, data, _ = parser.parse([args.pretrain_recipe, *flags])
-    if (data.dataset_name is None) == (args.pretrain_file is None):
+    has_dataset = "--dataset_name" in common.recipe_flags(args.pretrain_recipe)
+    if has_dataset == bool(args.pretrain_file):
         raise ValueError(f"pretrain_file: name plain text for {SMAE}, where {args.pretrain_recipe} names no dataset")
     if args.pretrain_file and not os.path.isfile(args.pretrain_file):
         raise ValueError(f"pretrain_file: {args.pretrain_file} is not a file")

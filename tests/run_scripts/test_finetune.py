@@ -243,7 +243,9 @@ def test_recipes_parse_and_flags_override_them():
     recipes = [path for path in common.RECIPES.glob("*.yaml") if not path.name.startswith(("smae-", "compare-"))]
     assert {"quickstart.yaml", "minilm-nli.yaml"} <= {path.name for path in recipes}
     for recipe in recipes:
-        _, _, args = common.Parser(types).parse([str(recipe), "--learning_rate", "0.5", "--output_dir", "x"])
+        _, _, args = common.Parser(types).parse(
+            [str(recipe), "--learning_rate", "0.5", "--bf16", "false", "--output_dir", "x"]
+        )
         assert args.learning_rate == 0.5
         assert len(args.sizes) == 6
     model, data, args = common.Parser(types, str(common.RECIPES / "quickstart.yaml")).parse([])
