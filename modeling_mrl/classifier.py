@@ -75,9 +75,14 @@ class MatryoshkaClassifier(PreTrainedModel):
         Raises:
             ValueError: a value is not allowed, or sizes name layers and the backbone's cannot be run in part.
         """
-        settings = {name: kwargs.pop(name) for name in _SETTINGS if kwargs.get(name) is not None}
+        settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if "id2label" in settings:
             settings.setdefault("label2id", {label: int(index) for index, label in settings["id2label"].items()})
+        if _stored_type(name_or_path, kwargs) == MatryoshkaConfig.model_type:
+            raise ValueError(
+                f"name_or_path: {name_or_path} is a nested classifier already; load it with from_pretrained"
+            )
         backbone = AutoModel.from_pretrained(str(name_or_path), **kwargs)
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
@@ -86,14 +91,16 @@ class MatryoshkaClassifier(PreTrainedModel):
             settings.setdefault("sizes", backbone.config.sizes)
             backbone = backbone.backbone
         settings.setdefault("pooling", cls._default_pooling(backbone))
-        config = MatryoshkaConfig(backbone_config=backbone.config, dtype=backbone.dtype, **settings)
+        # A copy, since a configuration that takes another in makes it forget which attention it runs.
+        config = MatryoshkaConfig(backbone_config=copy.deepcopy(backbone.config), dtype=backbone.dtype, **settings)
         backbone = _drop_unused_pooler(backbone, config.pooling)
         if config.exits:
             cls._check_exits_allowed(config)
             config.layer_stack = find_layer_stack(backbone)
             config.final_norm = check_exits(backbone, config.layer_stack)
             backbone = _first_layers(backbone, config.layer_stack, config.exits[-1])
-            config.backbone_config = backbone.config
+        config.backbone_config = backbone.config
+        config._attn_implementation = backbone.config._attn_implementation
         with torch.device("meta"):
             model = cls(config)
         model.backbone = backbone
@@ -112,14 +119,19 @@ class MatryoshkaClassifier(PreTrainedModel):
         Raises:
             ValueError: the weights do not fill the model, which would leave some of them random.
         """
+        stored = _stored_type(pretrained_model_name_or_path, kwargs)
+        if stored != MatryoshkaConfig.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a model of type {stored} is no nested classifier; "
+                f"{cls.__name__}.from_backbone puts new heads on it"
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         if absent:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors that config.json asks "
-                f"for, {absent[0]} among them; they would be random ({cls.__name__}.from_backbone puts new heads on a "
-                "backbone)"
+                f"for, {absent[0]} among them; they would be random"
             )
         return (model, info) if wants_info else model
 
@@ -262,6 +274,13 @@ class MatryoshkaClassifier(PreTrainedModel):
     @classmethod
     def _check_exits_allowed(cls, config: MatryoshkaConfig) -> None:
         """ValueError where heads cannot stand on several exits."""
+
+
+def _stored_type(name_or_path, kwargs: dict) -> str | None:
+    """What a folder or repository says it is a model of; `kwargs` are those of `from_pretrained`."""
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    hub = {name: kwargs[name] for name in names if name in kwargs}
+    return MatryoshkaConfig.get_config_dict(str(name_or_path), **hub)[0].get("model_type")
 
 
 def _drop_unused_pooler(backbone: PreTrainedModel, pooling: str) -> PreTrainedModel:
