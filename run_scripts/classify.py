@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
+from modeling_2dmse.encoding import check_batch_size
 from modeling_mrl import MatryoshkaConfig, MatryoshkaForImageClassification, MatryoshkaForSequenceClassification
 from modeling_mrl.backbone import count_positions
 from run_scripts import common
@@ -135,9 +136,12 @@ def train(argv) -> None:
     common.use_all_cores()
     with common.user_errors():
         types = (ModelArguments, DataArguments, ClassifierTrainingArguments)
-        model_args, data, args = common.Parser(types, usage="%(prog)s train [RECIPE.yaml] [--flag value ...]").parse(
-            argv
-        )
+        usage = "%(prog)s train [RECIPE.yaml] [--flag value ...]"
+        model_args, data, args = common.Parser(types, usage=usage).parse(argv)
+        if data.max_length < 8:
+            raise ValueError(f"max_length: {data.max_length} is not allowed; use a number of at least 8")
+        if data.eval_rows < 0:
+            raise ValueError(f"eval_rows: {data.eval_rows} is not allowed; use a number of at least 0")
         resume = common.find_checkpoint(args)
         common.check_output_dir(args.output_dir, allowed=bool(resume) or data.overwrite)
         columns = [name for name in (data.text_column, data.text_pair_column) if name]
@@ -176,6 +180,7 @@ def fit_cascade(argv) -> None:
     """Choose the thresholds and write them into the folder's config.json."""
     with common.user_errors():
         (args,) = common.Parser((FitArguments,), usage="%(prog)s fit-cascade [--flag value ...]").parse(argv)
+        check_batch_size(args.batch_size)
         model, collator, settings = _load(args.model_name_or_path)
         table, seen = _read_unseen(args.fit_file, "fit_file", model, args.model_name_or_path, settings, ["train"])
         thresholds = model.fit_cascade(table, collator, args.batch_size)
@@ -192,6 +197,9 @@ def evaluate(argv) -> None:
     """Judge sizes, cascade and oracle; write results.json and accuracy.png."""
     with common.user_errors():
         (args,) = common.Parser((EvalArguments,), usage="%(prog)s eval [--flag value ...]").parse(argv)
+        check_batch_size(args.batch_size)
+        if args.timing_runs < 0:
+            raise ValueError(f"timing_runs: {args.timing_runs} is not allowed; use a number of at least 0")
         model, collator, settings = _load(args.model_name_or_path)
         if args.timing_runs and model.config.thresholds is None:
             raise ValueError("timing_runs: there is no cascade to time; run fit-cascade first")
@@ -272,8 +280,6 @@ def _split(table: Dataset, data: DataArguments, columns: list[str], seed: int):
     if data.eval_file is not None:
         return table, read_examples(data.eval_file, "eval_file", columns, data.label_column)
     rows = min(data.eval_rows, len(table) // 10)
-    if data.eval_rows < 0:
-        raise ValueError(f"eval_rows: {data.eval_rows} is not allowed; use a number of at least 0")
     return hold_out(table, rows, seed) if rows else (table, None)
 
 

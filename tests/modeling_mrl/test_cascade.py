@@ -60,7 +60,8 @@ def test_a_fitted_threshold_is_the_smallest_of_the_best(seed):
 
     def accuracy(pair, threshold):
         hits = [
-            (predicted[pair, i] if confidence[pair, i] > threshold else predicted[pair + 1, i]).item() == labels[i].item()
+            (predicted[pair, i] if confidence[pair, i] > threshold else predicted[pair + 1, i]).item()
+            == labels[i].item()
             for i in range(len(labels))
         ]
         return sum(hits)

@@ -152,5 +152,5 @@ def test_cascades_that_cannot_be(backbone_path, tokenizer):
     with pytest.raises(ValueError, match="sizes: a cascade needs at least two sizes, and there is 8 alone"):
         model.truncate(8).fit_cascade(rows(tokenizer, 10), collator)
     model.config.thresholds = [0.5]
-    with pytest.raises(ValueError, match="thresholds: .* must be a list of 2 numbers"):
+    with pytest.raises(ValueError, match=r"thresholds: .* must be a list of 2 numbers"):
         model.predict_cascade(token_batch())

@@ -70,7 +70,7 @@ def test_widths_of_backbones():
     assert MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16])).hidden_size == 16
     with pytest.raises(ValueError, match="sizes: resnet does not count its layers"):
         MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16]), sizes=["2x8"])
-    with pytest.raises(ValueError, match="backbone_config: .* names neither hidden_size nor hidden_sizes"):
+    with pytest.raises(ValueError, match=r"backbone_config: .* names neither hidden_size nor hidden_sizes"):
         MatryoshkaConfig(backbone_config=AutoConfig.for_model("t5gemma"))
 
 

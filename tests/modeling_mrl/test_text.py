@@ -19,7 +19,9 @@ def by_hand(model, batch, n: int, dim: int) -> torch.Tensor:
     backbone.encoder.layer = backbone.encoder.layer[:n]
     with torch.no_grad():
         state = backbone(**batch).last_hidden_state
-    pooled = torch.stack([row[: mask.sum()].mean(dim=0) for row, mask in zip(state, batch["attention_mask"], strict=True)])
+    pooled = torch.stack(
+        [row[: mask.sum()].mean(dim=0) for row, mask in zip(state, batch["attention_mask"], strict=True)]
+    )
     head = model.heads[(model.config.exits or [4]).index(n)]
     linear = head.linear if head.head_type == "tied" else head.linears[head.dims.index(dim)]
     return pooled[:, :dim] @ linear.weight[:, :dim].T + linear.bias

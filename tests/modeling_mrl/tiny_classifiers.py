@@ -9,7 +9,12 @@ from modeling_mrl import MatryoshkaForImageClassification, MatryoshkaForSequence
 EXITS = ["1x8", "1x16", "2x4", "2x32", "4x32"]
 IMAGE_CONFIGS = {
     "vit": lambda: transformers.ViTConfig(
-        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
     ),
     "dinov2": lambda: transformers.Dinov2Config(
         hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
