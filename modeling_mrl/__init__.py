@@ -1,6 +1,11 @@
 """Matryoshka Representation Learning for classification: nested heads, cascades, and heads on several exits."""
 
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .cascade import choose_sizes, confidences, fit_thresholds
 from .configuration_mrl import MatryoshkaConfig, Size, parse_size
@@ -9,6 +14,9 @@ from .modeling_mrl import MatryoshkaForImageClassification, MatryoshkaForSequenc
 from .outputs import CascadeOutput, MatryoshkaClassifierOutput
 
 AutoConfig.register(MatryoshkaConfig.model_type, MatryoshkaConfig, exist_ok=True)
+# Of the two, AutoModel takes the one that a folder's config.json names.
+_CLASSES = (MatryoshkaForSequenceClassification, MatryoshkaForImageClassification)
+AutoModel.register(MatryoshkaConfig, _CLASSES, exist_ok=True)
 AutoModelForSequenceClassification.register(MatryoshkaConfig, MatryoshkaForSequenceClassification, exist_ok=True)
 AutoModelForImageClassification.register(MatryoshkaConfig, MatryoshkaForImageClassification, exist_ok=True)
 

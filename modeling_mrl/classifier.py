@@ -135,6 +135,13 @@ class MatryoshkaClassifier(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save a folder that the task's own AutoModel class and plain AutoModel load, each as this classifier."""
+        module = type(self).__module__.rpartition(".")[2]
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**auto_map, "AutoModel": f"{module}.{type(self).__name__}"}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def truncate(self, size=None):
         """
         The classifier of one size alone, a model in its own right: no deeper layers, no other columns or heads.

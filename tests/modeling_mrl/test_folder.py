@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import SENTENCES, run_elsewhere
 from PIL import Image
 from tiny_classifiers import EXITS, image_classifier, one_leaves_at_each, text_classifier, token_batch
@@ -26,6 +27,8 @@ except ValueError as error:
 else:
     raise AssertionError("loaded without trust_remote_code")
 model = auto.from_pretrained(folder, trust_remote_code=True)
+plain = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(plain).__name__ == type(model).__name__
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 assert config.sizes == model.config.sizes
 batch = {name: torch.from_numpy(value) for name, value in np.load(sys.argv[3]).items()}
@@ -54,6 +57,9 @@ def test_remote_code_in_a_fresh_process(kind, backbone_path, tmp_path):
         model = image_classifier("vit", tmp_path / "backbone", size=8)
         auto, batch = "AutoModelForImageClassification", {"pixel_values": torch.randn(4, 3, 16, 16)}
     output = model(**batch)
+    model.save_pretrained(tmp_path / "here")
+    for name in (auto, "AutoModel"):
+        assert type(getattr(transformers, name).from_pretrained(tmp_path / "here")) is type(model)
     model.config.thresholds = one_leaves_at_each(confidences(output.size_logits)[0])
     expected = model.predict_cascade(batch)
     model.save_pretrained(tmp_path / "here")
