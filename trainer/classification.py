@@ -11,14 +11,14 @@ from transformers import Trainer
 from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
 
-from .arguments import ElasticTrainingArguments
+from .arguments import BestKeepingTrainingArguments
 from .callbacks import EvaluateLastStep, StopSignals
 from .checkpoints import CheckpointMixin
 from .part_log import PartLogMixin
 
 
 @dataclass
-class ClassifierTrainingArguments(ElasticTrainingArguments):
+class ClassifierTrainingArguments(BestKeepingTrainingArguments):
     """Arguments of [`ClassifierTrainer`]. Defaults that differ from transformers': batch size 32, warm-up over the
     first tenth, evaluation and checkpoints at each quarter with the best one (by the mean accuracy of all sizes) kept
     in the end, unused columns kept, and bf16 where the CPU has it."""
@@ -30,25 +30,9 @@ class ClassifierTrainingArguments(ElasticTrainingArguments):
     )  # fmt: skip
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and process."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples a batch of the evaluation."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
-    )
-    load_best_model_at_end: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the best checkpoint in the end. Default: yes where evaluations and checkpoints coincide."
-        },
-    )
     metric_for_best_model: str | None = field(
         default="accuracy_mean", metadata={"help": "Metric that chooses the best checkpoint."}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be large."})
-
-    def __post_init__(self):
-        if self.load_best_model_at_end is None:
-            same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
-            self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
-        super().__post_init__()
 
 
 class ClassifierTrainer(CheckpointMixin, PartLogMixin, Trainer):
