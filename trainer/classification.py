@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.utils import logging
 
 from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
@@ -15,6 +16,8 @@ from .arguments import BestKeepingTrainingArguments
 from .callbacks import EvaluateLastStep, StopSignals
 from .checkpoints import CheckpointMixin
 from .part_log import PartLogMixin
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -45,9 +48,15 @@ class ClassifierTrainer(CheckpointMixin, PartLogMixin, Trainer):
         kwargs: passed to `Trainer`; `data_collator` makes batches with `labels`.
     """
 
+    # compute_loss returns the mean of one batch; Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
     def __init__(self, model: MatryoshkaClassifier, args: ClassifierTrainingArguments, eval_dataset=None, **kwargs):
         if eval_dataset is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
+        if args.n_gpu > 1:
+            logger.warning("using one GPU; start with `accelerate launch` to use them all")
+            args._n_gpu = 1
         self.stop_signals = StopSignals()
         callbacks = [EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])]
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)

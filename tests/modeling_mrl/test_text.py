@@ -185,6 +185,6 @@ def test_stock_trainer_and_metrics(backbone_path, tokenizer, tmp_path):
         assert 0 <= metrics["eval_accuracy"] <= 1
         return trainer.state.log_history[0]["loss"]
 
-    # accepts_loss_kwargs: accumulating must not multiply the loss.
+    assert model.accepts_loss_kwargs is False  # accumulating must not multiply the loss
     assert train(2, 4) == pytest.approx(train(1, 8), rel=0.05)
     assert seen == [(20, 3), (20, 3)]
