@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from .data import check_texts, read_table
 
-# What a folder of a classifier keeps of the rows it was trained and its cascade fitted on: 64 bits of a hash each.
+# What a classifier's folder keeps of the rows it was trained and its cascade fitted on: 64 bits of a hash each.
 SEEN_FILE = "classify_rows.npz"
 _BITS = 16  # hexadecimal digits
 
