@@ -84,3 +84,9 @@ def test_committed_cards_are_valid(path):
     assert {result.metric_name.split()[0] for result in card.data.eval_results} <= {"Spearman", "nDCG@10"}
     assert "accelerate launch run_scripts/finetune.py" in card.text
     assert str(ROOT.parent) + "/" not in card.content
+
+
+@pytest.mark.parametrize("name", ["backbone.py", "pooling.py"])
+def test_what_two_architectures_need_is_one_file_copied(name):
+    """A Hub folder must hold all that it needs, so that a sibling's file is copied, never changed."""
+    assert (ROOT / "modeling_mrl" / name).read_bytes() == (ROOT / "modeling_2dmse" / name).read_bytes()

@@ -58,7 +58,29 @@ class ElasticTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class TwoDMSETrainingArguments(ElasticTrainingArguments):
+class BestKeepingTrainingArguments(ElasticTrainingArguments):
+    """What trainings share that keep the checkpoint with the best score."""
+
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
+    )
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the best checkpoint in the end. Default: yes where evaluations and checkpoints coincide."
+        },
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be large."})
+
+    def __post_init__(self):
+        if self.load_best_model_at_end is None:
+            same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
+            self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
+        super().__post_init__()
+
+
+@dataclass
+class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
 
     objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
@@ -116,19 +138,9 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
     )  # fmt: skip
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
-    )
-    load_best_model_at_end: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the best checkpoint in the end. Default: yes where evaluations and checkpoints coincide."
-        },
-    )
     metric_for_best_model: str | None = field(
         default="ladder_mean", metadata={"help": "Metric that chooses the best checkpoint."}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be large."})
 
     def __post_init__(self):
         faults = [
@@ -162,9 +174,6 @@ class TwoDMSETrainingArguments(ElasticTrainingArguments):
             faults.append(f"initial_share: {self.initial_share} is not allowed; use a share from 0 to 1")
         if faults:
             raise ValueError("; ".join(faults))
-        if self.load_best_model_at_end is None:
-            same = (self.eval_strategy, self.eval_steps) == (self.save_strategy, self.save_steps)
-            self.load_best_model_at_end = self.eval_strategy != "no" and (same or self.save_strategy == "best")
         super().__post_init__()
 
 

@@ -66,7 +66,7 @@ def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
         if name == "score":
             table = _check_scores(table, argument)
         else:
-            _check_texts(table, name, argument, optional=name.startswith("negative_"))
+            check_texts(table, name, argument, optional=name.startswith("negative_"))
     return table
 
 
@@ -151,7 +151,8 @@ def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
     raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
 
 
-def _check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
+def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
+    """ValueError naming the column where it does not hold texts, or empty ones that are not optional."""
     column = table.with_format("arrow")[:][name]
     if optional and str(column.type) == "null":
         return

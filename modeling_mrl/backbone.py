@@ -1,0 +1,196 @@
+"""Where a transformers backbone keeps its layers and its final norm, and how to run or keep only some of them."""
+
+import copy
+import inspect
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights, without the pooling head that no size uses."""
+    return drop_pooler(AutoModel.from_config(config))
+
+
+def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
+    # BERT's tanh pooler gets no gradient here, which would stop DistributedDataParallel.
+    if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        backbone.pooler = None
+    return backbone
+
+
+def find_layer_stack(backbone: PreTrainedModel) -> str:
+    """Path of the one `nn.ModuleList` that holds the transformer layers, for example `encoder.layer`."""
+    depth = getattr(backbone.config, "num_hidden_layers", None)
+    stacks = [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(layer) for layer in module}) == 1
+    ]
+    stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(stacks) != 1:
+        found = "none" if not stacks else ", ".join(stacks)
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} cannot be made elastic: it needs exactly one list of "
+            f"{depth} layers of one class, found {found}"
+        )
+    return stacks[0]
+
+
+def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
+    """Paths that may be the norm behind the last layer, likeliest first; `""` (no norm) comes last."""
+    norms, parent = [], stack
+    while parent:
+        parent = parent.rpartition(".")[0]
+        for name, module in backbone.get_submodule(parent).named_children():
+            if type(module).__name__.endswith("Norm"):
+                norms.append(f"{parent}.{name}" if parent else name)
+    return [*norms, ""]
+
+
+def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
+    return backbone.get_submodule(stack)
+
+
+def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Tensor:
+    return backbone.get_submodule(norm)(state) if norm else state
+
+
+class LayerStandIn(nn.Module):
+    """Takes a layer's place in a view, and is asked for what the layer knows."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)  # ModernBERT asks its layers for `attention_type`
+
+
+class Tap(LayerStandIn):
+    """Calls its layer, and keeps what it returned in `states`."""
+
+    def __init__(self, layer: nn.Module, states: list):
+        super().__init__(layer)
+        self._states = states
+
+    def forward(self, *args, **kwargs):
+        output = self.layer(*args, **kwargs)
+        self._states.append(output[0] if isinstance(output, tuple) else output)
+        return output
+
+
+def view(backbone: nn.Module, stack: str, layers: Sequence[nn.Module]) -> nn.Module:
+    """The same backbone with another list of layers.
+
+    Only the containers on the path to the list are copied; every module with weights is the original one, so that
+    the view costs no memory, follows whatever wraps or replaces those modules, and leaves the backbone untouched
+    (several threads may run different depths at once).
+    """
+    twin = _shallow_copy(backbone)
+    parent, *path = [twin, *stack.split(".")]
+    for name in path[:-1]:
+        child = _shallow_copy(getattr(parent, name))
+        parent._modules[name] = child
+        parent = child
+    parent._modules[path[-1]] = nn.ModuleList(layers)
+    return twin
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
+
+
+def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int], **inputs) -> list[torch.Tensor]:
+    """state(n) for each n of the ascending `depths`, from one pass that runs max(depths) layers.
+
+    Args:
+        inputs: what the backbone's forward takes.
+
+    Returns:
+        one (batch, length, hidden) tensor a depth, behind the backbone's own final norm.
+    """
+    layers = layers_of(backbone, stack)
+    deepest, states = depths[-1], []
+    if list(depths) == [len(layers)]:
+        return [backbone(**inputs).last_hidden_state]
+    inner = set(depths[:-1])
+    chosen = [Tap(layer, states) if n in inner else layer for n, layer in enumerate(layers[:deepest], start=1)]
+    last = view(backbone, stack, chosen)(**inputs).last_hidden_state
+    return [*(apply_norm(backbone, norm, state) for state in states), last]
+
+
+def accepted_inputs(backbone: nn.Module) -> set[str]:
+    """Names among a text encoder's usual inputs that the backbone's forward takes."""
+    known = {"attention_mask", "token_type_ids", "position_ids", "use_cache"}
+    return known & set(inspect.signature(backbone.forward).parameters)
+
+
+def takes_words(backbone: nn.Module) -> bool:
+    """Whether the backbone gives the same for `inputs_embeds` as for the `input_ids` that they stand for."""
+    # RoBERTa's kin give a padding token no position, also where it stands among real ones.
+    takes = "inputs_embeds" in inspect.signature(backbone.forward).parameters
+    return takes and not _padding_indices(backbone)
+
+
+def count_positions(backbone: nn.Module) -> int:
+    """Longest input that the backbone has positions for, in tokens."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
+    # RoBERTa's kin count positions from behind the padding index.
+    return positions - sum(index + 1 for index in _padding_indices(backbone))
+
+
+def _padding_indices(backbone: nn.Module) -> list[int]:
+    """Of tables of positions that have one."""
+    tables = (module for name, module in backbone.named_modules() if name.endswith("position_embeddings"))
+    indices = [getattr(table, "padding_idx", None) for table in tables]
+    return [index for index in indices if index is not None]
+
+
+def cut_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """A copy of a backbone's configuration for its first `num_layers` layers, per-layer lists cut as well."""
+    depth = config.num_hidden_layers
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:num_layers])
+    return config
+
+
+@torch.no_grad()
+def check_exits(backbone: PreTrainedModel, stack: str) -> str:
+    """Find the final norm by trying: state(1) taken on the way must equal what a one-layer cut returns.
+
+    Returns:
+        the path of the final norm, `""` for none; ValueError where no choice makes the two equal.
+    """
+    name = type(backbone).__name__
+    norms = find_final_norms(backbone, stack)
+    layers = layers_of(backbone, stack)
+    if len(layers) == 1:
+        return norms[0]
+    device = next(backbone.parameters()).device
+    ids = torch.arange(12, device=device).reshape(2, 6) % max(2, backbone.config.vocab_size - 1) + 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    training = backbone.training
+    backbone.eval()
+    try:
+        cut = run_layers(backbone, stack, "", [1], **inputs)[0]
+        for norm in norms:
+            tapped = run_layers(backbone, stack, norm, [1, 2], **inputs)[0]
+            if torch.allclose(tapped.float(), cut.float(), atol=1e-4, rtol=1e-3):
+                return norm
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"backbone: {name} cannot be made elastic: running 1 of its layers failed: {error}") from error
+    finally:
+        backbone.train(training)
+    raise ValueError(f"backbone: {name} cannot be made elastic: its states change outside of its layers and final norm")

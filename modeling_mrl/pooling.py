@@ -1,0 +1,44 @@
+"""Pooling of token states into one vector a text, in float32."""
+
+import torch
+
+
+def pool(state: torch.Tensor, attention_mask: torch.Tensor, mode: str) -> torch.Tensor:
+    """Pool token states.
+
+    Args:
+        state: (batch, length, hidden), any float type.
+        attention_mask: (batch, length), 1 for a real token, 0 for padding on either side.
+        mode: `mean`, `cls` (first real token), `lasttoken` (last real token) or `weightedmean`
+            (weight k for the k-th real token, SGPT's position-weighted mean).
+
+    Returns:
+        (batch, hidden) in float32.
+    """
+    mask = attention_mask.to(torch.long)
+    if mode == "cls":
+        return _pick(state, mask.argmax(dim=1))
+    if mode == "lasttoken":
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+        return _pick(state, last)
+    if mode not in ("mean", "weightedmean"):
+        raise ValueError(f"pooling: {mode!r} is unknown; choose one of mean, cls, lasttoken, weightedmean")
+    weights = mask if mode == "mean" else mask.cumsum(dim=1) * mask
+    weights = weights.to(torch.float32)
+    # Autocast would turn this product back into half precision.
+    with torch.autocast(device_type=state.device.type, enabled=False):
+        total = torch.bmm(weights.unsqueeze(1), state.float()).squeeze(1)
+        return total / weights.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def _pick(state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return state[torch.arange(state.shape[0], device=state.device), index].float()
+
+
+def cut_and_normalize(pooled: torch.Tensor, dim: int) -> torch.Tensor:
+    """The embedding of a size: the first `dim` columns of (..., hidden), divided by their L2 norm.
+
+    >>> cut_and_normalize(torch.tensor([[3.0, 4.0, 12.0]]), 2).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    return torch.nn.functional.normalize(pooled[..., :dim].float(), dim=-1)
