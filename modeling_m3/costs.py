@@ -69,8 +69,8 @@ def _shape(config: PreTrainedConfig) -> tuple[int, int, int, int]:
     missing = [name for name in _NEEDED if getattr(config, name, None) is None]
     if missing:
         raise ValueError(
-            f"text_config: {type(config).__name__} has no {' and no '.join(missing)}; costs are known for decoders with "
-            "gated feed-forward layers, such as Llama, Mistral and Qwen2"
+            f"text_config: {type(config).__name__} has no {' and no '.join(missing)}; costs are known for decoders "
+            "with gated feed-forward layers, such as Llama, Mistral and Qwen2"
         )
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -45,8 +45,9 @@ class MatryoshkaLlavaModel(LlavaModel):
         strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy: {strategy!r} is unknown; choose one of default, full")
-        output = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-        states = [output.hidden_states[index] for index in ([layer] if isinstance(layer, int) else layer)]
+        layers = [layer] if isinstance(layer, int) else layer
+        output = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": layers, "return_dict": True})
+        states = [output.hidden_states[index] for index in layers]
         if strategy == "default":  # without the class token
             states = [state[:, 1:] for state in states]
         states = torch.cat(states, dim=-1)

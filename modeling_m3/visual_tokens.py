@@ -1,5 +1,6 @@
 """Nested sets of visual tokens: which counts a square grid allows, and average pooling to one of them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ def check_token_sizes(sizes: Sequence[int], side: int, name: str = "visual_token
     if len(sides) < len(sizes):
         raise ValueError(f"{name}: {list(sizes)} names a level more than once")
     levels = sorted(sides)
-    for small, large in zip(levels, levels[1:], strict=False):
+    for small, large in itertools.pairwise(levels):
         if sides[large] % sides[small]:
             raise ValueError(
                 f"{name}: {small} and {large} do not nest; {sides[small]} does not divide {sides[large]}, so that "

@@ -1,4 +1,4 @@
-"""M3Trainer: transformers' Trainer for nested visual tokens; the vision tower runs once, each level goes backward alone."""
+"""M3Trainer: transformers' Trainer for nested visual tokens; the tower runs once, each level goes backward alone."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -100,9 +100,7 @@ class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
             **kwargs,
         )
         if self.is_deepspeed_enabled:
-            raise ValueError(
-                "deepspeed: it steps after one backward pass, and a step here has several; use DDP or FSDP"
-            )
+            raise ValueError("deepspeed: it steps after one backward pass, here a step has several; use DDP or FSDP")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one batch, level after level; the mean loss over levels."""
