@@ -204,9 +204,11 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """transformers' `generate`, with `num_visual_tokens` as in `forward`; the vision tower runs once."""
         input_ids = kwargs.get("input_ids", inputs)
         images = kwargs.get("pixel_values")
-        if input_ids is not None and images is not None:
+        start = kwargs.get("past_key_values") is None and not kwargs.get("mm_encoder_outputs")
+        if input_ids is not None and (start or images is not None):
             # Here, because beam search takes images apart by counting placeholders before `forward` sees them.
-            self.model.check_placeholders(input_ids, len(images), kwargs.get("num_visual_tokens"))
+            num_images = 0 if images is None else len(images)
+            self.model.check_placeholders(input_ids, num_images, kwargs.get("num_visual_tokens"))
         return super().generate(inputs, *args, **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
