@@ -19,6 +19,7 @@ from run_scripts.benchmarks.encode import encode_cost
 from run_scripts.benchmarks.funnel import funnel_cost
 from run_scripts.benchmarks.grid import grid_cost
 from run_scripts.benchmarks.growth import growth_cost
+from run_scripts.benchmarks.m3 import m3_cost
 from run_scripts.benchmarks.memory import memory_cost
 from run_scripts.benchmarks.smae import smae_cost
 from run_scripts.benchmarks.startup import startup_cost
@@ -157,6 +158,7 @@ BENCHMARKS = {
     "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
     "growth": growth_cost,
     "funnel": lambda args: funnel_cost(args, _texts(args), [load_beir(folder) for folder in args.beir_dirs or []]),
+    "m3": lambda args: m3_cost(args.runs),
 }
 
 if __name__ == "__main__":

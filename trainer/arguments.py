@@ -1,4 +1,4 @@
-"""What the trainers' arguments share, TwoDMSETrainingArguments and SmaeTrainingArguments.
+"""What the arguments of all trainers share; TwoDMSETrainingArguments and SmaeTrainingArguments.
 
 TwoDMSETrainingArguments' defaults that differ from transformers': batch size 64 (in-batch negatives need company),
 warm-up over the first tenth, unused columns kept (the collator reads the text columns), evaluation and checkpoints at
