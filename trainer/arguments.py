@@ -53,6 +53,12 @@ class HouseTrainingArguments(TrainingArguments):
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
         super().__post_init__()
 
+    def use_one_gpu(self) -> None:
+        """Keep Trainer from `DataParallel`, which would cut a step's inputs apart."""
+        if self.n_gpu > 1:
+            logger.warning("using one GPU; start with `accelerate launch` to use them all")
+            self._n_gpu = 1
+
 
 @dataclass
 class ElasticTrainingArguments(HouseTrainingArguments):

@@ -101,10 +101,9 @@ def encode_conversation(processor, messages: list[dict], num_images: int, max_le
     opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not opened, return_offsets_mapping=True)
     ids = torch.tensor(encoded["input_ids"][:max_length])
-    labels = torch.full_like(ids, IGNORED)
-    for position, (_, stop) in enumerate(encoded["offset_mapping"][:max_length]):
-        if any(first < stop <= last for first, last in spans):
-            labels[position] = ids[position]
+    stops = [stop for _, stop in encoded["offset_mapping"][:max_length]]
+    spoken = torch.tensor([any(first < stop <= last for first, last in spans) for stop in stops])
+    labels = ids.masked_fill(~spoken, IGNORED)
     found = int((ids == processor.image_token_id).sum())
     if found != num_images:
         raise ValueError(f"messages: {found} image placeholders do not match {num_images} images")

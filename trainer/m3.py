@@ -87,6 +87,7 @@ class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
             model.model.vision_tower.requires_grad_(False)
         if eval_dataset is None:
             args.eval_strategy = "no"
+        args.use_one_gpu()
         self.level_shares = model.config.level_shares
         self.stop_signals = StopSignals()
         super().__init__(

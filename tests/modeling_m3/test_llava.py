@@ -7,9 +7,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlavaForConditionalGeneration, OPTConfig, Qwen2Config
+from transformers import LlamaConfig, LlavaForConditionalGeneration, LlavaProcessor, OPTConfig, Qwen2Config
 
-from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, pool_visual_tokens, prefill_cost, visual_output
+from modeling_m3 import (
+    MatryoshkaLlavaForConditionalGeneration,
+    MatryoshkaLlavaProcessor,
+    pool_visual_tokens,
+    prefill_cost,
+    visual_output,
+)
 from modeling_m3.costs import kv_cache_bytes, prefill_flops, sequence_length
 from run_scripts.digits import QUESTION
 
@@ -196,6 +202,20 @@ def test_the_processor_expands_and_keeps_its_own_number(llava_processor):
     assert processor.num_visual_tokens is None
     processor.num_visual_tokens = 4
     assert processor(images=pictures(1), text=TEXTS[:1])["input_ids"][0].count(4) == 4
+
+
+def test_a_stock_processor_loads_unchanged(llava_processor, tmp_path):
+    parts = (llava_processor.image_processor, llava_processor.tokenizer)
+    shape = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    stock = LlavaProcessor(*parts, **shape, chat_template=llava_processor.chat_template)
+    stock.save_pretrained(tmp_path)
+    ours = MatryoshkaLlavaProcessor.from_pretrained(tmp_path)
+    expected = stock(images=pictures(1), text=TEXTS[:1], return_tensors="pt")
+    got = ours(images=pictures(1), text=TEXTS[:1], return_tensors="pt")
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    turns = [{"role": "user", "content": [{"type": "text", "text": "this ?"}]}]
+    assert ours.apply_chat_template(turns) == stock.apply_chat_template(turns) == "user : this ? "
 
 
 def test_costs_are_those_of_a_7b_llava():

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
+from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, MatryoshkaLlavaProcessor
 from run_scripts import common, digits, evaluate_m3, train_m3
 from trainer.m3 import M3TrainingArguments
 
@@ -63,6 +63,7 @@ def test_from_nothing_to_a_table(settings, task, tmp_path, capsys):
     assert [entry["step"] for entry in state["log_history"] if "loss/36" in entry] == [1, 2, 3]
     model = AutoModelForImageTextToText.from_pretrained(out)
     assert type(model) is MatryoshkaLlavaForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(out)) is MatryoshkaLlavaProcessor
     assert model.config.level_shares == {1: 0.25, 9: 0.25, 36: 0.5}
     assert model.config.default_visual_tokens == 9
     results = evaluate(out, task, tmp_path / "scores", "--cascade_threshold", "0.5", "--batch_size", "4")
@@ -70,10 +71,10 @@ def test_from_nothing_to_a_table(settings, task, tmp_path, capsys):
     assert list(table) == ["1", "9", "36", "oracle", "cascade"]
     assert results["n"] == 9
     assert table["oracle"]["accuracy"] >= max(table[size]["accuracy"] for size in ("1", "9", "36"))
-    assert [table[size]["sequence_length"] for size in ("1", "9", "36")] == [9, 17, 44]
+    assert [table[size]["sequence_length"] for size in ("1", "9", "36")] == [10, 18, 45]
     printed = capsys.readouterr().out
     assert "| cascade (extension) |" in printed
-    assert f"| 9 | {table['9']['accuracy']:.4f} | {table['9']['loss']:.4f} | 9.0 | 17.0 |" in printed
+    assert f"| 9 | {table['9']['accuracy']:.4f} | {table['9']['loss']:.4f} | 9.0 | 18.0 |" in printed
 
 
 def test_every_weight_learns_and_a_frozen_tower_does_not(settings, task, tmp_path):

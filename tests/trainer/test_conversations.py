@@ -36,7 +36,7 @@ def test_notations_give_the_same_tokens(turns, llava_processor):
     ids, labels = encode_conversation(llava_processor, table[0]["messages"], num_images=1)
     words = llava_processor.tokenizer.convert_ids_to_tokens(ids)
     assert " ".join(words) == PLAIN_WORDS
-    assert labels.tolist() == [IGNORED] * 9 + ids[-2:].tolist()
+    assert labels.tolist() == [IGNORED] * 10 + ids[-2:].tolist()
 
 
 def test_llava_files_are_read(llava_processor, tmp_path):
@@ -103,8 +103,8 @@ def test_batches_hold_every_level(llava_processor):
 
 def test_long_texts_are_cut(llava_processor):
     table = check_conversations(Dataset.from_list([{"image": picture(), "messages": ROW}]))
-    level = ConversationCollator(llava_processor, [9], max_length=10)([table[0]])["levels"][9]
-    assert level["input_ids"].shape == (1, 18)
+    level = ConversationCollator(llava_processor, [9], max_length=11)([table[0]])["levels"][9]
+    assert level["input_ids"].shape == (1, 19)
     assert (level["labels"] != IGNORED).sum() == 1
     with pytest.raises(ValueError, match="max_length: no answer of the batch lies within 5 tokens"):
         ConversationCollator(llava_processor, [9], max_length=5)([table[0]])
