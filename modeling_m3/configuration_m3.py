@@ -32,6 +32,13 @@ class MatryoshkaLlavaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_visual_tokens()
+
+    def check_visual_tokens(self) -> None:
+        """Put the levels in order and fill in defaults; ValueError naming the field that does not fit.
+
+        The model calls it again: `from_pretrained` changes fields of a configuration that has been made.
+        """
         if self.pool_position not in POOL_POSITIONS:
             raise ValueError(
                 f"pool_position: {self.pool_position!r} is unknown; choose one of {', '.join(POOL_POSITIONS)}"

@@ -21,6 +21,10 @@ class MatryoshkaLlavaModel(LlavaModel):
 
     config_class = MatryoshkaLlavaConfig
 
+    def __init__(self, config: MatryoshkaLlavaConfig):
+        config.check_visual_tokens()
+        super().__init__(config)
+
     def encode_images(
         self,
         pixel_values: torch.Tensor,
@@ -210,6 +214,14 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             num_images = 0 if images is None else len(images)
             self.model.check_placeholders(input_ids, num_images, kwargs.get("num_visual_tokens"))
         return super().generate(inputs, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """transformers' `save_pretrained`, by default under the parameters' own names.
+
+        The older names of LLaVA checkpoints, which transformers writes otherwise, load as well, but not where `Trainer`
+        goes on from a checkpoint: it would leave out what it does not find.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """See [`MatryoshkaLlavaModel.encode_images`]."""

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from run_scripts import common
 from run_scripts.llava import load_llava
-from trainer.conversations import check_conversations, read_conversations
+from trainer.conversations import ConversationCollator, check_conversations, read_conversations
 from trainer.m3 import M3Trainer, M3TrainingArguments
 
 
@@ -71,10 +71,11 @@ def main(argv=None) -> None:
         common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_rows(data_args)
         model, processor = load_llava(model_args.model_name_or_path, dtype="float32", **_changes(model_args))
+        # What does not fit the processor's template or the length shows here, before anything is written.
+        ConversationCollator(processor, [1], args.max_length)(list(train.select(range(min(64, len(train))))))
         trainer = M3Trainer(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor
         )
-        trainer.data_collator([train[0]])  # what does not fit the processor's template shows here
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     with common.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)

@@ -47,12 +47,14 @@ def test_the_full_size_is_stock_llava(llava_path, tiny_m3, inputs):
             torch.testing.assert_close(model(**inputs(), **given).logits, expected, atol=1e-6, rtol=0)
 
 
-def test_a_stock_checkpoint_fills_every_tensor_and_is_saved_under_its_names(llava_path, tiny_m3, tmp_path):
+@pytest.mark.parametrize("original", [False, True])
+def test_a_stock_checkpoint_fills_every_tensor_and_is_saved_whole(original, llava_path, tmp_path):
     model, info = MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path, output_loading_info=True)
     assert not any(info.values()), info
-    model.save_pretrained(tmp_path)
-    names = [set(safe_open(f"{folder}/model.safetensors", "pt").keys()) for folder in (llava_path, tmp_path)]
-    assert names[0] == names[1]
+    model.save_pretrained(tmp_path, save_original_format=original)
+    stock, ours = (set(safe_open(f"{folder}/model.safetensors", "pt").keys()) for folder in (llava_path, tmp_path))
+    assert stock != set(model.state_dict()), "stock LLaVA is saved under older names, which must be translated"
+    assert ours == (stock if original else set(model.state_dict()))
     again, info = MatryoshkaLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert again.config.model_type == model.config.model_type == "matryoshka_llava"

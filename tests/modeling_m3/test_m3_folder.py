@@ -85,6 +85,14 @@ def test_the_folder_says_what_it_needs(tiny_m3, tmp_path):
     assert "torchvision" not in "".join(path.read_text() for path in tmp_path.glob("*.py"))
 
 
+def test_changes_are_checked_when_a_model_is_loaded(tiny_m3):
+    assert tiny_m3(visual_token_sizes=[36, 4]).config.visual_token_sizes == [4, 36]
+    with pytest.raises(ValueError, match="pool_position: 'inside' is unknown"):
+        tiny_m3(pool_position="inside")
+    with pytest.raises(ValueError, match="default_visual_tokens: 5 is not allowed"):
+        tiny_m3(default_visual_tokens=5)
+
+
 def test_a_broken_configuration_is_refused_on_loading(tiny_m3, tmp_path):
     tiny_m3().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
