@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_elsewhere
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, MatryoshkaLlavaProcessor
@@ -46,9 +48,6 @@ else:
 
 
 def test_remote_code_in_a_fresh_process(tiny_m3, llava_path, llava_processor, tmp_path):
-    import numpy as np
-    from PIL import Image
-
     model = tiny_m3(visual_token_sizes=[9, 36])
     model.save_pretrained(tmp_path / "here")
     llava_processor.save_pretrained(tmp_path / "here")

@@ -1,5 +1,6 @@
 """Rows of images and conversations: every notation, the labels, one text a level, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -151,8 +152,6 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 def test_a_processor_without_a_template_is_refused(llava_processor):
-    import copy
-
     processor = copy.copy(llava_processor)
     processor.chat_template = None
     with pytest.raises(ValueError, match="chat_template: the processor has none"):

@@ -1,12 +1,15 @@
 """M3Trainer: a step is the gradient of the averaged loss, with one run of the tower and one level's memory."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
 from run_scripts.benchmarks.measure import allocated_at_peak
 from run_scripts.digits import digit_tables
 from trainer.conversations import check_conversations
@@ -133,9 +136,6 @@ def test_accumulated_batches_are_not_scaled(make_trainer):
     for batch in batches:
         (sum(separate_losses(model, batch).values()) / 3 / 2).backward()
     expected = gradients(model)
-    model.register_forward_pre_hook(lambda *_: None)
-
-    from transformers import TrainerCallback
 
     class Catch(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
@@ -238,17 +238,17 @@ if trainer.is_world_process_zero():
 """
 
 
-def test_two_processes_are_one(llava_path, tmp_path):
+def test_two_processes_are_one(llava_path, tmp_path, monkeypatch):
     """Two optimizer steps on gradients that travel once, with the last level, against the joined batch."""
     script = tmp_path / "train.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    for command, name, rows in (([sys.executable], "one", 4), (launch, "two", 2)):
-        arguments = [str(script), llava_path, str(tmp_path / name), str(tmp_path / f"{name}.pt"), str(rows)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
-
+    paths = {name: [str(tmp_path / name), str(tmp_path / f"{name}.pt")] for name in ("one", "two")}
+    monkeypatch.setattr(sys, "argv", [str(script), llava_path, *paths["one"], "4"])
+    runpy.run_path(str(script))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29657"]
+    command = [*launch, str(script), llava_path, *paths["two"], "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     start = MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path).state_dict()
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     for part in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model", "lm_head"):
