@@ -19,6 +19,7 @@ from run_scripts.benchmarks.encode import encode_cost
 from run_scripts.benchmarks.funnel import funnel_cost, funnel_quality
 from run_scripts.benchmarks.grid import grid_cost
 from run_scripts.benchmarks.growth import growth_cost
+from run_scripts.benchmarks.m3 import m3_cost
 from run_scripts.benchmarks.memory import memory_cost
 from run_scripts.benchmarks.smae import smae_cost
 from run_scripts.benchmarks.startup import startup_cost
@@ -158,6 +159,7 @@ BENCHMARKS = {
     "growth": growth_cost,
     "funnel": lambda args: funnel_cost(args, _texts(args)),
     "funnel-quality": lambda args: funnel_quality(args, [t for t in _tasks(args) if isinstance(t, RetrievalData)]),
+    "m3": lambda args: m3_cost(args.runs),
 }
 
 if __name__ == "__main__":

@@ -130,6 +130,36 @@ def tiny_model(backbone_path):
     )
 
 
+@pytest.fixture(scope="session")
+def llava_path(tmp_path_factory):
+    """A folder with a tiny random LLaVA of transformers' own, 36 visual tokens an image, and its processor."""
+    from run_scripts.digits import tiny_llava
+
+    folder = tmp_path_factory.mktemp("llava")
+    model, processor = tiny_llava(seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_m3(llava_path):
+    """A function from configuration fields to a fresh model with nested visual tokens."""
+    from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
+
+    return lambda **kwargs: MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def llava_processor(llava_path):
+    from modeling_m3 import MatryoshkaLlavaProcessor
+
+    return MatryoshkaLlavaProcessor.from_pretrained(llava_path)
+
+
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:
     """Run code in a fresh process that cannot import this project; an AssertionError shows what it printed."""
     # -S -I would drop site-packages too; a path file of an editable install is left out by name instead, and pytest's

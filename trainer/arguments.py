@@ -1,4 +1,4 @@
-"""TwoDMSETrainingArguments and SmaeTrainingArguments: transformers' TrainingArguments and what is added.
+"""What the arguments of all trainers share; TwoDMSETrainingArguments and SmaeTrainingArguments.
 
 TwoDMSETrainingArguments' defaults that differ from transformers': batch size 64 (in-batch negatives need company),
 warm-up over the first tenth, unused columns kept (the collator reads the text columns), evaluation and checkpoints at
@@ -26,12 +26,9 @@ def cpu_has_bf16() -> bool:
 
 
 @dataclass
-class ElasticTrainingArguments(TrainingArguments):
-    """What both kinds of training share."""
+class HouseTrainingArguments(TrainingArguments):
+    """What all kinds of training share: transformers' TrainingArguments with other defaults."""
 
-    sizes: list[str] | None = field(
-        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
-    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
@@ -55,6 +52,21 @@ class ElasticTrainingArguments(TrainingArguments):
             if self.bf16:
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
         super().__post_init__()
+
+    def use_one_gpu(self) -> None:
+        """Keep Trainer from `DataParallel`, which would cut a step's inputs apart."""
+        if self.n_gpu > 1:
+            logger.warning("using one GPU; start with `accelerate launch` to use them all")
+            self._n_gpu = 1
+
+
+@dataclass
+class ElasticTrainingArguments(HouseTrainingArguments):
+    """What trainings of a ladder of sizes share."""
+
+    sizes: list[str] | None = field(
+        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
+    )
 
 
 @dataclass

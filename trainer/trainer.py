@@ -79,9 +79,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             columns = text_columns(train_dataset)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
-        if args.n_gpu > 1:
-            logger.warning("using one GPU; start with `accelerate launch` to use them all")
-            args._n_gpu = 1
+        args.use_one_gpu()
         self.objective = Objective(
             name=args.objective,
             ladder=self.ladder,

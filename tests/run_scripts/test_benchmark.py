@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark, common
-from run_scripts.benchmarks import encode, funnel, grid, memory, peer, smae, train
+from run_scripts.benchmarks import encode, funnel, grid, m3, memory, peer, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 
 
@@ -164,6 +164,16 @@ def test_the_grid_is_measured_on_both_sides(monkeypatch, tmp_path):
     rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
     assert set(rows) == {"evaluate.one_pass", "evaluate.grid"}
     assert rows["evaluate.grid"]["cells"] == 12
+
+
+def test_prompts_are_measured_at_every_visual_level(monkeypatch, tmp_path):
+    for name, value in {"SIDE": 6, "HIDDEN": 32, "LAYERS": 1, "VOCABULARY": 50}.items():
+        monkeypatch.setattr(m3, name, value)
+    benchmark.main(["m3", "--runs", "2", "--output_dir", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert [line["id"] for line in rows] == ["m3.prefill.1", "m3.prefill.9"]
+    assert [line["kv_cache_ratio"] for line in rows] == [31 / 66, 39 / 66]
+    assert all(0 < line["flops_ratio"] < 1 and line["min"] > 0 for line in rows)
 
 
 @pytest.mark.parametrize("path", sorted((common.RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

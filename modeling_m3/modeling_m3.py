@@ -1,0 +1,251 @@
+"""MatryoshkaLlavaForConditionalGeneration: LLaVA with nested visual tokens (M3, Cai et al. 2024, arXiv:2405.17430)."""
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_m3 import MatryoshkaLlavaConfig
+from .costs import PrefillCost, prefill_cost
+from .visual_tokens import pool_visual_tokens
+
+
+class MatryoshkaLlavaModel(LlavaModel):
+    """
+    LLaVA without its language-modelling head; `num_visual_tokens` of `forward` says how many tokens an image takes.
+
+    A request is two steps, which training runs apart: `encode_images` runs the vision tower, once, and `pool_images`
+    makes the language model's visual tokens of any level from what it gives.
+    """
+
+    config_class = MatryoshkaLlavaConfig
+
+    def __init__(self, config: MatryoshkaLlavaConfig):
+        config.check_visual_tokens()
+        super().__init__(config)
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The features of each patch, which every level is pooled from.
+
+        Args:
+            pixel_values (`torch.Tensor`, (images, channels, height, width)): the images.
+            vision_feature_layer, vision_feature_select_strategy: as in LLaVA; the configuration's when left out.
+            kwargs: passed to the vision tower.
+
+        Returns:
+            `torch.Tensor`, (images, patches, width): of the language model's width with `pool_position`
+            `after_projector`, else of the vision tower's.
+        """
+        config = self.config
+        layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy: {strategy!r} is unknown; choose one of default, full")
+        layers = [layer] if isinstance(layer, int) else layer
+        output = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": layers, "return_dict": True})
+        states = [output.hidden_states[index] for index in layers]
+        if strategy == "default":  # without the class token
+            states = [state[:, 1:] for state in states]
+        states = torch.cat(states, dim=-1)
+        return self.multi_modal_projector(states) if config.pool_position == "after_projector" else states
+
+    def pool_images(self, states: torch.Tensor, num_visual_tokens: int | None = None) -> torch.Tensor:
+        """The visual tokens (images, num_visual_tokens, hidden) of one level, from what `encode_images` gives."""
+        if num_visual_tokens is None:
+            num_visual_tokens = self.config.default_visual_tokens
+        pooled = pool_visual_tokens(states, num_visual_tokens)
+        return pooled if self.config.pool_position == "after_projector" else self.multi_modal_projector(pooled)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """LLaVA's hook, which `generate` calls too: `pooler_output` is a list of (num_visual_tokens, hidden)."""
+        if image_sizes is not None:
+            raise ValueError("image_sizes: images of different sizes have no common square grid; leave it out")
+        states = self.encode_images(pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs)
+        return visual_output(self.pool_images(states, num_visual_tokens))
+
+    def check_placeholders(
+        self, input_ids: torch.Tensor, num_images: int, num_visual_tokens: int | None = None
+    ) -> None:
+        """ValueError if a prompt (batch, length) does not hold `num_visual_tokens` placeholders for each image."""
+        size = self.config.default_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        counts = (input_ids == self.config.image_token_id).sum(dim=-1).tolist()
+        if num_images == 0 and any(counts):
+            raise ValueError(f"pixel_values: none are given for the {sum(counts)} image placeholders in input_ids")
+        if num_images and not any(counts):
+            raise ValueError(f"input_ids: there is no image placeholder for the {num_images} images in pixel_values")
+        if sum(counts) != num_images * size or any(count % size for count in counts):
+            raise ValueError(
+                f"input_ids: {', '.join(map(str, counts))} image placeholders in the rows do not match {num_images} "
+                f"images of num_visual_tokens={size}; let the processor expand them to the same number"
+            )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs,
+    ):
+        """LLaVA's forward pass; see [`MatryoshkaLlavaForConditionalGeneration`] for what is added."""
+        start = past_key_values is None or past_key_values.get_seq_length() == 0
+        given = pixel_values is not None
+        if (
+            input_ids is not None
+            and not torch.compiler.is_compiling()
+            and (given or (start and not mm_encoder_outputs))
+        ):
+            self.check_placeholders(input_ids, len(pixel_values) if given else 0, num_visual_tokens)
+        if given and not mm_encoder_outputs:  # both at once is for LLaVA itself to refuse
+            features = self.get_image_features(
+                pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, num_visual_tokens
+            )
+            pixel_values, mm_encoder_outputs = None, {"image": features}
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+
+class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """
+    LLaVA whose number of visual tokens is chosen per request (M3, Cai et al. 2024).
+
+    The features of an image's patches are average-pooled on their square grid, so that the tokens of every level are
+    the means of blocks of the next level's. Parameters are stock LLaVA's: its checkpoints load as they are, and at the
+    full number of tokens so are the logits.
+    """
+
+    config_class = MatryoshkaLlavaConfig
+    # The loss of a batch is its mean; the Trainer is not to divide it by the tokens of several batches.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MatryoshkaLlavaConfig):
+        # Past LlavaForConditionalGeneration's own __init__, which would build a second model only to be replaced.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MatryoshkaLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs,
+    ):
+        """
+        LLaVA's forward pass at one level.
+
+        Args:
+            input_ids (`torch.Tensor`, (batch, length)): text with `num_visual_tokens` placeholders for each image.
+            pixel_values (`torch.Tensor`, (images, channels, height, width)): the images of all rows.
+            num_visual_tokens (`int`, *optional*): tokens an image, the square of a divisor of the grid's side;
+                `config.default_visual_tokens` when left out.
+            mm_encoder_outputs: `{"image": visual_output(...)}` in place of `pixel_values`, from `pool_images`.
+
+        Raises:
+            ValueError: a count that the grid does not allow, placeholders that do not match the images, images without
+                placeholders, or the reverse.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """transformers' `generate`, with `num_visual_tokens` as in `forward`; the vision tower runs once."""
+        input_ids = kwargs.get("input_ids", inputs)
+        images = kwargs.get("pixel_values")
+        start = kwargs.get("past_key_values") is None and not kwargs.get("mm_encoder_outputs")
+        if input_ids is not None and (start or images is not None):
+            # Here, because beam search takes images apart by counting placeholders before `forward` sees them.
+            num_images = 0 if images is None else len(images)
+            self.model.check_placeholders(input_ids, num_images, kwargs.get("num_visual_tokens"))
+        return super().generate(inputs, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """transformers' `save_pretrained`, by default under the parameters' own names.
+
+        The older names of LLaVA checkpoints, which transformers writes otherwise, load as well, but not where `Trainer`
+        goes on from a checkpoint: it would leave out what it does not find.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """See [`MatryoshkaLlavaModel.encode_images`]."""
+        return self.model.encode_images(pixel_values, **kwargs)
+
+    def pool_images(self, states: torch.Tensor, num_visual_tokens: int | None = None) -> torch.Tensor:
+        """See [`MatryoshkaLlavaModel.pool_images`]."""
+        return self.model.pool_images(states, num_visual_tokens)
+
+    def prefill_cost(self, num_text_tokens: int, num_visual_tokens: int, num_images: int = 1) -> PrefillCost:
+        """What a prompt costs the language model, with keys and values in the weights' precision."""
+        return prefill_cost(
+            self.config.text_config, num_text_tokens, num_visual_tokens, num_images, self.dtype.itemsize
+        )
+
+
+def visual_output(tokens: torch.Tensor) -> BaseModelOutputWithPooling:
+    """Visual tokens (images, num_visual_tokens, hidden) as `mm_encoder_outputs={"image": ...}` takes them."""
+    return BaseModelOutputWithPooling(pooler_output=list(tokens))
+
+
+MatryoshkaLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+# LLaVA checkpoints name their tensors in older ways, which transformers translates for its own classes alone.
+for ours, theirs in ((MatryoshkaLlavaForConditionalGeneration, "llava"), (MatryoshkaLlavaModel, "LlavaModel")):
+    register_checkpoint_conversion_mapping(ours.__name__, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+
+__all__ = ["MatryoshkaLlavaForConditionalGeneration", "MatryoshkaLlavaModel", "visual_output"]

@@ -1,0 +1,103 @@
+"""Score a LLaVA at several numbers of visual tokens: `python run_scripts/evaluate_m3.py --model_name_or_path M ...`.
+
+Rows of the table: each level; the oracle, which takes the fewest tokens that answer correctly; and, as an extension, a
+cascade that goes to the next level while the answer is not confident.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from modeling_m3.visual_tokens import check_token_sizes
+from run_scripts import common
+from run_scripts.llava import load_llava
+from trainer.conversations import ConversationCollator, read_conversations
+from trainer.levels import join_scores, level_table, score_batch
+
+
+@dataclass
+class EvaluationArguments:
+    """What is scored on what."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a LLaVA, stock or nested."})
+    data_file: str = field(
+        metadata={"help": "Rows of an image (image, images) and a conversation (messages, or LLaVA's conversations): "
+                  "json, jsonl, parquet. A row is right if greedy decoding gives its answers word for word."},
+    )  # fmt: skip
+    output_dir: str = field(metadata={"help": "Folder for results.json."})
+    visual_token_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers of visual tokens, each the square of a divisor of the grid's side. Default: the "
+                  "levels that the model was trained for."},
+    )  # fmt: skip
+    cascade_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Extension: also a cascade from level to level until the probability of the answer's first "
+                  "token reaches this. Default: none."},
+    )  # fmt: skip
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder that image paths start at. Default: that of the file."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows a batch."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+
+
+def main(argv=None) -> None:
+    """Parse, load, score, write."""
+    with common.user_errors():
+        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+        _check(args)
+        rows = read_conversations(args.data_file, args.image_dir, "data_file")
+        model, processor = load_llava(args.model_name_or_path)
+        sizes = check_token_sizes(args.visual_token_sizes or model.config.visual_token_sizes, model.config.grid_side)
+        collator = ConversationCollator(processor, sizes)
+        collator([rows[0]])  # what does not fit the processor's template shows here
+    model = common.to_device(model).eval()
+    batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
+    levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
+    table = level_table(model, levels, args.cascade_threshold)
+    os.makedirs(args.output_dir, exist_ok=True)
+    results = {"model": args.model_name_or_path, "data": os.path.basename(args.data_file), "n": len(rows)}
+    if args.cascade_threshold is not None:
+        results["cascade_threshold"] = args.cascade_threshold
+    common.write_json(os.path.join(args.output_dir, "results.json"), results | {"levels": table})
+    print(format_table(table))
+    print(f"\n{len(rows)} rows; tokens and costs are means over their prompts; written to {args.output_dir}")
+
+
+def format_table(table: dict[str, dict[str, float]]) -> str:
+    """The scores and costs as markdown, a row a level."""
+    lines = [
+        "| visual tokens | accuracy | loss | tokens an image | prompt | prefill GFLOPs | KV cache KB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in table.items():
+        loss = f"{row['loss']:.4f}" if "loss" in row else ""
+        title = f"{name} (extension)" if name == "cascade" else name
+        lines.append(
+            f"| {title} | {row['accuracy']:.4f} | {loss} | {row['visual_tokens']:.1f} | {row['sequence_length']:.1f} "
+            f"| {row['prefill_flops'] / 1e9:.4g} | {row['kv_cache_bytes'] / 1e3:.4g} |"
+        )
+    return "\n".join(lines)
+
+
+def _check(args: EvaluationArguments) -> None:
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size: {args.batch_size} is not allowed; use a whole number from 1")
+    if args.cascade_threshold is not None and not 0 < args.cascade_threshold <= 1:
+        raise ValueError(f"cascade_threshold: {args.cascade_threshold} is not allowed; use a probability up to 1")
+    if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
+        raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
+
+
+if __name__ == "__main__":
+    main()

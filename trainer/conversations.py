@@ -1,0 +1,213 @@
+"""Conversations about images: reading rows, turning them into tokens, and batches that hold every visual level."""
+
+import io
+import os
+from collections.abc import Sequence
+
+import datasets
+import torch
+from datasets import Dataset
+
+IGNORED = -100
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_conversations(path: str, image_dir: str | None = None, argument: str = "train_file") -> Dataset:
+    """
+    Read rows of an image and a conversation from json (a list, as LLaVA's), jsonl or parquet.
+
+    Args:
+        path: the file; image paths in it start at `image_dir`, or at the file's own folder.
+        argument: how errors call the file.
+
+    Returns:
+        what `check_conversations` returns.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{argument}: {path} is not a file")
+    suffix = os.path.splitext(path.lower())[1]
+    if suffix not in BUILDERS:
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {', '.join(BUILDERS)}")
+    try:
+        table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{argument}: {path} could not be read: {reason}") from error
+    return check_conversations(table, image_dir or os.path.dirname(path), argument)
+
+
+def check_conversations(table: Dataset, image_dir: str = "", argument: str = "train_dataset") -> Dataset:
+    """
+    Rows with the columns `images` (a list, of any length) and `messages`.
+
+    Args:
+        table: rows with `image` or `images` (pictures, or paths inside `image_dir`), and `messages` (role, content) or
+            `conversations` (from, value).
+
+    Raises:
+        ValueError: a column is missing, there are no rows, a conversation has no answer, or a picture's file no place.
+    """
+    names = table.column_names
+    image = next((name for name in ("images", "image") if name in names), None)
+    text = next((name for name in ("messages", "conversations") if name in names), None)
+    if image is None or text is None:
+        raise ValueError(
+            f"{argument}: the columns ({', '.join(names)}) lack one of image, images or one of messages, conversations"
+        )
+    if len(table) == 0:
+        raise ValueError(f"{argument}: there are no rows")
+    pictures = table.select_columns([image]).cast_column(image, _undecoded(table.features[image]))
+    for number, (turns, row) in enumerate(zip(table[text], pictures, strict=True), start=1):
+        place = f"{argument}: row {number}"
+        if not any(turn["role"] == "assistant" for turn in _messages(turns, place)):
+            raise ValueError(f"{place} has no answer of the assistant to learn or to score")
+        for path in _listed(row[image]):
+            if isinstance(path, str) and not os.path.isfile(os.path.join(image_dir, path)):
+                raise ValueError(f"{place}: there is no image {os.path.join(image_dir, path)}")
+    root = os.path.abspath(image_dir)
+    return table.select_columns([image, text]).with_transform(
+        lambda rows: {
+            "images": [[_open(value, root) for value in _listed(values)] for values in rows[image]],
+            "messages": [_messages(turns, argument) for turns in rows[text]],
+        }
+    )
+
+
+def encode_conversation(processor, messages: list[dict], num_images: int, max_length: int | None = None):
+    """
+    Token ids of a conversation, with one placeholder an image, and labels of the assistant's tokens.
+
+    The processor's chat template decides where the assistant speaks; the last answer ends with the end-of-text token.
+
+    Returns:
+        two `torch.Tensor` (length,): ids, and labels that are -100 wherever the assistant does not speak.
+    """
+    tokenizer = processor.tokenizer
+    messages = _with_images(messages, processor.image_token, num_images)
+    text = processor.apply_chat_template(messages)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+            after = processor.apply_chat_template(messages[: index + 1])
+            if not (text.startswith(before) and text.startswith(after)):
+                raise ValueError("chat_template: a conversation's beginning does not stay as it is when turns follow")
+            spans.append([len(before), len(after)])
+    end = tokenizer.eos_token or ""
+    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(end):
+        text += end
+        spans[-1][1] = len(text)
+    opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, add_special_tokens=not opened, return_offsets_mapping=True)
+    ids = torch.tensor(encoded["input_ids"][:max_length])
+    stops = [stop for _, stop in encoded["offset_mapping"][:max_length]]
+    spoken = torch.tensor([any(first < stop <= last for first, last in spans) for stop in stops])
+    labels = ids.masked_fill(~spoken, IGNORED)
+    found = int((ids == processor.image_token_id).sum())
+    if found != num_images:
+        raise ValueError(f"messages: {found} image placeholders do not match {num_images} images")
+    return ids, labels
+
+
+class ConversationCollator:
+    """
+    Makes a batch of rows from `check_conversations`: the pictures once, and the texts once for each visual level.
+
+    Args:
+        processor: LLaVA's processor, with a chat template.
+        sizes: numbers of visual tokens; each placeholder is repeated that often.
+        max_length: longest text in tokens, an image counted as one; longer ones are cut at the end.
+
+    Returns (per call): `pixel_values` (images, channels, height, width) where there are images, and `levels`, for each
+    size a dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right.
+    """
+
+    def __init__(self, processor, sizes: Sequence[int], max_length: int | None = None):
+        if processor.chat_template is None:
+            raise ValueError("chat_template: the processor has none, so that conversations cannot be written as text")
+        self.processor = processor
+        self.sizes = list(sizes)
+        self.max_length = max_length
+
+    def __call__(self, rows: list[dict]) -> dict:
+        images = [image for row in rows for image in row["images"]]
+        encoded = [
+            encode_conversation(self.processor, row["messages"], len(row["images"]), self.max_length) for row in rows
+        ]
+        if all((labels == IGNORED).all() for _, labels in encoded):
+            raise ValueError(f"max_length: no answer of the batch lies within {self.max_length} tokens")
+        batch = {"levels": {size: self._level(encoded, size) for size in self.sizes}}
+        if images:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def _level(self, encoded: list[tuple[torch.Tensor, torch.Tensor]], size: int) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for ids, labels in encoded:
+            counts = torch.where(ids == self.processor.image_token_id, size, 1)
+            columns["input_ids"].append(ids.repeat_interleave(counts))
+            columns["attention_mask"].append(torch.ones_like(columns["input_ids"][-1]))
+            columns["labels"].append(labels.repeat_interleave(counts))
+        filling = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filling[name])
+            for name, values in columns.items()
+        }
+
+
+def _messages(turns, place: str) -> list[dict]:
+    """Turns of either notation as role and content; ValueError for a role that nobody knows."""
+    messages = []
+    for turn in turns or []:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES or content is None:
+            raise ValueError(f"{place} has a turn of {role!r}; use {', '.join(ROLES)}, each with its content")
+        if not isinstance(content, str):  # a table gives every part all the keys
+            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def _with_images(messages: list[dict], image_token: str, num_images: int) -> list[dict]:
+    """Contents as lists of parts; pictures that no turn names stand in front of the first question."""
+    result = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            count = content.count(image_token)
+            words = content.replace(image_token, "").strip() if count else content
+            content = [{"type": "image"}] * count + [{"type": "text", "text": words}]
+        result.append({"role": message["role"], "content": content})
+    named = sum(part["type"] == "image" for message in result for part in message["content"])
+    asked = next((message for message in result if message["role"] == "user"), None)
+    if named == 0 and asked is not None:
+        asked["content"] = [{"type": "image"}] * num_images + asked["content"]
+    return result
+
+
+def _undecoded(feature):
+    """The same feature, but pictures are not read from it."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature))
+    return feature
+
+
+def _listed(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _open(value, root: str):
+    """A picture from what a table holds: the picture, its path inside `root`, or its bytes."""
+    from PIL import Image
+
+    if isinstance(value, dict):
+        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    with Image.open(os.path.join(root, value) if isinstance(value, str) else value) as image:
+        return image.convert("RGB")

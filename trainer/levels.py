@@ -1,0 +1,168 @@
+"""Scoring a LLaVA at every visual level: losses, answers, costs, the oracle and the confidence cascade."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, visual_output
+
+from .conversations import IGNORED
+
+
+@dataclass
+class LevelScores:
+    """
+    Row by row, at one level; each a `torch.Tensor` (rows,) on the CPU.
+
+    Args:
+        loss_sum: cross-entropy of the answer's tokens, summed.
+        tokens: the answer's tokens.
+        correct: whether each of them is the likeliest, given those before it: what greedy decoding would answer.
+        confidence: the highest probability of the answer's first token.
+        prompt_tokens: tokens before the answer, visual tokens among them.
+        images: pictures of the row.
+    """
+
+    loss_sum: torch.Tensor
+    tokens: torch.Tensor
+    correct: torch.Tensor
+    confidence: torch.Tensor
+    prompt_tokens: torch.Tensor
+    images: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct.double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the answers' tokens."""
+        return (self.loss_sum.double().sum() / self.tokens.sum()).item()
+
+
+@torch.no_grad()
+def score_batch(model: MatryoshkaLlavaForConditionalGeneration, batch: dict) -> dict[int, LevelScores]:
+    """Scores of a batch of `ConversationCollator` at each of its levels; the vision tower runs once."""
+    states = model.encode_images(batch["pixel_values"]) if "pixel_values" in batch else None
+    return {
+        size: _score(model, inputs, None if states is None else model.pool_images(states, size), size)
+        for size, inputs in batch["levels"].items()
+    }
+
+
+def join_scores(batches: Iterable[dict[int, LevelScores]]) -> dict[int, LevelScores]:
+    """The scores of several batches as those of one."""
+    batches = list(batches)
+    names = [field.name for field in fields(LevelScores)]
+    return {
+        size: LevelScores(*(torch.cat([getattr(batch[size], name) for batch in batches]) for name in names))
+        for size in batches[0]
+    }
+
+
+def oracle(correct: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The fewest visual tokens that answer each row correctly (Cai et al. 2024, section 4.4): an upper bound, which needs
+    to know the answer.
+
+    Args:
+        correct: for each level a `torch.Tensor` (rows,), whether it answers the row.
+
+    Returns:
+        two `torch.Tensor` (rows,): the level, the smallest where none is right, and whether it is right.
+
+    >>> oracle({1: torch.tensor([True, False, False]), 9: torch.tensor([True, True, False])})[0].tolist()
+    [1, 9, 1]
+    """
+    sizes = sorted(correct)
+    right = torch.stack([correct[size] for size in sizes])
+    return torch.tensor(sizes)[right.int().argmax(dim=0)], right.any(dim=0)
+
+
+def cascade(confidence: dict[int, torch.Tensor], threshold: float) -> torch.Tensor:
+    """
+    The level at which each row's answer is first as confident as the threshold, the largest where none is.
+
+    An extension, not of the paper: a level that is not confident has been paid for before the next is tried.
+
+    >>> cascade({1: torch.tensor([0.9, 0.2, 0.1]), 9: torch.tensor([0.9, 0.8, 0.3])}, threshold=0.5).tolist()
+    [1, 9, 9]
+    """
+    sizes = sorted(confidence)
+    sure = torch.stack([confidence[size] >= threshold for size in sizes])
+    sure[-1] = True
+    return torch.tensor(sizes)[sure.int().argmax(dim=0)]
+
+
+def level_table(
+    model: MatryoshkaLlavaForConditionalGeneration,
+    levels: dict[int, LevelScores],
+    cascade_threshold: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """
+    What each level scores and costs, row by row of a table.
+
+    Returns:
+        for each level, for `oracle`, and for `cascade` where a threshold is given: `accuracy`, `loss` (levels alone),
+        and means over the data's rows of `visual_tokens` (an image), `sequence_length`, `kv_cache_bytes` and
+        `prefill_flops` of the prompt. The cascade's visual tokens and operations are summed over the levels it tried.
+    """
+    costs = {size: _costs(model, scores, size) for size, scores in levels.items()}
+    table = {}
+    for size, scores in levels.items():
+        means = {name: values.mean().item() for name, values in costs[size].items()}
+        table[str(size)] = {"accuracy": scores.accuracy, "loss": scores.loss, **means}
+    chosen, right = oracle({size: scores.correct for size, scores in levels.items()})
+    table["oracle"] = {"accuracy": right.double().mean().item(), **_mean_costs(costs, chosen)}
+    if cascade_threshold is not None:
+        chosen = cascade({size: scores.confidence for size, scores in levels.items()}, cascade_threshold)
+        picked = torch.stack([levels[int(size)].correct[row] for row, size in enumerate(chosen)])
+        table["cascade"] = {"accuracy": picked.double().mean().item(), **_mean_costs(costs, chosen)}
+        for name in ("visual_tokens", "prefill_flops"):
+            tried = sum(costs[size][name] * (chosen >= size) for size in costs)
+            table["cascade"][name] = tried.mean().item()
+    return table
+
+
+def _score(model, inputs: dict, visual: torch.Tensor | None, size: int) -> LevelScores:
+    given = {} if visual is None else {"mm_encoder_outputs": {"image": visual_output(visual)}}
+    hidden = model.model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **given
+    ).last_hidden_state
+    labels = inputs["labels"][:, 1:]
+    answers = labels != IGNORED
+    # Logits of the answers' tokens alone: those of every word of every prompt would be the largest tensor by far.
+    logits = model.lm_head(hidden[:, :-1][answers]).float()
+    targets, rows = labels[answers], answers.nonzero()[:, 0]
+    empty = torch.zeros(len(labels), device=labels.device)
+    losses = empty.index_add(0, rows, F.cross_entropy(logits, targets, reduction="none"))
+    wrong = empty.index_add(0, rows, (logits.argmax(dim=-1) != targets).float())
+    counts = answers.sum(dim=1)
+    first = (counts.cumsum(0) - counts).clamp(max=len(logits) - 1)
+    confidence = logits.softmax(dim=-1).amax(dim=-1)[first] * (counts > 0)
+    prompt = answers.int().argmax(dim=1) + 1
+    images = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1) // size
+    return LevelScores(
+        *(value.cpu() for value in (losses, counts, (wrong == 0) & (counts > 0), confidence, prompt, images))
+    )
+
+
+def _costs(model, scores: LevelScores, size: int) -> dict[str, torch.Tensor]:
+    """Costs of each row's prompt, (rows,) each."""
+    text = scores.prompt_tokens - scores.images * size
+    rows = [
+        model.prefill_cost(words, size, images)
+        for words, images in zip(text.tolist(), scores.images.tolist(), strict=True)
+    ]
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    names = ("sequence_length", "kv_cache_bytes", "prefill_flops")
+    visual = torch.full((len(rows),), float(size), dtype=torch.float64)
+    return {"visual_tokens": visual, **dict(zip(names, columns, strict=True))}
+
+
+def _mean_costs(costs: dict[int, dict[str, torch.Tensor]], chosen: torch.Tensor) -> dict[str, float]:
+    """Means over rows of the costs at the level that was chosen for each."""
+    names = next(iter(costs.values()))
+    return {name: sum(costs[size][name] * (chosen == size) for size in costs).mean().item() for name in names}
