@@ -1,0 +1,177 @@
+"""Nested clustering: heads over prefixes, Sinkhorn-Knopp assignments, and the losses on them."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+class NestedClusteringHead(nn.Module):
+    """
+    A clustering head for each nesting size (Franca, section 3.1).
+
+    The head of size m maps its m inputs by an MLP to a unit vector, and scores it by the cosine with each of its own
+    prototypes.
+
+    Args:
+        hidden_size: dimensions D of an embedding z.
+        sizes: the nesting sizes m.
+        prototypes: how many each size has.
+        head_input: `slice`: the inputs are z[:, :m], so that nothing beyond column m is trained by this size;
+            `projection`: a linear map of all D to m, as in the released code.
+        num_layers, inner_size, bottleneck_size: of the MLP; one layer is a linear map.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        sizes: Sequence[int],
+        prototypes: Sequence[int],
+        head_input: str = "slice",
+        num_layers: int = 3,
+        inner_size: int = 2048,
+        bottleneck_size: int = 256,
+    ):
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.projections = nn.ModuleList()
+        if head_input == "projection":
+            self.projections.extend(nn.Linear(hidden_size, size) for size in sizes)
+        self.mlps = nn.ModuleList(_mlp(size, num_layers, inner_size, bottleneck_size) for size in sizes)
+        self.prototypes = nn.ModuleList(nn.Linear(bottleneck_size, count, bias=False) for count in prototypes)
+
+    def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        """For (rows, D) embeddings, one (rows, prototypes) tensor of cosines a size, in float32."""
+        scores = []
+        for level, size in enumerate(self.sizes):
+            inputs = self.projections[level](embeddings) if self.projections else embeddings[:, :size]
+            points = F.normalize(self.mlps[level](inputs).float(), dim=-1)
+            with torch.autocast(points.device.type, enabled=False):
+                scores.append(points @ F.normalize(self.prototypes[level].weight.float(), dim=-1).T)
+        return scores
+
+
+def _mlp(inputs: int, num_layers: int, inner: int, outputs: int) -> nn.Sequential:
+    widths = [inputs, *[inner] * (num_layers - 1), outputs]
+    layers = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def sinkhorn(
+    scores: torch.Tensor, temperature: float, iterations: int = 3, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Sinkhorn-Knopp assignments (SwAV, Caron et al. 2020, section 3.1): exp(scores / temperature), scaled in turn such
+    that all prototypes get the same share of the rows, and that each row sums to 1, which comes last.
+
+    It is computed on logarithms, each sum behind its largest term, in float32: no score is too large. When
+    torch.distributed is initialised, prototypes are balanced over the rows of all processes.
+
+    Args:
+        scores: (rows, prototypes).
+        temperature: of the scores.
+        iterations: how often both are scaled.
+        mask: (rows,), False for rows of padding, which take part in nothing and come back as 0.
+
+    Returns:
+        (rows, prototypes) in float32, without gradient.
+
+    >>> sinkhorn(torch.tensor([[9.0, 8.0], [9.0, 9.0]]), temperature=1.0, iterations=50).round(decimals=2)
+    tensor([[0.6200, 0.3800],
+            [0.3800, 0.6200]])
+    """
+    logits = scores.float() / temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None], -torch.inf)
+    for _ in range(iterations):
+        logits = logits - _log_sum_of_rows(logits)
+        logits = logits - logits.logsumexp(dim=1, keepdim=True)
+        if mask is not None:  # a row of padding is -inf less -inf
+            logits = logits.masked_fill(~mask[:, None], -torch.inf)
+    return logits.exp()
+
+
+def _log_sum_of_rows(logits: torch.Tensor) -> torch.Tensor:
+    """log of the sum over the rows of all processes, (prototypes,)."""
+    lowest = torch.finfo(logits.dtype).min  # a process may have no row
+    largest = torch.cat((logits, logits.new_full((1, logits.shape[1]), lowest))).amax(dim=0)
+    if _is_distributed():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    total = (logits - largest).exp().sum(dim=0)
+    if _is_distributed():
+        dist.all_reduce(total)
+    return largest + total.log()
+
+
+def assignment_loss(assignments: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Cross-entropy of the student's softmax(scores / temperature) under the teacher's assignments, row by row.
+
+    Args:
+        assignments, scores: (..., prototypes).
+
+    Returns:
+        (...), not yet averaged.
+    """
+    return -(assignments * F.log_softmax(scores.float() / temperature, dim=-1)).sum(dim=-1)
+
+
+def pairwise_assignment_loss(assignments: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    `assignment_loss` of each of the teacher's views with each of the student's, without a tensor of all pairs.
+
+    Args:
+        assignments: (batch, G, prototypes); `scores`: (batch, S, prototypes).
+
+    Returns:
+        (batch, G, S).
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        return -(assignments @ F.log_softmax(scores.float() / temperature, dim=-1).transpose(1, 2))
+
+
+def koleo_loss(embeddings: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """
+    KoLeo (Sablayrolles et al. 2019, equation 2): minus the mean log distance of each unit vector to its nearest
+    neighbour, which spreads them out. Neighbours are sought among the rows of all processes; the value, and the mean of
+    the gradients over processes, are those of one process with all rows.
+
+    Args:
+        embeddings: (rows, D), not yet normalised; as many rows in each process.
+
+    Raises:
+        ValueError: one row alone, which has no neighbour.
+    """
+    points = _gather(F.normalize(embeddings.float(), dim=-1))
+    if len(points) < 2:
+        raise ValueError("koleo_weight: a batch of 1 has no nearest neighbour; use a larger batch, or koleo_weight 0")
+    with torch.no_grad():
+        similarity = points @ points.T
+        nearest = similarity.fill_diagonal_(-2.0).argmax(dim=1)
+    return -(F.pairwise_distance(points, points[nearest], eps=eps) + eps).log().mean()
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes; gradients reach one's own alone, times the processes, whose mean is then the sum."""
+    if not _is_distributed():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    own = rows.view_as(rows)
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * dist.get_world_size())
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)
+
+
+__all__ = ["NestedClusteringHead", "assignment_loss", "koleo_loss", "pairwise_assignment_loss", "sinkhorn"]

@@ -1,0 +1,225 @@
+"""FrancaModel: a vision transformer whose embeddings may be cut."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_franca import FrancaConfig
+from .images import (
+    batches,
+    build_backbone,
+    check_pixels,
+    constructor_options,
+    count_prefix_tokens,
+    run_backbone,
+)
+from .rasa import RasaProjector
+
+
+@dataclass
+class FrancaModelOutput(ModelOutput):
+    """
+    Output of [`FrancaModel`], behind the backbone's final norm.
+
+    Args:
+        last_hidden_state (`torch.Tensor`, (batch, tokens, D)): all tokens as the backbone gives them.
+        pooler_output (`torch.Tensor`, (batch, D)): the [CLS] token, neither cut nor normalised.
+        patch_tokens (`torch.Tensor`, (batch, patches, D)): without position where a RasaProjector is folded in.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    patch_tokens: torch.Tensor | None = None
+
+
+class FrancaPreTrainedModel(PreTrainedModel):
+    """What the two models share."""
+
+    config_class = FrancaConfig
+    base_model_prefix = "teacher"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # DINO's heads start with a deviation of 0.02, which is 1/sqrt(inputs) at their width of 2048.
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class FrancaModel(FrancaPreTrainedModel):
+    """
+    A vision transformer whose [CLS] embedding is cut to any of its nesting sizes: normalize(z[:m]).
+
+    From a folder of [`FrancaForPretraining`] it loads the teacher.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(student|student_heads|teacher_heads)\."]
+
+    def __init__(self, config: FrancaConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config)
+        size = config.hidden_size
+        self.rasa = nn.Linear(size, size, bias=False) if config.rasa else None
+        self._image_processor = None
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_path, **settings) -> "FrancaModel":
+        """
+        Import a pre-trained vision transformer.
+
+        Args:
+            name_or_path: folder or Hub name of a Dinov2, DINOv3, ViT, ...
+            settings: of [`FrancaConfig`], for example `nesting_sizes`.
+        """
+        backbone, config = load_backbone(name_or_path, settings)
+        with torch.device("meta"):
+            model = cls(config)
+        model.backbone = backbone
+        return model.eval()
+
+    @property
+    def image_processor(self):
+        """Makes pixel values of pictures; that of the folder the model was loaded from, unless another one was set."""
+        if self._image_processor is None:
+            source = self.config.name_or_path
+            if not source:
+                raise ValueError("image_processor: this model was not loaded from a folder; set model.image_processor")
+            self._image_processor = AutoImageProcessor.from_pretrained(source)
+        return self._image_processor
+
+    @image_processor.setter
+    def image_processor(self, value):
+        self._image_processor = value
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> FrancaModelOutput:
+        """
+        Run the backbone.
+
+        Args:
+            pixel_values: (batch, channels, height, width), height and width multiples of the patch size.
+            bool_masked_pos: (batch, patches), True where the mask token takes a patch's place.
+        """
+        check_pixels("pixel_values", pixel_values, self.config.patch_size)
+        states = run_backbone(self.backbone, pixel_values, bool_masked_pos)
+        patches = states[:, count_prefix_tokens(self.config.backbone_config) :]
+        grid = [edge // size for edge, size in zip(pixel_values.shape[-2:], self.config.patch_size, strict=True)]
+        if patches.shape[1] not in (0, grid[0] * grid[1]):  # an encoder of whole pictures has none
+            raise ValueError(
+                f"backbone: {type(self.backbone).__name__} gives {states.shape[1]} tokens for {grid[0]}x{grid[1]} "
+                "patches; Franca needs a [CLS] token and a token a patch"
+            )
+        if self.rasa is not None:
+            patches = self.rasa(patches)
+        return FrancaModelOutput(last_hidden_state=states, pooler_output=states[:, 0], patch_tokens=patches)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Sequence | torch.Tensor,
+        dim: int | None = None,
+        batch_size: int = 64,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | torch.Tensor:
+        """
+        Embed pictures.
+
+        Args:
+            images: what the image processor takes (PIL pictures, arrays), or pixel values (n, channels, height, width).
+            dim: keep the first so many dimensions; all when left out.
+            batch_size: pictures a batch.
+            convert_to_tensor: return a tensor.
+
+        Returns:
+            (n, dim) unit vectors in float32; (0, dim) for no pictures.
+
+        Raises:
+            ValueError: a size that does not exist, a batch size below 1, pictures that the patches do not divide.
+        """
+        size = self.config.hidden_size
+        dim = size if dim is None else dim
+        if not 1 <= dim <= size:
+            raise ValueError(f"dim: {dim} is not allowed; use a whole number from 1 to {size}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is not allowed; use a whole number from 1")
+        processor = None if isinstance(images, torch.Tensor) or not len(images) else self.image_processor
+        training = self.training
+        self.eval()
+        count = -(-len(images) // batch_size)
+        work = logging.tqdm(batches(images, batch_size, processor), "encoding", total=count, disable=count < 20)
+        parts = [F.normalize(self(pixels.to(self.device)).pooler_output[:, :dim].float(), dim=-1) for pixels in work]
+        self.train(training)
+        found = torch.cat(parts) if parts else torch.zeros((0, dim), device=self.device)
+        return found if convert_to_tensor else found.cpu().numpy()
+
+    def fold(self, projector: RasaProjector) -> "FrancaModel":
+        """Take position out of `patch_tokens` from now on, also when saved and loaded; returns the model itself."""
+        if self.config.rasa:
+            raise ValueError("projector: this model has one folded in already; fit one on the plain model")
+        if projector.basis.shape[0] != self.config.hidden_size:
+            raise ValueError(
+                f"projector: it is for {projector.basis.shape[0]} dimensions, the model has {self.config.hidden_size}"
+            )
+        self.rasa = projector.as_linear().to(device=self.device, dtype=self.dtype)
+        self.config.rasa = True
+        return self
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the model, its code, and the image processor where there is one."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_processor(self, save_directory)
+
+    def save_backbone(self, save_directory, **kwargs) -> None:
+        """Write the backbone as a plain checkpoint of its family, which AutoModel loads without this code."""
+        weights = self.backbone.state_dict()
+        if "use_mask_token" in constructor_options(self.config.backbone_config):
+            weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
+        self.backbone.save_pretrained(save_directory, state_dict=weights, **kwargs)
+        save_processor(self, save_directory)
+
+
+def load_backbone(name_or_path, settings: dict) -> tuple[PreTrainedModel, FrancaConfig]:
+    """A stock checkpoint and the configuration of a model around it."""
+    name_or_path = str(name_or_path)
+    backbone = AutoModel.from_pretrained(name_or_path)
+    if isinstance(backbone, FrancaPreTrainedModel):
+        raise ValueError(f"name_or_path: {name_or_path} is a Franca model already; load it with from_pretrained")
+    config = FrancaConfig(backbone_config=backbone.config, dtype=backbone.dtype, **settings)
+    options = constructor_options(backbone.config)
+    if options:  # built anew without the pooling head, with a mask token
+        weights, backbone = backbone.state_dict(), build_backbone(backbone.config)
+        backbone.load_state_dict({name: weights.get(name, value) for name, value in backbone.state_dict().items()})
+    if os.path.isdir(name_or_path):
+        backbone.config.name_or_path = ""  # a folder of this machine says nothing to whoever loads the model
+    config.name_or_path = name_or_path
+    return backbone, config
+
+
+def save_processor(model: FrancaModel, folder) -> None:
+    try:
+        processor = model.image_processor
+    except (OSError, ValueError):
+        return  # a model that came without one is still a model
+    processor.save_pretrained(folder)
+
+
+FrancaModel.register_for_auto_class("AutoModel")
+
+__all__ = ["FrancaModel", "FrancaModelOutput", "FrancaPreTrainedModel", "load_backbone", "save_processor"]

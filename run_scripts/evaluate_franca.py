@@ -1,0 +1,187 @@
+"""Evaluate picture models at every nesting size, and their patches before and after RASA:
+`python run_scripts/evaluate_franca.py --model_name_or_path SLICE FLAT PROJECTION --train_dir D --test_dir D ...`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoImageProcessor, set_seed
+
+from modeling_franca import FrancaConfig, FrancaModel, RasaProjector
+from modeling_franca.rasa import METHODS
+from run_scripts import common
+from run_scripts.pictures import read_pictures
+from trainer.image_evaluation import knn_by_size, measure_position, patch_features, patch_grid, pca_maps
+
+RANDOM = "random"
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated on what."""
+
+    model_name_or_path: list[str] = field(
+        metadata={"help": "Folders or Hub names: outputs of pretrain_franca.py, or any vision transformer. A column "
+                  "each, under the folder's name."},
+    )  # fmt: skip
+    output_dir: str = field(metadata={"help": "Folder for results.json and pca.png."})
+    train_dir: str | None = field(default=None, metadata={"help": "Pictures, a folder a class: neighbours and RASA."})
+    test_dir: str | None = field(default=None, metadata={"help": "Pictures that are classified, in such folders."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, in place of the two folders."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Its split of neighbours."})
+    test_split: str = field(default="test", metadata={"help": "Its split that is classified."})
+    image_column: str = field(default="image", metadata={"help": "Its column of pictures."})
+    label_column: str = field(default="label", metadata={"help": "Its column of classes."})
+    sizes: list[int] | None = field(
+        default=None, metadata={"help": "Dimensions that are measured. Default: the models' nesting sizes."}
+    )
+    k: int = field(default=20, metadata={"help": "Neighbours that vote."})
+    random_init: bool = field(
+        default=False, metadata={"help": "Add the first model's architecture with random weights, as a column."}
+    )
+    rasa_method: str = field(default="covariance", metadata={"help": f"How RASA finds position: {', '.join(METHODS)}."})
+    rasa_iterations: int = field(default=1, metadata={"help": "How often; each removes two directions."})
+    rasa_images: int = field(default=500, metadata={"help": "Pictures of each kind for RASA; 0 leaves it out."})
+    save_rasa: bool = field(
+        default=False, metadata={"help": "Save the first model with RASA folded in, to OUTPUT_DIR/rasa."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Pictures a batch."})
+    seed: int = field(default=0, metadata={"help": "Of the random weights and of the pictures for RASA."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+
+
+def main(argv=None) -> None:
+    """Parse, load, evaluate, write."""
+    with common.user_errors():
+        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+        _check(args)
+        train, test = _read(args, "train"), _read(args, "test")
+        if train.features["label"] != test.features["label"]:
+            raise ValueError("test_dir: its classes are not those of train_dir")
+        models = {_name(path): _load(path) for path in args.model_name_or_path}
+        sizes = _choose_sizes(args.sizes, list(models.values()))
+        if args.random_init:
+            models[RANDOM] = _random_twin(next(iter(models.values())), args.seed)
+        os.makedirs(args.output_dir, exist_ok=True)
+    results = {"n_train": len(train), "n_test": len(test), "k": args.k, "knn": {}}
+    for name, model in models.items():
+        encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
+        results["knn"][name] = knn_by_size(sizes, encoded[0], train["label"], encoded[1], test["label"], args.k)
+    print(f"kNN accuracy, k = {args.k}:\n\n{common.score_table(results['knn'], sizes, 'size')}")
+    if args.rasa_images:
+        results |= _rasa(args, models, train, test)
+    common.write_json(os.path.join(args.output_dir, "results.json"), results)
+    print(f"\nwritten to {args.output_dir}")
+
+
+def _check(args: EvaluationArguments) -> None:
+    names = list(map(_name, args.model_name_or_path))
+    if len(set(names)) < len(names) or RANDOM in names:
+        raise ValueError(f"model_name_or_path: {', '.join(names)} must differ from each other and from {RANDOM}")
+    for name, least in (("k", 1), ("batch_size", 1), ("rasa_iterations", 1), ("rasa_images", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}: {getattr(args, name)} is not allowed; use a whole number from {least}")
+    if args.rasa_method not in METHODS:
+        raise ValueError(f"rasa_method: {args.rasa_method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if args.save_rasa and not args.rasa_images:
+        raise ValueError("save_rasa: there is nothing to fold in with --rasa_images 0")
+    if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
+        raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
+
+
+def _read(args: EvaluationArguments, role: str) -> Dataset:
+    return read_pictures(
+        role,
+        getattr(args, f"{role}_dir"),
+        args.dataset_name,
+        args.dataset_config,
+        getattr(args, f"{role}_split"),
+        args.image_column,
+        args.label_column,
+    )
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.rstrip(os.sep))
+
+
+def _load(path: str) -> FrancaModel:
+    path = common.resolve_model(path)
+    is_ours = common.read_config(path).model_type == FrancaConfig.model_type
+    model = FrancaModel.from_pretrained(path) if is_ours else FrancaModel.from_backbone(path)
+    model.image_processor = AutoImageProcessor.from_pretrained(path)
+    return common.to_device(model).eval()
+
+
+def _choose_sizes(sizes: list[int] | None, models: Sequence[FrancaModel]) -> list[int]:
+    chosen = sorted(set(sizes or [size for model in models for size in model.config.nesting_sizes]))
+    width = min(model.config.hidden_size for model in models)
+    if chosen[0] < 1 or chosen[-1] > width:
+        raise ValueError(f"sizes: {chosen} is not allowed; use whole numbers from 1 to {width}")
+    return chosen
+
+
+def _random_twin(model: FrancaModel, seed: int) -> FrancaModel:
+    set_seed(seed)
+    config = FrancaConfig(model.config.backbone_config, nesting_sizes=model.config.nesting_sizes)
+    twin = common.to_device(FrancaModel(config)).eval()
+    twin.image_processor = model.image_processor
+    return twin
+
+
+def _rasa(args: EvaluationArguments, models: dict[str, FrancaModel], train: Dataset, test: Dataset) -> dict:
+    """R^2 of position before and after, the picture, and the folded model."""
+    few = [
+        table.shuffle(seed=args.seed).select(range(min(args.rasa_images, len(table))))["image"][:]
+        for table in (train, test)
+    ]
+    scores, first = {}, None
+    for name, model in models.items():
+        projector, scores[name] = measure_position(model, *few, args.rasa_method, args.rasa_iterations, args.batch_size)
+        first = first or (model, projector)
+    columns = {name: {when: score[when] for when in ("before", "after")} for name, score in scores.items()}
+    print(f"\nR^2 of position, RASA by {args.rasa_method}:\n")
+    print(common.score_table(columns, ["before", "after"], "RASA"))
+    save_pca(*first, few[1][:6], os.path.join(args.output_dir, "pca.png"))
+    if args.save_rasa:
+        model, projector = first
+        model.fold(projector).save_pretrained(os.path.join(args.output_dir, "rasa"))
+    return {"rasa": {"method": args.rasa_method, "iterations": args.rasa_iterations}, "position_r2": scores}
+
+
+def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, path: str) -> None:
+    """A picture of pictures: above the picture, then its patches' principal components before and after RASA."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    features, grid = patch_features(model, images), patch_grid(model, images)
+    rows = {
+        "picture": [np.asarray(image.convert("RGB")) for image in images],
+        "PCA": pca_maps(features, grid),
+        "PCA after RASA": pca_maps(projector(features), grid),
+    }
+    shape = {"figsize": (1.6 * len(images), 5), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(rows), len(images), **shape)
+    for line, (title, maps) in zip(axes, rows.items(), strict=True):
+        for axis, content in zip(line, maps, strict=True):
+            axis.imshow(content)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Reading pictures for the scripts: a folder, or a dataset of the Hub."""
+
+import os
+
+import datasets
+
+
+def read_pictures(
+    role: str,
+    folder: str | None,
+    dataset_name: str | None,
+    config: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = None,
+) -> datasets.Dataset:
+    """
+    Args:
+        role: `train` or `test`, for messages, which name the argument `ROLE_dir`.
+        folder: of pictures, or of a folder a class.
+        dataset_name, config, split: of the Hub, in place of a folder.
+        image_column: its pictures; `label_column`: its classes, when they are needed.
+
+    Returns:
+        the columns `image`, `index`, and `label` where it is asked for.
+
+    Raises:
+        ValueError: both or neither are named, nothing is there, or a column is missing or no picture.
+    """
+    if (folder is None) == (dataset_name is None):
+        raise ValueError(f"{role}_dir: name the pictures with either --{role}_dir or --dataset_name")
+    if folder is None:
+        table, source = datasets.load_dataset(dataset_name, config, split=split), dataset_name
+    else:
+        table, source = _read_folder(folder, role), folder
+        label_column = label_column and "label"
+        image_column = "image"
+    wanted = [image_column, *([label_column] if label_column else [])]
+    for name in wanted:
+        if name not in table.column_names:
+            raise ValueError(f"{role}_dir: {source} has no column {name} among {', '.join(table.column_names)}")
+    if not isinstance(table.features[image_column], datasets.Image):
+        raise ValueError(f"image_column: {image_column} of {source} holds no pictures")
+    table = table.select_columns(wanted)
+    names = dict(zip(wanted, ("image", "label"), strict=False))
+    table = table.rename_columns({old: new for old, new in names.items() if old != new})
+    return table.add_column("index", list(range(len(table))))
+
+
+def _read_folder(folder: str, role: str) -> datasets.Dataset:
+    if not os.path.isdir(folder):
+        raise ValueError(f"{role}_dir: {folder} is no folder")
+    try:
+        return datasets.load_dataset("imagefolder", data_files={role: os.path.join(folder, "**")}, split=role)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{role}_dir: {folder} cannot be read as pictures: {reason}") from error
