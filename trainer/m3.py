@@ -65,7 +65,7 @@ class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
         kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: levels or weights that do not fit the model, a processor without a chat template, or DeepSpeed.
+        ValueError: levels or weights that do not fit the model, a processor without a chat template, DeepSpeed or FSDP.
     """
 
     # training_step returns the mean of one batch and divides it by the accumulation steps itself.
@@ -100,8 +100,9 @@ class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-        if self.is_deepspeed_enabled:
-            raise ValueError("deepspeed: it steps after one backward pass, here a step has several; use DDP or FSDP")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # DeepSpeed steps after one backward pass; FSDP gathers a projector's weights in the model's forward alone.
+            raise ValueError("deepspeed, fsdp: a step runs parts of the model by themselves, several times; use DDP")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one batch, level after level; the mean loss over levels."""
