@@ -24,10 +24,10 @@ HEADS = {
     "projection": {"nesting_sizes": SIZES, "head_input": "projection"},
 }
 STEPS = 500
-BATCH = 128
+BATCH = 256
 # The same for all three heads.
 SETTINGS = {
-    "num_prototypes": 320,
+    "num_prototypes": 640,
     "head_num_layers": 2,
     "head_hidden_size": 128,
     "head_bottleneck_size": 32,
