@@ -245,7 +245,7 @@ def test_two_processes_are_one(llava_path, tmp_path, monkeypatch):
     paths = {name: [str(tmp_path / name), str(tmp_path / f"{name}.pt")] for name in ("one", "two")}
     monkeypatch.setattr(sys, "argv", [str(script), llava_path, *paths["one"], "4"])
     runpy.run_path(str(script))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29657"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(script), llava_path, *paths["two"], "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
