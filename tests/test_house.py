@@ -90,3 +90,9 @@ def test_committed_cards_are_valid(path):
 def test_what_two_architectures_need_is_one_file_copied(name):
     """A Hub folder must hold all that it needs, so that a sibling's file is copied, never changed."""
     assert (ROOT / "modeling_mrl" / name).read_bytes() == (ROOT / "modeling_2dmse" / name).read_bytes()
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert sorted(set(names)) == sorted(names)
