@@ -174,6 +174,7 @@ def train(argv) -> None:
     if evaluation is not None:
         scores = evaluate_classifier(model, evaluation, trainer.data_collator, args.per_device_eval_batch_size)
         common.say(f"\n{len(evaluation)} rows held out of training:\n\n{table_of(scores, model.config)}")
+    trainer.accelerator.end_training()
 
 
 def fit_cascade(argv) -> None:

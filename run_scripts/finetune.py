@@ -118,6 +118,7 @@ def main(argv=None) -> None:
         _push(trainer)
         print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
         print(_usage(args.output_dir, trainer.ladder[0]))
+    trainer.accelerator.end_training()
 
 
 def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):

@@ -94,6 +94,7 @@ def main(argv=None) -> None:
         _report(trainer, before, metrics, args.output_dir)
         common.remove(previous)
         print(f"\nFine-tune it: accelerate launch run_scripts/finetune.py --model_name_or_path {encoder} ...")
+    trainer.accelerator.end_training()
 
 
 def _load_model(model_args: ModelArguments, args: SmaeTrainingArguments) -> StarbucksForMaskedAutoencoding:

@@ -112,6 +112,7 @@ def main(argv=None) -> None:
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         common.remove(previous)
         print(f"\nMeasure it: python run_scripts/evaluate_franca.py --model_name_or_path {args.output_dir} ...")
+    trainer.accelerator.end_training()
 
 
 def _load_model(model_args: ModelArguments, settings: FrancaSettings) -> FrancaForPretraining:

@@ -89,6 +89,7 @@ def main(argv=None) -> None:
                 accuracy, loss = (metrics[f"eval_{name}_{size}"] for name in ("accuracy", "loss"))
                 print(f"{size:>5} visual tokens: accuracy {accuracy:.4f}, loss {loss:.4f}")
         common.remove(previous)
+    trainer.accelerator.end_training()
 
 
 def _changes(model_args: ModelArguments) -> dict:

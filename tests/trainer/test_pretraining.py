@@ -200,6 +200,7 @@ assert torch.equal(*gathered(torch.cat([p.detach().flatten() for p in model.para
 assert not torch.equal(*gathered(trainer.data_collator([{"text": text} for text in texts["text"]])["labels"]))
 if trainer.is_world_process_zero():
     torch.save(metrics, f"{out}/metrics.pt")
+trainer.accelerator.end_training()  # else threads of the process group may be alive when Python ends
 """
 
 
