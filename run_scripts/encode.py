@@ -11,6 +11,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
@@ -55,7 +56,7 @@ def main(argv=None) -> None:
     with common.user_errors():
         (args,) = common.Parser((EncodeArguments,)).parse(argv)
         check(args)
-        state = PartialState()
+        state = PartialState(cpu=not torch.accelerator.is_available())  # else CPUs would not find each other
         if args.input == STDIN and state.num_processes > 1:
             raise ValueError("input: standard input reaches one process alone; start encode.py without the others")
         texts = read_texts(args.input, args.text_column, args.id_column)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,10 +93,8 @@ def test_run_again_it_encodes_nothing_and_what_changed_alone(start, monkeypatch)
 
 
 def launch(folder: Path, name: str, processes: int = 1):
-    command = [sys.executable, "run_scripts/encode.py"]
-    if processes > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                   "--main_process_port", "0", "run_scripts/encode.py"]  # fmt: skip
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *several, "run_scripts/encode.py"]
     # As many threads as here: another number rounds differently.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
@@ -118,8 +117,9 @@ def test_killed_and_run_again_the_files_are_those_of_one_run(start):
 def test_two_processes_write_the_files_of_one(start):
     encode.main(flags(start, "one"))
     process = launch(start, "two", processes=2)
-    _, errors = process.communicate()
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
+    assert 0 < int(re.search(rb"(\d+) encoded here", printed)[1]) < len(TEXTS), "the first process did a part alone"
     assert set(contents(start / "two")) == set(contents(start / "one"))
     for size in ("1x8", "4x32"):
         (ids, rows), (other_ids, other_rows) = whole(start / "two", size), whole(start / "one", size)
