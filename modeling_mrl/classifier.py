@@ -271,11 +271,12 @@ class MatryoshkaClassifier(PreTrainedModel):
         return None
 
     def _pooled(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Pooled states of each exit, (batch, D) in float32."""
+        """Pooled states of each exit, (batch, D) in float32; the classes of texts and of images say how."""
         raise NotImplementedError
 
     @staticmethod
     def _default_pooling(backbone: PreTrainedModel) -> str:
+        """What suits a backbone where no pooling is named; the classes of texts and of images say it."""
         raise NotImplementedError
 
     @classmethod

@@ -63,8 +63,8 @@ class ModelArguments:
     loss_reduction: str = field(default="sum", metadata={"help": "sum of the sizes' losses (the paper's), or mean."})
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(common.OverwriteArguments):
     """What it is trained on."""
 
     train_file: str = field(
@@ -82,11 +82,6 @@ class DataArguments:
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of second texts, for pairs."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, names or whole numbers."})
     max_length: int = field(default=128, metadata={"help": "Longest text or pair, in tokens; longer ones are cut."})
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
-    )  # fmt: skip
 
 
 @dataclass

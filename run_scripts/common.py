@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +25,17 @@ from trainer.evaluation import main_scores
 from .quickstart import MODEL_NAME, minilm_path
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class OverwriteArguments:
+    """What every training is asked about its output folder."""
+
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
+                  "new run has ended well."},
+    )  # fmt: skip
 
 
 class Parser(HfArgumentParser):

@@ -21,7 +21,7 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
 from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.data import check_table, hold_out, join_tables, read_table
+from trainer.data import check_table, draw_rows, hold_out, join_tables, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
 from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
@@ -52,7 +52,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(common.OverwriteArguments):
     """What it is trained and evaluated on."""
 
     train_file: list[str] | None = field(
@@ -77,11 +77,6 @@ class DataArguments:
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Train on this many rows (of each file), drawn by the seed."}
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
-    )  # fmt: skip
 
 
 def main(argv=None) -> None:
@@ -149,12 +144,7 @@ def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
         common.say(
             f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)"
         )
-    limit = data.max_train_rows
-    if limit is not None:
-        tables = [
-            table.shuffle(seed=args.seed).select(range(limit)) if limit < len(table) else table for table in tables
-        ]
-    return tables, evaluation
+    return [draw_rows(table, data.max_train_rows, args.seed) for table in tables], evaluation
 
 
 def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:

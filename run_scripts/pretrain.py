@@ -38,7 +38,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(common.OverwriteArguments):
     """What it reads."""
 
     train_file: str | None = field(
@@ -58,11 +58,6 @@ class DataArguments:
     )  # fmt: skip
     eval_file: str | None = field(default=None, metadata={"help": "Texts to measure on, as train_file."})
     eval_rows: int = field(default=500, metadata={"help": "Measure on this many of its texts, drawn by the seed."})
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
-    )  # fmt: skip
 
 
 def main(argv=None) -> None:

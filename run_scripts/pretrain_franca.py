@@ -71,7 +71,7 @@ class FrancaSettings:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(common.OverwriteArguments):
     """What it sees. No labels are read."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder of pictures, or of folders of pictures."})
@@ -79,11 +79,6 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     image_column: str = field(default="image", metadata={"help": "Column that holds the pictures."})
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
-    )  # fmt: skip
 
 
 def main(argv=None) -> None:

@@ -39,7 +39,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(common.OverwriteArguments):
     """What it learns from."""
 
     train_file: str | None = field(
@@ -54,11 +54,6 @@ class DataArguments:
     image_dir: str | None = field(
         default=None, metadata={"help": "Folder that image paths start at. Default: that of the file."}
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
-    )  # fmt: skip
 
 
 def main(argv=None) -> None:

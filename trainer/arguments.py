@@ -53,11 +53,12 @@ class HouseTrainingArguments(TrainingArguments):
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
         super().__post_init__()
 
-    def use_one_gpu(self) -> None:
-        """Keep Trainer from `DataParallel`, which would cut a step's inputs apart."""
-        if self.n_gpu > 1:
-            logger.warning("using one GPU; start with `accelerate launch` to use them all")
-            self._n_gpu = 1
+    @property
+    def n_gpu(self) -> int:
+        """At most 1, which keeps Trainer from `DataParallel`: it would cut a step's inputs apart."""
+        if super().n_gpu > 1:
+            logger.warning_once("using one GPU; start with `accelerate launch` to use them all")
+        return min(1, super().n_gpu)
 
 
 @dataclass

@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.utils import logging
 
 from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
@@ -16,8 +15,7 @@ from .arguments import BestKeepingTrainingArguments
 from .callbacks import EvaluateLastStep, StopSignals
 from .checkpoints import CheckpointMixin
 from .part_log import PartLogMixin
-
-logger = logging.get_logger(__name__)
+from .sampling import ResumableOrderMixin
 
 
 @dataclass
@@ -38,7 +36,7 @@ class ClassifierTrainingArguments(BestKeepingTrainingArguments):
     )
 
 
-class ClassifierTrainer(CheckpointMixin, PartLogMixin, Trainer):
+class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
     """
     transformers' Trainer for a nested classifier: logs the loss of every size, and evaluates all of them.
 
@@ -54,9 +52,6 @@ class ClassifierTrainer(CheckpointMixin, PartLogMixin, Trainer):
     def __init__(self, model: MatryoshkaClassifier, args: ClassifierTrainingArguments, eval_dataset=None, **kwargs):
         if eval_dataset is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
-        if args.n_gpu > 1:
-            logger.warning("using one GPU; start with `accelerate launch` to use them all")
-            args._n_gpu = 1
         self.stop_signals = StopSignals()
         callbacks = [EvaluateLastStep(), self.stop_signals, *(kwargs.pop("callbacks", None) or [])]
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)

@@ -97,6 +97,11 @@ def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Datase
     return table.remove_columns("score").add_column("score", (scores / highest).tolist()), highest
 
 
+def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
+    """`limit` rows of a table, drawn by the seed; all of them, in their order, where there are no more or no limit."""
+    return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
+
+
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
     first = np.asarray(table[table.column_names[0]], dtype=object)

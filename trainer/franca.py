@@ -3,25 +3,26 @@
 import os
 from dataclasses import dataclass, field
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_franca import FrancaForPretraining
 
+from .arguments import HouseTrainingArguments
 from .callbacks import StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .crops import MultiCrop
 from .part_log import PartLogMixin
-from .sampling import BlockSampler
+from .sampling import ResumableOrderMixin
 
 
 @dataclass
-class FrancaTrainingArguments(TrainingArguments):
+class FrancaTrainingArguments(HouseTrainingArguments):
     """Arguments of [`FrancaTrainer`].
 
     The defaults that differ from transformers' are DINOv2's and Franca's: AdamW at 1e-3 on a cosine, weight decay 0.04,
-    gradients clipped at 3, warm-up over the first tenth. Batches that are not full are dropped, the collator reads the
-    columns, and checkpoints are written at each quarter.
+    gradients clipped at 3, warm-up over the first tenth. Batches that are not full are dropped. The rest is what all
+    trainings here share: bf16 where the CPU has it, columns that the collator reads, checkpoints at each quarter.
     """
 
     global_crops_number: int = field(default=2, metadata={"help": "Large views of a picture, that both networks see."})
@@ -49,13 +50,7 @@ class FrancaTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop a last batch that is not full: processes must have as many pictures."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Kept off: a loss that is not finite stops the run."}
-    )
-    save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
-    )
+    eval_strategy: str = field(default="no", metadata={"help": "Kept off: evaluate_franca.py measures what is saved."})
 
     def __post_init__(self):
         shares = [("mask_probability", [self.mask_probability]), ("global_crop_scale", self.global_crop_scale)]
@@ -89,7 +84,7 @@ class UpdateTeacher(TrainerCallback):
         self.model.update_teacher(self.model.config.momentum_at(state.global_step / state.max_steps))
 
 
-class FrancaTrainer(CheckpointMixin, PartLogMixin, Trainer):
+class FrancaTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
     """
     Pre-trains a [`FrancaForPretraining`].
 
@@ -145,15 +140,6 @@ class FrancaTrainer(CheckpointMixin, PartLogMixin, Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
-
-    def _get_train_sampler(self, train_dataset=None):
-        world = self.args.world_size
-        if world == 1:
-            return super()._get_train_sampler(train_dataset)
-        # Unlike the usual sampler under accelerate, this one finds its order again in a resumed later epoch.
-        sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
-        self.add_callback(TellEpoch(sampler))
-        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss at this step's temperature; the parts of every nesting size are logged."""

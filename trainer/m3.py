@@ -15,6 +15,7 @@ from .checkpoints import CheckpointMixin
 from .conversations import ConversationCollator
 from .levels import LevelScores, join_scores, score_batch
 from .part_log import PartLogMixin
+from .sampling import ResumableOrderMixin
 
 
 @dataclass
@@ -48,7 +49,7 @@ class M3TrainingArguments(HouseTrainingArguments):
         super().__post_init__()
 
 
-class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
+class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
     """
     Trains a [`MatryoshkaLlavaForConditionalGeneration`] at all of its levels (Cai et al. 2024, equation 1).
 
@@ -87,7 +88,6 @@ class M3Trainer(CheckpointMixin, PartLogMixin, Trainer):
             model.model.vision_tower.requires_grad_(False)
         if eval_dataset is None:
             args.eval_strategy = "no"
-        args.use_one_gpu()
         self.level_shares = model.config.level_shares
         self.stop_signals = StopSignals()
         super().__init__(

@@ -13,12 +13,12 @@ from .callbacks import StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .masking import IGNORED, MaskingCollator
 from .part_log import PartLogMixin
-from .sampling import BlockSampler
+from .sampling import ResumableOrderMixin
 
 PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
 
 
-class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
+class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
     """
     Pre-trains a [`StarbucksForMaskedAutoencoding`].
 
@@ -70,15 +70,6 @@ class SmaeTrainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-
-    def _get_train_sampler(self, train_dataset=None):
-        world = self.args.world_size
-        if world == 1:
-            return super()._get_train_sampler(train_dataset)
-        # Unlike the usual sampler under accelerate, this one finds its order again in a resumed later epoch.
-        sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
-        self.add_callback(TellEpoch(sampler))
-        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; every size's parts are logged."""

@@ -10,6 +10,8 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from .callbacks import TellEpoch
+
 BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
 MIXINGS = ("proportional", "round_robin")
 # Blocks whose rows are sorted by length together: enough for even lengths, few enough to stay random.
@@ -101,6 +103,21 @@ class BlockSampler(Sampler[int]):
             if self.keep_last and full < size:
                 blocks.append(order[full:])
         return [rows + self.offsets[source] for rows in blocks]
+
+
+class ResumableOrderMixin:
+    """Before `Trainer`: several processes find their order of the rows again when they resume in a later epoch.
+
+    The usual sampler under accelerate does not.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        world = self.args.world_size
+        if world == 1 or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
 
 def number_texts(table: Dataset) -> list[np.ndarray]:

@@ -79,7 +79,6 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             columns = text_columns(train_dataset)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
-        args.use_one_gpu()
         self.objective = Objective(
             name=args.objective,
             ladder=self.ladder,
@@ -128,7 +127,10 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.encoder.named_parameters()}
 
     def train(self, *args, **kwargs):
-        """Train as `Trainer` does; a run that comes to its end is then averaged with its start (`initial_share`)."""
+        """Train as `Trainer` does; a run that comes to its end is then averaged with its start (`initial_share`).
+
+        Evaluations and checkpoints on the way, and the choice of the best one, see the weights as they are trained.
+        """
         output = super().train(*args, **kwargs)
         if self._initial is not None and self.stop_signals.received is None:
             average_with_initial(self.encoder, self._initial, self.args.initial_share)

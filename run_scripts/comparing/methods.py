@@ -12,7 +12,7 @@ from modeling_2dmse import Size, parse_ladder
 from run_scripts import common, finetune, pretrain
 from run_scripts.benchmarks import peer as peers
 from trainer import TwoDMSETrainingArguments
-from trainer.data import check_table, read_table
+from trainer.data import check_table, draw_rows, read_table
 
 UNTRAINED, SEPARATE, PEER, SMAE, BEST = "untrained", "separate", "sentence-transformers-2d", "smae-starbucks", "best"
 # Flags of finetune.py that make a method; they stand behind those of the shared recipe.
@@ -66,8 +66,7 @@ class Budget:
         else:
             table = load_dataset(self.dataset_name, self.dataset_config, split="train")
             table = check_table(table, "dataset_name")
-        limit = self.max_train_rows
-        return table.shuffle(seed=seed).select(range(limit)) if limit and limit < len(table) else table
+        return draw_rows(table, self.max_train_rows, seed)
 
 
 @dataclass(frozen=True)

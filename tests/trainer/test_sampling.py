@@ -1,10 +1,12 @@
 """The order of rows: nothing lost, no duplicates in a block, sources apart, the same for the same seed and epoch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
-from trainer.sampling import BATCH_SAMPLERS, BlockSampler
+from trainer.sampling import BATCH_SAMPLERS, BlockSampler, ResumableOrderMixin
 
 
 def _table(rows: int, name: str = "", repeat: int = 3) -> Dataset:
@@ -86,3 +88,32 @@ def test_each_block_comes_from_one_source(kind):
         assert (turns.count(0), turns.count(1)) == counts
         assert len({row for rows in blocks for row in rows}) == 10 * sum(counts)
         assert (turns == [0, 1] * 3) == (mixing == "round_robin")
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "random"), (2, "sequential"), (2, "random")])
+def test_several_processes_find_their_order_again(world, strategy):
+    """Where the order is random and shared, a resumed later epoch must have the order that it had."""
+
+    class Plain:
+        def _get_train_sampler(self, train_dataset=None):
+            return "usual"
+
+        def add_callback(self, callback):
+            self.callback = callback
+
+    class Ordered(ResumableOrderMixin, Plain):
+        args = SimpleNamespace(world_size=world, train_sampling_strategy=strategy, train_batch_size=2, seed=3)
+        train_dataset = list(range(8))
+
+    trainer = Ordered()
+    sampler = trainer._get_train_sampler()
+    if (world, strategy) != (2, "random"):
+        assert sampler == "usual"
+        return
+    first = list(sampler)
+    trainer.callback.on_epoch_begin(None, SimpleNamespace(epoch=5.0), None)
+    again = Ordered()
+    resumed = again._get_train_sampler()
+    again.callback.on_epoch_begin(None, SimpleNamespace(epoch=5.0), None)
+    assert list(sampler) == list(resumed) != first
+    assert sorted(resumed) == sorted(first) == list(range(8))
