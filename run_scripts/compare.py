@@ -59,6 +59,9 @@ class ComparisonArguments:
         metadata={"help": "From which each method's is chosen, climbing from the middle."},
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 mixed precision for all methods. Default: as the recipes and machine say."}
+    )
     output_dir: str = field(default="out/compare", metadata={"help": "Folder for the models."})
     results_file: str = field(
         default="model_cards/compare-minilm.json", metadata={"help": "Finished runs; table and picture stand beside."}
@@ -168,6 +171,7 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         best_recipe=args.best_recipe,
         pretrain_recipe=args.pretrain_recipe,
         pretrain_file=args.pretrain_file,
+        bf16=args.bf16,
         folder=Path(args.output_dir) / args.train,
     )
     budget.rows(args.seeds[0])
@@ -195,6 +199,7 @@ def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -
         "batch": training.per_device_train_batch_size,
         "epochs": training.num_train_epochs,
         "max_length": training.max_length,
+        "bf16": training.bf16,
         "chosen_on": tasks[0].name,
         "tasks": [task.name for task in tasks[1:]],
     }

@@ -46,11 +46,13 @@ class HouseTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
             self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
             if self.bf16:
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
+        # Without it transformers refuses bf16 where there is no GPU, even if only the CPU is left to train on.
+        self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         super().__post_init__()
 
     @property

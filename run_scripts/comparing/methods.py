@@ -40,6 +40,7 @@ class Budget:
             dataset_name and dataset_config.
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
+        bf16: mixed precision for all; None for what recipes and machine say.
         folder: where models are written.
     """
 
@@ -51,13 +52,19 @@ class Budget:
     best_recipe: str
     pretrain_recipe: str
     pretrain_file: str | None
+    bf16: bool | None
     folder: Path
 
     def arguments(self) -> tuple[finetune.ModelArguments, TwoDMSETrainingArguments]:
         """What the shared recipe says."""
         parser = common.Parser((finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments))
-        model, _, args = parser.parse([self.recipe, "--output_dir", str(self.folder)])
+        model, _, args = parser.parse([self.recipe, *self.precision, "--output_dir", str(self.folder)])
         return model, args
+
+    @property
+    def precision(self) -> list[str]:
+        """The flag of finetune.py and pretrain.py."""
+        return [] if self.bf16 is None else ["--bf16", str(self.bf16)]
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws by a seed."""
@@ -109,7 +116,7 @@ def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -
     for name in ("train_file", "dataset_name", "dataset_config", "max_train_rows"):
         value = getattr(budget, name)
         flags += [] if value is None else [f"--{name}", str(value)]
-    flags += [*FLAGS.get(unit.method, ()), *QUIET, "--learning_rate", str(rate), "--seed", str(seed)]
+    flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.precision, "--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
     if unit.method == SMAE:
@@ -124,7 +131,7 @@ def _pretrained(budget: Budget) -> str:
         partial = folder.with_name("smae.partial")
         shutil.rmtree(partial, ignore_errors=True)
         flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
-        flags += ["--save_strategy", "no", "--disable_tqdm", "true"]
+        flags += [*budget.precision, "--save_strategy", "no", "--disable_tqdm", "true"]
         pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
         os.replace(partial, folder)
     return str(folder / "encoder")
@@ -149,6 +156,8 @@ def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
         per_device_train_batch_size=args.per_device_train_batch_size,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
+        bf16=args.bf16,
+        use_cpu=args.use_cpu,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -89,7 +89,7 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
-    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, folder)
+    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, folder)
     parser = finetune.common.Parser(
         (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
     )
