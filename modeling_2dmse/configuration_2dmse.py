@@ -68,6 +68,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         default_prompt_name (`str`, *optional*): the prompt that `encode` uses when none is named.
         layer_stack (`str`, *optional*): path of the backbone's list of layers; found by search when left out.
         final_norm (`str`, *optional*): path of the norm behind the last layer, `""` for none; found when left out.
+        exit_projections (`bool`): the state of each exit goes through a square matrix of its own.
     """
 
     model_type = "2dmse"
@@ -84,6 +85,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         default_prompt_name=None,
         layer_stack=None,
         final_norm=None,
+        exit_projections=False,
         **kwargs,
     ):
         if backbone_config is None:
@@ -101,6 +103,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.default_prompt_name = default_prompt_name
         self.layer_stack = layer_stack
         self.final_norm = final_norm
+        self.exit_projections = exit_projections
         self.sizes = None
         # The keys below are derived; a config file holds them for the readers that look for them.
         for derived in ("is_matryoshka", "matryoshka_dimensions", "hidden_size", "num_hidden_layers"):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .pooling import cut_and_normalize, pool
+from .pooling import cut_and_normalize
 from .sentence_transformers_files import write_exported_modules
 
 FORMATS = ("transformers", "onnx")
@@ -55,6 +55,7 @@ def check_export(path: str, format: str, dtype: str) -> None:
 
 
 def _write_transformers(model, folder: str, dtype: str) -> None:
+    dense = _dense_weight(model)
     backbone = model.to(getattr(torch, dtype)).backbone
     state = backbone.state_dict()
     if _builds_a_pooler(backbone):
@@ -64,11 +65,19 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
         state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
     backbone.save_pretrained(folder, state_dict=state)
     model.tokenizer.save_pretrained(folder)
-    write_exported_modules(folder, model.config, model.max_length)
-    if model.config.dim < model.config.hidden_size:
-        # Rows of the identity: a product with it is exactly the slice.
-        weight = torch.eye(model.config.dim, model.config.hidden_size)
-        save_file({"linear.weight": weight}, os.path.join(folder, "2_Dense", "model.safetensors"))
+    write_exported_modules(folder, model.config, model.max_length, dense is not None)
+    if dense is not None:
+        save_file({"linear.weight": dense}, os.path.join(folder, "2_Dense", "model.safetensors"))
+
+
+def _dense_weight(model) -> torch.Tensor | None:
+    """(dim, hidden), what leads from the pooled state to the kept dims; None where nothing does."""
+    config = model.config
+    if model.exit_projections is not None:
+        return model.exit_projections[-1].weight[: config.dim].detach().float().cpu().contiguous()
+    if config.dim < config.hidden_size:
+        return torch.eye(config.dim, config.hidden_size)  # a product with its rows is exactly the slice
+    return None
 
 
 def _builds_a_pooler(backbone) -> bool:
@@ -84,8 +93,9 @@ class Embedder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(batch, length), (batch, length) -> (batch, dim)."""
-        state = self.model(input_ids, attention_mask).last_hidden_state
-        return cut_and_normalize(pool(state, attention_mask, self.model.config.pooling), self.model.config.dim)
+        layers = (self.model.num_layers,)
+        state = self.model(input_ids, attention_mask, layers=layers).layer_embeddings[0]
+        return cut_and_normalize(state, self.model.config.dim)
 
 
 def _write_onnx(model, folder: str, dtype: str) -> None:

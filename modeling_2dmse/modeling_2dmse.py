@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbone import (
@@ -23,7 +24,7 @@ from .backbone import (
 from .configuration_2dmse import TwoDMSEConfig
 from .encoding import EncodeMixin, back_in_order, check_between, row_lengths, tight_groups
 from .export import check_export, export
-from .pooling import pool
+from .pooling import ExitProjection, pool
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
 
 logger = logging.get_logger(__name__)
@@ -36,7 +37,7 @@ class TwoDMSEOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.Tensor`, (batch, length, hidden)): token states of the deepest exit, behind the
-            backbone's final norm. None when the rows ran in buckets of different lengths.
+            backbone's final norm and the exit's projection. None when the rows ran in buckets of different lengths.
         layer_embeddings (`torch.Tensor`, (len(layers), batch, hidden), float32): pooled states of the exits asked
             for with `layers`, neither cut nor normalised. None when `layers` was not given.
     """
@@ -50,7 +51,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al. 2024).
 
     embedding(n, d) = normalize(pool(state(n), attention_mask)[:d]), where state(n) is what n layers and the
-    backbone's own final norm give. A model cut to n layers and saved gives exactly what the full one gives at n.
+    backbone's own final norm give, and behind them the exit's own projection where the model has such. A model cut to n
+    layers and saved gives exactly what the full one gives at n.
     """
 
     config_class = TwoDMSEConfig
@@ -77,11 +79,12 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             config.layer_stack = find_layer_stack(self.backbone)
         if config.final_norm is None:
             config.final_norm = find_final_norms(self.backbone, config.layer_stack)[0]
+        self.exit_projections = self._new_projections() if config.exit_projections else None
         if config.num_layers < stored:
             # A folder of the whole model is being read at a smaller depth: its deeper layers are not meant for us.
             stack = config.layer_stack.replace(".", r"\.")
             deeper = "|".join(str(n) for n in range(config.num_layers, stored))
-            self._keys_to_ignore_on_load_unexpected = [rf"^backbone\.{stack}\.({deeper})\."]
+            self._keys_to_ignore_on_load_unexpected = [rf"^(backbone\.{stack}|exit_projections)\.({deeper})\."]
         self._tokenizer = None
         self._hub_kwargs = {}
         self.post_init()
@@ -196,14 +199,26 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            return TwoDMSEOutput(last_hidden_state=self.token_states([depth], inputs)[0])
+            return TwoDMSEOutput(last_hidden_state=self._project(self.token_states([depth], inputs)[0], depth))
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
         if num_buckets > 1:
             return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets, lengths))
         states = self.token_states(layers, inputs)
-        return TwoDMSEOutput(last_hidden_state=states[-1], layer_embeddings=self._pool(states, attention_mask))
+        return TwoDMSEOutput(
+            last_hidden_state=self._project(states[-1], layers[-1]),
+            layer_embeddings=self._pool(layers, states, attention_mask),
+        )
+
+    def add_exit_projections(self) -> None:
+        """Give each exit a square matrix of its own behind its state, the identity at first; see
+        `trainer.projections.fit_exit_projections`."""
+        if self.exit_projections is None:
+            self.exit_projections = self._new_projections().to(self.device, self.dtype)
+            for projection in self.exit_projections:
+                self._init_weights(projection)
+            self.config.exit_projections = True
 
     def truncate(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEModel":
         """
@@ -261,15 +276,32 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         write_sentence_transformers_files(str(save_directory), self.config, max_length)
 
     def token_states(self, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """state(n) of every token, (batch, length, hidden), for each n of the ascending `layers`, from one pass."""
+        """state(n) of every token, (batch, length, hidden), for each n of the ascending `layers`, from one pass,
+        not yet projected."""
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
         inputs = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **inputs)
 
-    def _pool(self, states: Sequence[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
-        return torch.stack([pool(state, attention_mask, self.config.pooling) for state in states])
+    def _pool(self, layers: Sequence[int], states: Sequence[torch.Tensor], attention_mask) -> torch.Tensor:
+        pooled = [pool(state, attention_mask, self.config.pooling) for state in states]
+        return torch.stack([self._project(state, n) for n, state in zip(layers, pooled, strict=True)])
+
+    def _project(self, state: torch.Tensor, num_layers: int) -> torch.Tensor:
+        if self.exit_projections is None:
+            return state
+        return self.exit_projections[num_layers - 1](state).to(state.dtype)
+
+    def _new_projections(self) -> torch.nn.ModuleList:
+        return torch.nn.ModuleList(ExitProjection(self.config.hidden_size) for _ in range(self.num_layers))
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, ExitProjection):
+            init.eye_(module.weight)
+        else:
+            super()._init_weights(module)
 
     def _bucketed(self, layers, inputs: dict[str, torch.Tensor], num_buckets: int, lengths) -> torch.Tensor:
         mask, pooled = inputs["attention_mask"], []
@@ -285,7 +317,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             )
         self._look_up_words_once(parts)
         for part in parts:
-            pooled.append(self._pool(self.token_states(layers, part), part["attention_mask"]))
+            pooled.append(self._pool(layers, self.token_states(layers, part), part["attention_mask"]))
         return torch.cat(pooled, dim=1)[:, back_in_order(groups).to(mask.device, non_blocking=True)]
 
     def _look_up_words_once(self, parts: list[dict[str, torch.Tensor]]) -> None:

@@ -21,14 +21,15 @@ def write_sentence_transformers_files(folder: str, config, max_length: int | Non
     _write_companions(folder, config, max_length, {"truncate_dim": truncated})
 
 
-def write_exported_modules(folder: str, config, max_length: int | None) -> None:
-    """The same for a plain backbone: a Dense keeps the first dims, so that what is normalised is what is kept."""
+def write_exported_modules(folder: str, config, max_length: int | None, dense: bool) -> None:
+    """The same for a plain backbone: a Dense keeps the first dims (and projects), so that what is normalised is what is
+    kept."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if config.dim < config.hidden_size:
+    if dense:
         modules.append(("2_Dense", "Dense"))
-        dense = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
-        dense["activation_function"] = "torch.nn.modules.linear.Identity"
-        _write_json(os.path.join(folder, "2_Dense", "config.json"), dense)
+        settings = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
+        settings["activation_function"] = "torch.nn.modules.linear.Identity"
+        _write_json(os.path.join(folder, "2_Dense", "config.json"), settings)
     modules.append((f"{len(modules)}_Normalize", "Normalize"))
     _write_modules(folder, modules, {})
     _write_companions(folder, config, max_length, {})

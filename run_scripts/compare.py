@@ -60,7 +60,8 @@ class ComparisonArguments:
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "bf16 mixed precision for all methods. Default: as the recipes and machine say."}
+        default=None,
+        metadata={"help": "bf16 mixed precision for all methods. Default: as the recipes and machine say."},
     )
     output_dir: str = field(default="out/compare", metadata={"help": "Folder for the models."})
     results_file: str = field(

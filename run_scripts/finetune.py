@@ -21,10 +21,11 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
 from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.data import check_table, draw_rows, hold_out, join_tables, read_table
+from trainer.data import check_table, draw_rows, draw_texts, hold_out, join_tables, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
 from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
+from trainer.projections import fit_exit_projections
 
 # Texts that the card's encode times are measured on.
 _COST_ROWS = 64
@@ -92,7 +93,7 @@ def main(argv=None) -> None:
         train, evaluation = _load_tables(data_args, args)
         _check_batches(args, sum(map(len, train)))
         encoder = _load_model(model_args, args)
-        model = _add_adapters(encoder, model_args)
+        model = _add_adapters(encoder, model_args, args, train)
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
         tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
         trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
@@ -165,13 +166,16 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
     return encoder
 
 
-def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments):
+def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables):
     if model_args.lora_r < 0:
         raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
     if not model_args.lora_r:
         return encoder
     from peft import LoraConfig, get_peft_model
 
+    if args.exit_projections and encoder.exit_projections is None:
+        # Adapters go around whole modules, so that these must be there before them.
+        fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
     config = LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,

@@ -124,10 +124,18 @@ def backbone_path(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def tiny_model(backbone_path):
-    """A function from a family's name to a fresh elastic model of it."""
-    return lambda family="bert", **kwargs: TwoDMSEModel.from_backbone(
-        backbone_path(family), **{"sizes": LADDER, **kwargs}
-    )
+    """A function from a family's name to a fresh elastic model of it, if need be with random projections."""
+
+    def model(family: str = "bert", projected: bool = False, **kwargs) -> TwoDMSEModel:
+        encoder = TwoDMSEModel.from_backbone(backbone_path(family), **{"sizes": LADDER, **kwargs})
+        if projected:
+            encoder.add_exit_projections()
+            generator = torch.Generator().manual_seed(0)
+            for projection in encoder.exit_projections:
+                torch.nn.init.orthogonal_(projection.weight, generator=generator)
+        return encoder
+
+    return model
 
 
 @pytest.fixture(scope="session")

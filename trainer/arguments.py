@@ -118,6 +118,11 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         metadata={"help": "After training, average with the initial weights: their share in the last layer, 0 to 1; "
                   "it falls evenly to 0 in the first layer. Keeps the largest size under a large learning rate."},
     )  # fmt: skip
+    exit_projections: bool = field(
+        default=False,
+        metadata={"help": "Give each exit a square matrix of its own, fitted before training to what the full size "
+                  "says of the training texts, and trained with the rest."},
+    )  # fmt: skip
     loss: str | None = field(
         default=None,
         metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "

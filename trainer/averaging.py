@@ -15,14 +15,17 @@ from modeling_2dmse import TwoDMSEModel
 def initial_shares(model: TwoDMSEModel, last: float) -> dict[str, float]:
     """The share of the initial weights, by parameter: rising evenly from 0 in the first layer to `last` in the last.
 
-    Embeddings have 0, the final norm behind the last layer has `last`. A model of one layer has 0 throughout.
+    An exit's projection has its layer's share, embeddings have 0, the final norm behind the last layer has `last`. A
+    model of one layer has 0 throughout.
     """
     stack = f"backbone.{model.config.layer_stack}."
     norm, step = f"backbone.{model.config.final_norm}.", last / max(1, model.num_layers - 1)
     shares = {}
     for name, _ in model.named_parameters():
-        if name.startswith(stack):
-            shares[name] = step * int(name.removeprefix(stack).split(".")[0])
+        for prefix in (stack, "exit_projections."):
+            if name.startswith(prefix):
+                shares[name] = step * int(name.removeprefix(prefix).split(".")[0])
+                break
         else:
             is_norm = bool(model.config.final_norm) and name.startswith(norm)
             shares[name] = step * (model.num_layers - 1) if is_norm else 0.0

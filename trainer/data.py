@@ -1,6 +1,7 @@
 """Training tables: reading, checking, splitting, and collating their texts into one batch of rows."""
 
 import os
+import random
 import re
 from collections.abc import Sequence
 
@@ -100,6 +101,13 @@ def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Datase
 def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
     """`limit` rows of a table, drawn by the seed; all of them, in their order, where there are no more or no limit."""
     return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
+
+
+def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> list[str]:
+    """At most `limit` different texts of the tables' columns, drawn by the seed."""
+    tables = [draw_rows(table, limit, seed) for table in tables]
+    texts = dict.fromkeys(text for table in tables for name in text_columns(table) for text in table[name] if text)
+    return random.Random(seed).sample(list(texts), min(limit, len(texts)))
 
 
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:

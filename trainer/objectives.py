@@ -100,6 +100,12 @@ class Objective:
         return plan._replace(crosses=tuple(crosses))
 
     @property
+    def exits(self) -> tuple[int, ...]:
+        """The layers that some step trains an exit behind."""
+        draws = self.name == "2dmse"
+        return tuple(range(1, self.num_layers + 1)) if draws else self.plan(random.Random(0)).layers
+
+    @property
     def kind(self) -> str:
         """The alignment in force."""
         return self.alignment or DEFAULT_ALIGNMENT.get(self.name, "none")

@@ -16,7 +16,7 @@ from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
 from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
-from .data import PairCollator, check_table, join_tables, rescale_scores, text_columns
+from .data import PairCollator, check_table, draw_texts, join_tables, rescale_scores, text_columns
 from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
@@ -24,6 +24,7 @@ from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_gradient, plan_loss
 from .part_log import PartLogMixin
+from .projections import fit_exit_projections
 from .sampling import BlockSampler
 
 logger = logging.get_logger(__name__)
@@ -79,6 +80,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             columns = text_columns(train_dataset)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
+        self._fit_projections = args.exit_projections and self.encoder.exit_projections is None
+        if self._fit_projections:
+            self._add_projections(model)
         self.objective = Objective(
             name=args.objective,
             ladder=self.ladder,
@@ -111,7 +115,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[EvaluateLastStep(), self.stop_signals, *tell_epoch, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-        self._initial = self._keep_initial() if args.initial_share else None
+        if args.initial_share:
+            self._check_whole("initial_share: whole weights are averaged")
         if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
@@ -120,21 +125,51 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             return self.block_sampler
         return super()._get_train_sampler(train_dataset)
 
-    def _keep_initial(self) -> dict[str, torch.Tensor]:
-        """The parameters as they are now, by name."""
+    def _check_whole(self, what: str) -> None:
         if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("initial_share: whole weights are averaged, not adapters nor what FSDP or DeepSpeed split")
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.encoder.named_parameters()}
+            raise ValueError(f"{what}, not adapters nor what FSDP or DeepSpeed split")
 
     def train(self, *args, **kwargs):
-        """Train as `Trainer` does; a run that comes to its end is then averaged with its start (`initial_share`).
+        """Train as `Trainer` does, behind fitting new projections (`exit_projections`). A run that comes to its end is
+        then averaged with its start (`initial_share`), that is with the fitted projections and the weights before, and
+        the projections of exits that no step has trained are fitted anew.
 
         Evaluations and checkpoints on the way, and the choice of the best one, see the weights as they are trained.
         """
+        fitted = self._fit_projections
+        if fitted:
+            self._fit_on_training_texts()
+        initial = None
+        if self.args.initial_share:
+            parameters = self.encoder.named_parameters()
+            initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
         output = super().train(*args, **kwargs)
-        if self._initial is not None and self.stop_signals.received is None:
-            average_with_initial(self.encoder, self._initial, self.args.initial_share)
+        if self.stop_signals.received is not None:
+            return output
+        if initial is not None:
+            average_with_initial(self.encoder, initial, self.args.initial_share)
+        others = set(range(1, self.encoder.num_layers + 1)).difference(self.objective.exits)
+        if fitted and others:  # the layers before these exits have moved
+            self._fit_on_training_texts(sorted(others))
         return output
+
+    def _add_projections(self, model) -> None:
+        if self.encoder is not model:
+            raise ValueError(
+                "exit_projections: fit them before adding adapters, by fit_exit_projections(encoder, texts)"
+            )
+        self.encoder.add_exit_projections()
+
+    def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
+        fit_exit_projections(
+            self.encoder,
+            draw_texts(self.train_tables, self.args.seed),
+            layers=layers,
+            max_length=self.args.max_length,
+            batch_size=self.args.per_device_eval_batch_size,
+            show_progress_bar=False if self.args.disable_tqdm else None,
+        )
+        self._fit_projections = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""

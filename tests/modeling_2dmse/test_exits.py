@@ -28,9 +28,10 @@ def pooled(model, inputs, n) -> torch.Tensor:
         return model(**inputs, layers=(n,)).layer_embeddings[0]
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exit_equals_truncated_reloaded_and_read_at_depth(family, tiny_model, tmp_path):
-    model = tiny_model(family)
+def test_exit_equals_truncated_reloaded_and_read_at_depth(family, projected, tiny_model, tmp_path):
+    model = tiny_model(family, projected)
     model.save_pretrained(tmp_path / "whole")
     others = {}
     for n in range(1, NUM_LAYERS + 1):

@@ -17,11 +17,16 @@ SIZES = [(1, 8), (3, 20), (4, 32)]
 TEXTS = [" ".join((SENTENCES[i % 20] + " " + SENTENCES[(i * 7 + 3) % 20]).split()[: 1 + i % 16]) for i in range(200)]
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "qwen3"])
-def test_all_ways_agree(family, tiny_model, tmp_path):
+PROJECTED = [("bert", True), ("qwen3", True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "projected"), [*((family, False) for family in ("bert", "mpnet", "modernbert", "qwen3")), *PROJECTED]
+)
+def test_all_ways_agree(family, projected, tiny_model, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    model = tiny_model(family)
+    model = tiny_model(family, projected)
     for n, d in SIZES:
         expected = model.encode(TEXTS, n, d)
         assert np.allclose(model.truncate(n, d).encode(TEXTS), expected, atol=1e-5)
@@ -34,7 +39,7 @@ def test_all_ways_agree(family, tiny_model, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         again = TwoDMSEModel.from_backbone(plain)
         assert again.config.pooling == model.config.pooling
-        assert np.allclose(again.encode(TEXTS, dim=d), expected, atol=1e-5)
+        assert np.allclose(again.encode(TEXTS, dim=d), expected, atol=1e-5) is not projected, "it is in the Dense"
         model.export(onnx, n, d, format="onnx")
         assert np.allclose(onnx_encoder(str(onnx))(TEXTS), expected, atol=1e-5)
 

@@ -34,9 +34,9 @@ else:
 """
 
 
-@pytest.mark.parametrize("family", ["bert", "qwen3"])
-def test_remote_code_in_a_fresh_process(family, tiny_model, tmp_path):
-    model = tiny_model(family)
+@pytest.mark.parametrize(("family", "projected"), [("bert", False), ("qwen3", False), ("bert", True)])
+def test_remote_code_in_a_fresh_process(family, projected, tiny_model, tmp_path):
+    model = tiny_model(family, projected)
     model.save_pretrained(tmp_path / "here")
     elsewhere = shutil.move(tmp_path / "here", tmp_path / "elsewhere")
     (tmp_path / "texts").write_text("\n".join(SENTENCES))
@@ -46,10 +46,12 @@ def test_remote_code_in_a_fresh_process(family, tiny_model, tmp_path):
     assert np.allclose(got["small"], model.encode(SENTENCES, num_layers=2, dim=16), atol=1e-6)
 
 
-def test_stock_sentence_transformers_with_the_size_per_call(tiny_model, tmp_path):
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken", "weightedmean"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_stock_sentence_transformers_with_the_size_per_call(projected, pooling, tiny_model, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    model = tiny_model()
+    model = tiny_model(projected=projected, pooling=pooling)
     model.save_pretrained(tmp_path)
     stock = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
     assert [type(module).__module__.split(".")[0] for module in stock] == ["sentence_transformers"] * 3

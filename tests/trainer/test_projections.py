@@ -1,0 +1,136 @@
+"""Projections of the exits: fitted as plain loops fit them, trained, resumed and averaged with the rest."""
+
+import pytest
+import torch
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
+from torch.nn.functional import normalize
+
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.data import draw_texts
+from trainer.projections import fit_exit_projections
+
+TEXTS = [f"{a} {b}" for a in SENTENCES for b in SENTENCES[:8]]
+ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
+
+
+def train(model, folder, resume=None, **kwargs) -> TwoDMSETrainer:
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "bf16": False, "disable_tqdm": True, "sizes": LADDER, "exit_projections": True,
+    }  # fmt: skip
+    args = TwoDMSETrainingArguments(output_dir=str(folder), **(settings | kwargs))
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=ROWS)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+def test_the_fit_equals_a_plain_one(family, tiny_model, monkeypatch):
+    monkeypatch.setattr("trainer.projections._PIECE", 50)
+    model, ridge = tiny_model(family), 0.1
+    states = model.encode_states(TEXTS, batch_size=len(TEXTS)).double()
+    fit_exit_projections(model, TEXTS, ridge)
+    target = normalize(states[-1], dim=-1)
+    directions = torch.linalg.svd(target, full_matrices=False)[2].T
+    after = model.encode_states(TEXTS).double()
+    for n in range(3):
+        x = states[n]
+        penalty = (ridge * (x**2).sum() / x.shape[1]).sqrt()
+        rows = torch.cat((x, penalty * torch.eye(x.shape[1])))
+        wanted = torch.cat((target @ directions, torch.zeros(x.shape[1], x.shape[1])))
+        expected = x @ torch.linalg.lstsq(rows, wanted).solution
+        strong = slice(0, 8)  # directions of little strength are told apart by rounding alone
+        signs = (after[n] * expected).sum(0).sign()
+        assert torch.allclose(after[n][:, strong], (signs * expected)[:, strong], atol=1e-4)
+        assert expected[:, strong].abs().max() > 0.1
+
+
+def test_the_full_size_keeps_its_cosines_and_small_ones_get_nearer(tiny_model):
+    def cosines(model, n, d):
+        embeddings = torch.from_numpy(model.encode(TEXTS, n, d))
+        return embeddings @ embeddings.T
+
+    plain, fitted = tiny_model(), tiny_model()
+    fit_exit_projections(fitted, TEXTS)
+    full = cosines(plain, 4, 32)
+    assert torch.allclose(cosines(fitted, 4, 32), full, atol=1e-5)
+    for n, d in ((1, 8), (2, 16), (3, 32), (4, 8)):
+        pairs = [torch.stack((cosines(model, n, d).flatten(), full.flatten())) for model in (plain, fitted)]
+        before, after = (torch.corrcoef(pair)[0, 1] for pair in pairs)
+        assert after > before + 0.05, (n, d, before, after)
+
+
+def test_fitting_again_gives_the_same(tiny_model):
+    model = tiny_model()
+    fit_exit_projections(model, TEXTS)
+    before = [projection.weight.clone() for projection in model.exit_projections]
+    fit_exit_projections(model, TEXTS)
+    for old, new in zip(before, model.exit_projections, strict=True):
+        torch.testing.assert_close(old, new.weight.data)
+
+
+def test_new_projections_change_nothing(tiny_model):
+    plain, projected = tiny_model(), tiny_model()
+    projected.add_exit_projections()
+    assert (plain.encode(SENTENCES, 2, 8) == projected.encode(SENTENCES, 2, 8)).all()
+    weights = projected.exit_projections[0].weight
+    projected.add_exit_projections()
+    assert projected.exit_projections[0].weight is weights, "what is there is kept"
+
+
+def test_they_train_and_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path):
+    fitted = tiny_model()
+    fit_exit_projections(fitted, draw_texts([ROWS], 0))
+    whole, part, resumed = tiny_model(), tiny_model(), tiny_model()
+    settings = {"save_strategy": "steps", "save_steps": 2, "seed": 0, "initial_share": 0.5}
+    train(whole, tmp_path / "whole", **settings)
+    train(part, tmp_path / "part", **settings)
+    train(resumed, tmp_path / "part", str(tmp_path / "part" / "checkpoint-2"), **settings)
+    for n in (0, 1, 3):
+        start, trained = fitted.exit_projections[n].weight, whole.exit_projections[n].weight
+        assert (trained - start).abs().max() > 1e-3
+        assert torch.equal(trained, resumed.exit_projections[n].weight)
+    assert whole.config.exit_projections
+    again = whole.exit_projections[2].weight.clone()
+    assert (again - fitted.exit_projections[2].weight).abs().max() > 1e-3
+    fit_exit_projections(whole, draw_texts([ROWS], 0), layers=[3])
+    torch.testing.assert_close(whole.exit_projections[2].weight.data, again.data)
+
+
+def test_the_last_exit_keeps_its_share_of_the_fit(tiny_model, tmp_path):
+    fitted, model = tiny_model(), tiny_model()
+    fit_exit_projections(fitted, draw_texts([ROWS], 42))
+    train(model, tmp_path, initial_share=1.0)
+    assert torch.allclose(model.exit_projections[3].weight, fitted.exit_projections[3].weight, atol=1e-6)
+    assert not torch.allclose(model.exit_projections[0].weight, fitted.exit_projections[0].weight, atol=1e-3)
+
+
+def test_projections_that_are_there_are_trained_on(tiny_model, tmp_path):
+    model = tiny_model(projected=True)
+    before = [projection.weight.clone() for projection in model.exit_projections]
+    train(model, tmp_path, learning_rate=1e-5)
+    for old, new in zip(before, model.exit_projections, strict=True):
+        torch.testing.assert_close(old, new.weight.data, atol=1e-3, rtol=0)
+
+
+def test_adapters_come_behind_the_fit(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="exit_projections: fit them before adding adapters"):
+        train(adapted, tmp_path)
+    encoder = tiny_model()
+    fit_exit_projections(encoder, TEXTS)
+    before = encoder.exit_projections[0].weight.clone()
+    trainer = train(get_peft_model(encoder, LoraConfig(target_modules="all-linear")), tmp_path)
+    merged = trainer.model.merge_and_unload()
+    assert not torch.allclose(merged.exit_projections[0].weight, before, atol=1e-4)
+
+
+def test_texts_are_drawn_by_the_seed_and_differ():
+    rows = Dataset.from_dict({"anchor": ["a", "b", "a"], "positive": ["b", "c", "d"], "negative_1": ["", "e", None]})
+    assert sorted(draw_texts([rows, rows], 0)) == ["a", "b", "c", "d", "e"]
+    assert draw_texts([rows], 0, 3) == draw_texts([rows], 0, 3)
+    assert len({tuple(draw_texts([rows], seed, 3)) for seed in range(9)}) > 1
+    assert all(len(draw_texts([rows], seed, 2)) == 2 for seed in range(9))
