@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers.utils import is_torch_xla_available, logging
 
 from .losses import LOSSES, SCALE
 from .objectives import ALIGNMENTS, OBJECTIVES
@@ -46,7 +46,7 @@ class HouseTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
             self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
             if self.bf16:

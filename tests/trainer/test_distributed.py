@@ -157,7 +157,8 @@ def check_fsdp2(start: str, folder: str) -> None:
     torch.testing.assert_close(states[1], states[0])
     for state in states:
         (state[..., :8] ** 2).sum().backward()
-    found = {name: parameter.grad.full_tensor() for name, parameter in spread.named_parameters()}
+    read = {name: p.grad for name, p in spread.named_parameters() if p.grad is not None}
+    found = {name: gradient.full_tensor() for name, gradient in read.items()}
     expected = gradients(whole)
     assert set(found) == set(expected)
     for name, gradient in expected.items():
@@ -180,14 +181,14 @@ def run_processes(function: str, world: int, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("equal-*"))) == world
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_equal_one_on_the_joined_batch(world, tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
+@pytest.mark.parametrize(("world", "projected"), [(2, True), (3, False)])
+def test_several_processes_equal_one_on_the_joined_batch(world, projected, tiny_model, tmp_path):
+    tiny_model(projected=projected).save_pretrained(tmp_path / "start")
     run_processes("check_processes", world, tmp_path)
 
 
 def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
+    tiny_model(projected=True).save_pretrained(tmp_path / "start")
     run_processes("check_fsdp2", 2, tmp_path)
 
 
@@ -216,7 +217,7 @@ def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_pa
     assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
 
 
-@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16"])
+@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections"])
 def test_the_cache_works_with(extra, tiny_model, tmp_path):
     """A run of some steps with the cache gives the weights of the run without it."""
     from peft import LoraConfig, get_peft_model
@@ -226,11 +227,12 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
         "checkpointing": {"gradient_checkpointing": True},
         "lora": {},
         "bf16": {"bf16": True},
+        "projections": {},
     }[extra]
     results = []
     for chunk in (None, 2):
         torch.manual_seed(0)
-        model = without_dropout(tiny_model())
+        model = without_dropout(tiny_model(projected=extra == "projections"))
         if extra == "lora":
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
         before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -221,6 +221,11 @@ def test_bf16_default_follows_the_cpu(tmp_path, monkeypatch):
     for capable in (True, False):
         monkeypatch.setattr(module, "cpu_has_bf16", lambda capable=capable: capable)
         assert arguments(tmp_path, bf16=None).bf16 is capable
+        # transformers refuses bf16 where there is no GPU, unless it is told that the CPU is meant
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        alone = arguments(tmp_path, bf16=None, use_cpu=False)
+        assert (alone.bf16, alone.use_cpu) == (capable, capable)
+        assert arguments(tmp_path, bf16=True, use_cpu=False).use_cpu is True
         assert arguments(tmp_path, bf16=False).bf16 is False
     assert isinstance(cpu_has_bf16(), bool)
 
