@@ -14,6 +14,8 @@ from run_scripts.benchmarks import peer as peers
 from trainer import TwoDMSETrainingArguments
 from trainer.data import check_table, draw_rows, read_table
 
+from .store import claim
+
 UNTRAINED, SEPARATE, PEER, SMAE, BEST = "untrained", "separate", "sentence-transformers-2d", "smae-starbucks", "best"
 # Flags of finetune.py that make a method; they stand behind those of the shared recipe.
 FLAGS = {
@@ -41,7 +43,7 @@ class Budget:
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
         bf16: mixed precision for all; None for what recipes and machine say.
-        folder: where models are written.
+        folder: where models are written; beside it, the one that SMAE has pre-trained.
     """
 
     recipe: str
@@ -125,15 +127,16 @@ def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -
 
 
 def _pretrained(budget: Budget) -> str:
-    """The encoder that SMAE pre-trains, once for all seeds."""
-    folder = budget.folder / "smae"
-    if not folder.is_dir():
-        partial = folder.with_name("smae.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
-        flags += [*budget.precision, "--save_strategy", "no", "--disable_tqdm", "true"]
-        pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
-        os.replace(partial, folder)
+    """The encoder that SMAE pre-trains, once for all seeds and training data."""
+    folder = budget.folder.with_name("smae")
+    with claim(folder.with_name("smae.lock"), wait=True):
+        if not folder.is_dir():
+            partial = folder.with_name("smae.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
+            flags += [*budget.precision, "--save_strategy", "no", "--disable_tqdm", "true"]
+            pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
+            os.replace(partial, folder)
     return str(folder / "encoder")
 
 

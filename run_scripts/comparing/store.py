@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 try:
@@ -51,15 +52,18 @@ class Store:
         return self._read()["rows"]
 
     def add(self, kind: str, row: dict) -> None:
-        """Write a finished run."""
+        """Write a finished run; one of `rows` takes the place of that at a rate that turned out not to be the best."""
+        row = {"train": self.train, **row}
         with claim(self.lock, wait=True):
             content = self._read()
-            content[kind].append({"train": self.train, **row})
+            names = [name for name in KEYS if kind == "search" or name != "learning_rate"]
+            content[kind] = [old for old in content[kind] if self._key(old, names) != self._key(row, names)]
+            content[kind].append(row)
             self._write(content)
 
     @staticmethod
-    def _key(row: dict) -> tuple:
-        return tuple(row.get(name) for name in KEYS)
+    def _key(row: dict, names: Sequence[str] = KEYS) -> tuple:
+        return tuple(row.get(name) for name in names)
 
     def _read(self) -> dict:
         if not self.path.is_file():
