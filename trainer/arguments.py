@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available, logging
 
 from .losses import LOSSES, SCALE
-from .objectives import ALIGNMENTS, OBJECTIVES
+from .objectives import ALIGNMENTS, OBJECTIVES, TEACHERS
 from .sampling import BATCH_SAMPLERS, MIXINGS
 
 logger = logging.get_logger(__name__)
@@ -108,6 +108,11 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=None,
         metadata={"help": "Factor of the alignment. Default: 1, and 0.3 for starbucks with feature_kl."},
     )
+    teacher: str = field(
+        default="largest",
+        metadata={"help": "Whom sizes learn from by score_kl. largest: the largest size in the same step; start: the "
+                  "largest size as it was before training, which it learns from as well, for a fifth more time."},
+    )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
         default=0.0,
@@ -168,6 +173,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             for name, value, allowed in (
                 ("objective", self.objective, tuple(OBJECTIVES)),
                 ("alignment", self.alignment or "none", ALIGNMENTS),
+                ("teacher", self.teacher, TEACHERS),
                 ("loss", self.loss or "infonce", LOSSES),
                 ("batch_sampler", self.batch_sampler, BATCH_SAMPLERS),
                 ("mixing", self.mixing, MIXINGS),

@@ -19,6 +19,7 @@ from .alignment import feature_kl, pca_distance, score_kl
 from .losses import SCALE, Rows, base_loss
 
 ALIGNMENTS = ("none", "feature_kl", "score_kl")
+TEACHERS = ("largest", "start")
 
 
 class Term(NamedTuple):
@@ -76,6 +77,7 @@ class Objective:
         alignment: `none`, `feature_kl` or `score_kl`; the objective's own choice when left out.
         alignment_weight: factor of the alignment; the objective's own when left out.
         compression_dim: dimensions that `espresso` compresses to.
+        teacher: `largest`, or `start`: score_kl's teacher is the model before training, for the largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size against documents at the ladder's
             deepest layer, cut to the same dim; 0 for none.
     """
@@ -87,11 +89,16 @@ class Objective:
     alignment: str | None = None
     alignment_weight: float | None = None
     compression_dim: int = 128
+    teacher: str = "largest"
     cross_size_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
         plan = OBJECTIVES[self.name](self, rng)
+        if self.teacher == "start":
+            taught = {a.teacher: a.weight for a in plan.alignments}
+            alignments = (Alignment("score_kl", size, size, weight) for size, weight in taught.items())
+            plan = plan._replace(alignments=plan.alignments + tuple(alignments))
         if not self.cross_size_weight:
             return plan
         deepest = max(size.num_layers for size in self.ladder)
@@ -188,7 +195,12 @@ DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
 
 
 def plan_parts(
-    plan: Plan, states: Sequence[torch.Tensor], rows: Rows, loss: str, scale: float = SCALE
+    plan: Plan,
+    states: Sequence[torch.Tensor],
+    rows: Rows,
+    loss: str,
+    scale: float = SCALE,
+    start: torch.Tensor | None = None,
 ) -> Iterator[tuple[str, float, torch.Tensor]]:
     """The parts of a step's loss, one after the other.
 
@@ -197,6 +209,8 @@ def plan_parts(
         states: one (rows, hidden) of pooled states, raw, for each of plan.layers.
         rows: the roles of the rows.
         loss: name of the base loss.
+        start: (rows, hidden), what the model before training gives behind the layers of the alignments' teacher, which
+            it then takes the place of in score_kl.
 
     Yields:
         name (`loss/2x64`, `alignment/2x64`, `cross/2x64`), weight and value. The parts share the states alone, so that
@@ -214,7 +228,11 @@ def plan_parts(
     for size, weight in plan.terms:
         yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for kind, student, teacher, weight in plan.alignments:
-        yield f"alignment/{student}", weight, _distance(kind, student, teacher, state, embedding, scale)
+        if start is not None and kind == "score_kl":
+            distance = score_kl(embedding(student), cut_and_normalize(start, teacher.dim), scale)
+        else:
+            distance = _distance(kind, student, teacher, state, embedding, scale)
+        yield f"alignment/{student}", weight, distance
     first = rows.counts[0]
     for queries, documents, weight in plan.crosses:
         joined = torch.cat((state(queries.num_layers)[:first], state(documents.num_layers)[first:]))
@@ -223,7 +241,7 @@ def plan_parts(
 
 @torch.enable_grad()
 def plan_gradient(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """The loss of a step, from the arguments of `plan_parts`, with its gradient.
 
@@ -237,17 +255,17 @@ def plan_gradient(
     for leaf, slot in zip(leaves, gradient, strict=True):
         leaf.grad = slot
     total, parts = states.new_zeros((), dtype=torch.float32), {}
-    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale):
+    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale, start):
         (weight * value).backward()
         total, parts[name] = total + weight * value.detach(), value.detach()
     return total, parts, gradient
 
 
 def plan_loss(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a step, to go backward from, and each part by name; from the arguments of `plan_parts`."""
-    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale)
+    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale, start)
     return _WithGradient.apply(states, total, gradient), parts
 
 

@@ -1,6 +1,7 @@
 """TwoDMSETrainer: transformers' Trainer with an elastic loss and an evaluation at every size."""
 
 import contextlib
+import copy
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -91,13 +92,16 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             alignment=args.alignment,
             alignment_weight=args.alignment_weight,
             compression_dim=args.compression_dim,
+            teacher=args.teacher,
             cross_size_weight=args.cross_size_weight,
         )
         if args.cross_size_weight and not self.objective.plan(random.Random(0)).crosses:
             raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
+        if args.teacher == "start" and self.objective.kind != "score_kl":
+            raise ValueError(f"teacher: start teaches by the alignment score_kl, not by {self.objective.kind}")
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
-        self._micro_step = (-1, 0)
+        self._micro_step, self._start = (-1, 0), None
         self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and columns is not None:
@@ -117,6 +121,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         )
         if args.initial_share:
             self._check_whole("initial_share: whole weights are averaged")
+        if args.teacher == "start":
+            self._check_whole("teacher: start is a copy of whole weights")
         if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
@@ -143,6 +149,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.args.initial_share:
             parameters = self.encoder.named_parameters()
             initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
+        if self.args.teacher == "start":
+            self._start = copy.deepcopy(self.encoder).to(self.args.device).eval().requires_grad_(False)
         output = super().train(*args, **kwargs)
         if self.stop_signals.received is not None:
             return output
@@ -175,10 +183,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         """The objective's loss on one batch; all columns go through one call of the wrapped model."""
         inputs, lengths, rows, plan = self._step(inputs)
         outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets, lengths=lengths)
-        states = outputs.layer_embeddings
-        if self.args.gather_negatives:
-            states, rows = gather_rows(states, rows)
-        loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale)
+        start = self._start_state(plan, inputs, lengths)
+        states, start, rows = self._join(outputs.layer_embeddings, start, rows)
+        loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale, start)
         self.record(loss, parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -196,8 +203,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         chunk_rows = len(rows.counts) * self.args.gradient_cache_chunk_size
         cached = CachedForward(forward, inputs, chunk_rows, lengths)
         states = cached.states().requires_grad_()
-        joined, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
-        loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale)
+        start = self._start_state(plan, inputs, lengths, chunk_rows)
+        joined, start, rows = self._join(states, start, rows)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale, start)
         self.record(loss, parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)
 
@@ -208,6 +216,26 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
 
         cached.backward(states.grad, run)
         return loss / self.current_gradient_accumulation_steps
+
+    @torch.no_grad()
+    def _start_state(self, plan: Plan, inputs: dict, lengths, chunk_rows: int | None = None) -> torch.Tensor | None:
+        """(rows, H), what the model before training says behind the teacher's layers; None where it does not teach."""
+        if self._start is None or not plan.alignments:
+            return None
+        layers = (plan.alignments[0].teacher.num_layers,)
+        with self.accelerator.autocast():
+            if chunk_rows is None:
+                settings = {"num_buckets": self.args.num_buckets, "lengths": lengths}
+                return self._start(**inputs, layers=layers, **settings).layer_embeddings[0]
+            forward = lambda chunk: self._start(**chunk, layers=layers).layer_embeddings
+            return CachedForward(forward, inputs, chunk_rows, lengths).states()[0]
+
+    def _join(self, states: torch.Tensor, start: torch.Tensor | None, rows: Rows):
+        """The same of all processes, where they are to be gathered: states, start, rows."""
+        if start is not None:
+            states = torch.cat((states, start[None]))
+        states, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
+        return (states, None, rows) if start is None else (states[:-1], states[-1].detach(), rows)
 
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
         """The model's inputs, their rows' lengths and roles, and what the objective does in this step."""
@@ -269,7 +297,16 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
             "max_length": args.max_length,
             "seed": args.seed,
-        } | ({"initial share": args.initial_share} if args.initial_share else {})
+        } | {
+            name: value
+            for name, value, default in (
+                ("alignment weight", args.alignment_weight, None),
+                ("teacher", args.teacher, "largest"),
+                ("exit projections", args.exit_projections, False),
+                ("initial share", args.initial_share, 0),
+            )
+            if value != default
+        }
 
     def create_model_card(self, model_name=None, license=None, finetuned_from=None, **kwargs):
         """Write this project's card, unless a script has written a fuller one."""

@@ -143,6 +143,24 @@ def test_what_another_process_works_on_is_left_to_it(folder, capsys):
     assert [row["method"] for row in json.loads((folder / "results.json").read_text())["rows"]] == ["untrained"]
 
 
+def test_a_better_rate_replaces_the_run_of_the_worse_one(folder):
+    store = Store("results.json", folder / "lock", "nli", {})
+    for rate, size, seed in ((1e-3, "1x8", 0), (1e-3, "1x8", 1), (1e-3, "4x32", 0), (2e-3, "1x8", 0)):
+        run = {"method": "separate", "size": size, "learning_rate": rate, "seed": seed}
+        store.add("rows", run)
+        store.add("search", run)
+    kept = [(row["learning_rate"], row["size"], row["seed"]) for row in store.rows()]
+    assert kept == [(1e-3, "1x8", 1), (1e-3, "4x32", 0), (2e-3, "1x8", 0)]
+    assert store.find("search", method="separate", size="1x8", learning_rate=1e-3, seed=0), "a search keeps all rates"
+
+
+def test_the_precision_is_that_of_all_methods(folder):
+    for bf16, flag in ((None, []), (True, ["--bf16", "True"]), (False, ["--bf16", "False"])):
+        budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, bf16, folder)
+        assert budget.precision == flag
+        assert budget.arguments()[1].bf16 is bool(bf16), "the recipe says false"
+
+
 def test_results_of_another_budget_are_refused(folder):
     lock = folder / "lock"
     Store("results.json", lock, "nli", {"rows": 8})

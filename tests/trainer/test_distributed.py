@@ -119,6 +119,7 @@ def check_processes(start: str, folder: str) -> None:
                 assert abs(loss - expected[0]) < 1e-5 * max(1, abs(expected[0])), (case, chunk, loss, expected[0])
                 assert_same(ours, expected[1])
     check_alone(start, folder, rank, counts)
+    check_start(start, folder, rank, counts)
     (Path(folder) / f"equal-{rank}").touch()
 
 
@@ -132,6 +133,34 @@ def check_alone(start: str, folder: str, rank: int, counts: list[int]) -> None:
     parts = [list(range(sum(counts[:r]), sum(counts[: r + 1]))) for r in range(len(counts))]
     trainer.training_step(wrapped, batch_of(trainer, parts[rank]))
     assert_same(gradients(wrapped), plain_step_mean(trainer, parts))
+
+
+def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
+    """What the model before training says is gathered as the states are."""
+    from modeling_2dmse import TwoDMSEModel
+
+    for chunk in (None, 2):
+        model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
+        settings = {"teacher": "start", "gradient_cache_chunk_size": chunk}
+        trainer = make_trainer(model, folder, "starbucks", None, "infonce", **settings)
+        trainer._start = TwoDMSEModel.from_pretrained(start, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in trainer._start.parameters():
+                parameter.mul_(1.1)
+        wrapped = trainer.accelerator.prepare(model)
+        own = range(sum(counts[:rank]), sum(counts[: rank + 1]))
+        loss = trainer.training_step(wrapped, batch_of(trainer, own)).item()
+        ours = gradients(wrapped)
+        inputs = batch_of(trainer, range(sum(counts)))
+        rows, plan = Rows(inputs.pop("counts")), trainer.objective.plan(random.Random(0))
+        with torch.no_grad():
+            taught = trainer._start(**inputs, layers=(4,)).layer_embeddings[0]
+        states = model(**inputs, layers=plan.layers).layer_embeddings
+        expected, parts = plan_loss(plan, states, rows, "infonce", start=taught)
+        assert parts["alignment/4x32"] > 1e-3
+        expected.backward()
+        assert abs(loss - expected.item()) < 1e-5 * expected.item()
+        assert_same(ours, gradients(model))
 
 
 def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -217,7 +246,7 @@ def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_pa
     assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
 
 
-@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections"])
+@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start"])
 def test_the_cache_works_with(extra, tiny_model, tmp_path):
     """A run of some steps with the cache gives the weights of the run without it."""
     from peft import LoraConfig, get_peft_model
@@ -228,6 +257,7 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
         "lora": {},
         "bf16": {"bf16": True},
         "projections": {},
+        "start": {"teacher": "start", "alignment_weight": 3.0},
     }[extra]
     results = []
     for chunk in (None, 2):

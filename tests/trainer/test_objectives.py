@@ -49,6 +49,21 @@ def test_starbucks(alignment):
     assert "alignment/4x32" not in parts
 
 
+def test_the_start_teaches_every_size_the_largest_included():
+    start = torch.randn(12, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher = torch.nn.functional.normalize(start, dim=-1)
+    expected = loss(1, 8) + loss(2, 16) + loss(4, 32)
+    expected += 3 * sum(score_kl(emb(n, d), teacher).item() for n, d in ((1, 8), (2, 16), (4, 32)))
+    plan = objective("starbucks", teacher="start", alignment_weight=3.0).plan(random.Random(0))
+    states = STATES[[n - 1 for n in plan.layers]].clone().requires_grad_()
+    total, parts = plan_loss(plan, states, TRIPLETS, "infonce", start=start)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert parts["alignment/4x32"].item() == pytest.approx(score_kl(emb(4, 32), teacher).item(), rel=1e-5)
+    assert parts["alignment/4x32"] > 0.01
+    plan_loss(plan._replace(terms=()), states, TRIPLETS, "infonce", start=start)[0].backward()
+    assert states.grad[-1].abs().max() > 1e-3, "the largest size learns from it too"
+
+
 def test_starbucks_aligns_scores_unless_told_otherwise():
     default, _ = compute(objective("starbucks"))
     assert default.item() == compute(objective("starbucks", alignment="score_kl"))[0].item()
