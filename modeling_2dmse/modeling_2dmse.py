@@ -217,7 +217,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         if self.exit_projections is None:
             self.exit_projections = self._new_projections().to(self.device, self.dtype)
             for projection in self.exit_projections:
-                self._init_weights(projection)
+                projection.reset()
             self.config.exit_projections = True
 
     def truncate(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEModel":

@@ -42,6 +42,10 @@ class ExitProjection(torch.nn.Linear):
     def __init__(self, hidden_size: int, **kwargs):
         super().__init__(hidden_size, hidden_size, bias=False, **kwargs)
 
+    def reset(self) -> None:
+        """Make it the identity."""
+        torch.nn.init.eye_(self.weight)
+
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=state.device.type, enabled=False):
             return torch.nn.functional.linear(state.float(), self.weight.float())

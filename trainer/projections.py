@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse.encoding import check_texts
 
 # Texts that are encoded at a time: states of all layers are held for so many.
 _PIECE = 2048
@@ -33,13 +34,16 @@ def fit_exit_projections(
         layers: the exits to fit, all when left out. Without the last one, T V is what the last exit gives as it is.
         encode: `max_length`, `batch_size`, `show_progress_bar` of `TwoDMSEModel.encode_states`.
     """
+    texts, _ = check_texts(texts)
+    if not texts:
+        raise ValueError("texts: there are none; give some thousands of the kind that will be embedded")
     encoder.add_exit_projections()
     last = encoder.num_layers
     layers = range(1, last + 1) if layers is None else layers
     weights = {n: encoder.exit_projections[n - 1].weight for n in layers}
     for n in layers:
-        encoder._init_weights(encoder.exit_projections[n - 1])
-    grams, crosses = _moments(encoder, list(texts), encode)
+        encoder.exit_projections[n - 1].reset()
+    grams, crosses = _moments(encoder, texts, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
     if last in weights:
         rotation = torch.linalg.eigh(crosses[-1])[1].flip(1)

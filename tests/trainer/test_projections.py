@@ -6,6 +6,7 @@ from conftest import LADDER, SENTENCES
 from datasets import Dataset
 from torch.nn.functional import normalize
 
+from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import draw_texts
 from trainer.projections import fit_exit_projections
@@ -61,13 +62,23 @@ def test_the_full_size_keeps_its_cosines_and_small_ones_get_nearer(tiny_model):
         assert after > before + 0.05, (n, d, before, after)
 
 
-def test_fitting_again_gives_the_same(tiny_model):
+def test_fitting_a_reloaded_model_again_gives_the_same(tiny_model, tmp_path):
     model = tiny_model()
     fit_exit_projections(model, TEXTS)
-    before = [projection.weight.clone() for projection in model.exit_projections]
-    fit_exit_projections(model, TEXTS)
-    for old, new in zip(before, model.exit_projections, strict=True):
-        torch.testing.assert_close(old, new.weight.data)
+    model.save_pretrained(tmp_path)
+    again = TwoDMSEModel.from_pretrained(tmp_path)
+    fit_exit_projections(again, TEXTS)
+    for old, new in zip(model.exit_projections, again.exit_projections, strict=True):
+        torch.testing.assert_close(old.weight.data, new.weight.data)
+
+
+def test_wrong_texts_are_refused_before_anything_changes(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="texts: there are none; give some thousands"):
+        fit_exit_projections(model, [])
+    with pytest.raises(ValueError, match="texts: item 1 is a int; every text must be a string"):
+        fit_exit_projections(model, ["a", 1])
+    assert model.exit_projections is None
 
 
 def test_new_projections_change_nothing(tiny_model):
