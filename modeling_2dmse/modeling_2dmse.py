@@ -130,7 +130,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             backbone.config.name_or_path = ""  # a folder of this machine says nothing to whoever loads the model
         model.backbone = backbone
         model.config.backbone_config = backbone.config
-        model.config.name_or_path = name_or_path
+        model.config.name_or_path = model.name_or_path = name_or_path  # peft reads the latter
         model._hub_kwargs = hub_kwargs(kwargs)
         return model.eval()
 

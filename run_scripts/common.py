@@ -142,6 +142,8 @@ def load_adapter(folder: str) -> TwoDMSEModel:
     encoder.config.pooling = config.pooling
     if encoder.num_layers > config.num_layers:
         encoder = encoder.truncate(config.num_layers, config.dim)
+    if config.exit_projections:
+        encoder.add_exit_projections()
     merged = PeftModel.from_pretrained(encoder, folder).merge_and_unload()
     merged.config.set_ladder(config.sizes)
     return merged.eval()

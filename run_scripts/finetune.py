@@ -176,10 +176,14 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
     if args.exit_projections and encoder.exit_projections is None:
         # Adapters go around whole modules, so that these must be there before them.
         fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
+    # Projections are trained whole, and stand in the adapter's checkpoints: its base has none.
+    projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]
     config = LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         target_modules=model_args.lora_target_modules or "all-linear",
+        modules_to_save=projections or None,
+        exclude_modules=projections or None,
     )
     return get_peft_model(encoder, config)
 

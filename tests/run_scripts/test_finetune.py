@@ -131,6 +131,24 @@ def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
     assert abs(expected - untrained).max() > 1e-3
 
 
+def test_lora_with_projections_keeps_them_in_its_checkpoints(files, tmp_path):
+    settings = {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"], "--save_strategy": ["steps"]}
+    settings |= {"--save_steps": ["2"], "--max_steps": ["4"], "--exit_projections": ["true"]}
+    finetune.main(flags(files | settings))
+    whole, last = TwoDMSEModel.from_pretrained(tmp_path / "out"), tmp_path / "out" / "checkpoint-4"
+    assert whole.config.exit_projections
+    again = common.load_encoder(str(last))
+    for n, d in ((1, 8), (4, 32)):
+        assert again.encode(SENTENCES, n, d) == pytest.approx(whole.encode(SENTENCES, n, d), abs=1e-6)
+    resumed = {
+        "--resume_from_checkpoint": [str(tmp_path / "out" / "checkpoint-2")],
+        "--output_dir": [str(tmp_path / "2")],
+    }
+    finetune.main(flags(files | settings | resumed))
+    resumed = TwoDMSEModel.from_pretrained(tmp_path / "2").encode(SENTENCES, 1, 8)
+    assert resumed == pytest.approx(whole.encode(SENTENCES, 1, 8), abs=1e-6)
+
+
 def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     steps = {"--save_steps": ["2"], "--save_strategy": ["steps"], "--eval_rows": ["0"]}
     finetune.main(flags(files | steps | {"--max_steps": ["2"]}))
