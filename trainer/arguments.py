@@ -111,7 +111,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     teacher: str = field(
         default="largest",
         metadata={"help": "Whom sizes learn from by score_kl. largest: the largest size in the same step; start: the "
-                  "largest size as it was before training, which it learns from as well, for a fifth more time."},
+                  "largest size as it was before training, which it learns from as well, for a third more time."},
     )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
