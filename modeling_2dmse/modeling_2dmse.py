@@ -24,7 +24,8 @@ from .backbone import (
 from .configuration_2dmse import TwoDMSEConfig
 from .encoding import EncodeMixin, back_in_order, check_between, row_lengths, tight_groups
 from .export import check_export, export
-from .pooling import ExitProjection, pool
+from .pooling import pool
+from .projection import ExitProjection
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
 
 logger = logging.get_logger(__name__)
