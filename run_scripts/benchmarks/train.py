@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -133,7 +134,9 @@ def _theirs(
     each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
     loss = Matryoshka2dLoss(peer, MultipleNegativesRankingLoss(peer), dims, **each)
-    arguments = SentenceTransformerTrainingArguments(**_shared(batch), bf16=bf16)
+    # transformers refuses bf16 where there is no GPU, unless it is told that the CPU is meant.
+    on_cpu = bf16 and not torch.accelerator.is_available()
+    arguments = SentenceTransformerTrainingArguments(**_shared(batch), bf16=bf16, use_cpu=on_cpu)
     return SentenceTransformerTrainer(
         model=peer, args=arguments, train_dataset=_part(rows, batch), loss=loss, callbacks=[clock]
     )

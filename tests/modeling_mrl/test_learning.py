@@ -19,22 +19,26 @@ def parts(seed: int):
     """Images and labels to train on (800), to choose settings and fit the cascade on (500), to test on (497)."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
-    images, labels = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
+    images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
     return [(images[rows], labels[rows]) for rows in order.split([800, 500, 497])]
 
 
 def learn(seed: int, dims: list[int], images, labels) -> Callable[[torch.Tensor], torch.Tensor]:
-    """64 features and heads on their first m, trained together; from images to (sizes, images, classes) logits."""
+    """64 features and heads on their first m, trained together; from images to (sizes, images, classes) logits.
+
+    In float64: in float32, CPUs of different kinds round apart and end in models that differ by a point.
+    """
     torch.manual_seed(seed)
     features = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 64))
-    head = MatryoshkaHead(dims, 10)
+    head = MatryoshkaHead(dims, 10).double()
+    features.double()
     parameters = [*features.parameters(), *head.parameters()]
     weights = [WEIGHTS.get(dim, 1.0) for dim in dims]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for _ in range(STEPS):
         rows = torch.randint(len(images), (128,))
-        noisy = images[rows] + NOISE * torch.randn(128, 64)
+        noisy = images[rows] + NOISE * torch.randn(128, 64, dtype=torch.float64)
         optimizer.zero_grad()
         nested_loss(head(features(noisy)), labels[rows], weights)[0].backward()
         optimizer.step()

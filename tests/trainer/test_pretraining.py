@@ -174,7 +174,7 @@ def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
 
 
 TWO = """
-import sys, torch
+import os, sys, torch
 from datasets import Dataset
 from modeling_2dmse import StarbucksForMaskedAutoencoding
 from trainer.arguments import SmaeTrainingArguments
@@ -200,7 +200,8 @@ assert torch.equal(*gathered(torch.cat([p.detach().flatten() for p in model.para
 assert not torch.equal(*gathered(trainer.data_collator([{"text": text} for text in texts["text"]])["labels"]))
 if trainer.is_world_process_zero():
     torch.save(metrics, f"{out}/metrics.pt")
-trainer.accelerator.end_training()  # else threads of the process group may be alive when Python ends
+trainer.accelerator.end_training()
+os._exit(0)  # threads of the process group may be alive even now, and would end Python with an abort
 """
 
 
