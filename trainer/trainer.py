@@ -84,6 +84,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self._fit_projections = args.exit_projections and self.encoder.exit_projections is None
         if self._fit_projections:
             self._add_projections(model)
+        if self.encoder.exit_projections is not None and args.ddp_find_unused_parameters is None:
+            # A step leaves some out, where transformers, under gradient checkpointing, tells DDP that none is.
+            args.ddp_find_unused_parameters = True
         self.objective = Objective(
             name=args.objective,
             ladder=self.ladder,

@@ -120,6 +120,7 @@ def check_processes(start: str, folder: str) -> None:
                 assert_same(ours, expected[1])
     check_alone(start, folder, rank, counts)
     check_start(start, folder, rank, counts)
+    check_skipped_projections(start, folder)
     (Path(folder) / f"equal-{rank}").touch()
 
 
@@ -161,6 +162,19 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         expected.backward()
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
         assert_same(ours, gradients(model))
+
+
+def check_skipped_projections(start: str, folder: str) -> None:
+    """Steps with gradient checkpointing that use some of the projections alone."""
+    from modeling_2dmse import TwoDMSEModel
+
+    model = TwoDMSEModel.from_pretrained(start)
+    model.add_exit_projections()
+    before = [projection.weight.clone() for projection in model.exit_projections]
+    settings = {"gradient_checkpointing": True, "max_steps": 3, "per_device_train_batch_size": 3}
+    make_trainer(model, folder, "starbucks", None, "infonce", save_strategy="no", **settings).train()
+    moved = [not torch.equal(p.weight, old) for p, old in zip(model.exit_projections, before, strict=True)]
+    assert moved == [True, True, False, True]
 
 
 def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str, torch.Tensor]:
