@@ -201,6 +201,7 @@ def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -
         "epochs": training.num_train_epochs,
         "max_length": training.max_length,
         "bf16": training.bf16,
+        "best_recipe": os.path.basename(args.best_recipe),
         "chosen_on": tasks[0].name,
         "tasks": [task.name for task in tasks[1:]],
     }

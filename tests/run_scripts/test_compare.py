@@ -172,6 +172,16 @@ def test_results_of_another_budget_are_refused(folder):
         Store("results.json", lock, "nli", {"rows": 8})
 
 
+def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
+    (folder / "other.yaml").write_text((folder / "best.yaml").read_text())
+    compare.main(flags("--methods", "untrained"))
+    text = (folder / "results.json").read_text()
+    with pytest.raises(SystemExit):
+        compare.main(flags("--methods", "untrained", "--best_recipe", "other.yaml"))
+    assert "holds runs on nli with best_recipe best.yaml, not other.yaml" in capsys.readouterr().err
+    assert (folder / "results.json").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
