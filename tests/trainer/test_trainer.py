@@ -292,7 +292,7 @@ def test_unknown_names_are_collected_in_one_error(tmp_path):
 
 
 TWO_PROCESSES = """
-import json, sys, torch
+import json, os, sys, torch
 sys.path.insert(0, sys.argv[3])
 from datasets import Dataset
 from modeling_2dmse import TwoDMSEModel
@@ -312,6 +312,7 @@ args = TwoDMSETrainingArguments(
 trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows))
 trainer.train()
 trainer.save_model()
+os._exit(0)  # threads of the process group may be alive even now, and would end Python with an abort
 """
 
 
