@@ -66,8 +66,8 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         row("train.fp32", ">= 1.5", rates["ours"], rates["theirs"], **more),
         row("train.fp32_sampled", "beside it", rates["ours"], rates["theirs-sampled"], **more),
         row("train.default", ">= 3", rates["ours-default"], rates["theirs-default"], **more | {"batch": [BATCH, 8]}),
-        row("train.projections_cost", "<= 1.05", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
-        row("train.recipe_cost", "<= 1.4", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
+        row("train.projections_cost", "beside it", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
+        row("train.recipe_cost", "beside it", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
         ladder_cost(args, rows),
     ]
     if "ours-bf16" in rates:
