@@ -41,6 +41,9 @@ SENTENCES = [
     "a building is under construction",
 ]
 LADDER = ["1x8", "2x16", "4x32"]
+# The end of a script that several processes run: threads of the process group may be alive even then, and would end
+# Python with an abort.
+LEAVE = "\nimport os; os._exit(0)\n"
 NUM_LAYERS, HIDDEN = 4, 32
 
 

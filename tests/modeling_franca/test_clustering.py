@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LEAVE
 from tiny_vision import tiny_batch, tiny_config, tiny_model
 
 from modeling_franca import CyclicMask, FrancaConfig, NestedClusteringHead, assignment_loss, koleo_loss, sinkhorn
@@ -114,9 +115,8 @@ def test_two_processes_equal_one(tmp_path):
     assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2
     expected = {"assigned": sinkhorn(cosines(10, 5), 0.07, 3), "loss": output.loss.item(), "gradients": gradients}
     torch.save(expected, tmp_path / "expected.pt")
-    # Threads of the process group may be alive even then, and would end Python with an abort.
-    code = f"import os, test_clustering as t; t.check_processes({str(tmp_path)!r}); os._exit(0)"
-    (tmp_path / "run.py").write_text(code)
+    code = f"import test_clustering as t; t.check_processes({str(tmp_path)!r})"
+    (tmp_path / "run.py").write_text(code + LEAVE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

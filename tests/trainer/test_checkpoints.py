@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LADDER, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -68,9 +68,7 @@ def train_in_a_process(start: str, folder: str) -> None:
 
 def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
     call = f"t.train_in_a_process({str(tmp_path / 'start')!r}, {str(folder)!r})"
-    # Threads of the process group may be alive even then, and would end Python with an abort.
-    code = f"import os, test_checkpoints as t; {call}; os._exit(0)"
-    (tmp_path / "run.py").write_text(code)
+    (tmp_path / "run.py").write_text(f"import test_checkpoints as t; {call}{LEAVE}")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "trainer")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(tmp_path / "run.py")]

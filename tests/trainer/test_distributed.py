@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LADDER, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES
 from datasets import Dataset
 
 from modeling_2dmse import modeling_2dmse
@@ -212,9 +212,7 @@ def check_fsdp2(start: str, folder: str) -> None:
 def run_processes(function: str, world: int, tmp_path: Path) -> None:
     """One of the checks above in several gloo processes."""
     call = f"t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
-    # Threads of the process group may be alive even then, and would end Python with an abort.
-    code = f"import os, test_distributed as t; {call}; os._exit(0)"
-    (tmp_path / "run.py").write_text(code)
+    (tmp_path / "run.py").write_text(f"import test_distributed as t; {call}{LEAVE}")
     tests = ROOT / "tests"
     path = os.pathsep.join([str(ROOT), str(tests), str(tests / "trainer")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]

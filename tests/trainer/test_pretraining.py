@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LADDER, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -174,7 +174,7 @@ def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
 
 
 TWO = """
-import os, sys, torch
+import sys, torch
 from datasets import Dataset
 from modeling_2dmse import StarbucksForMaskedAutoencoding
 from trainer.arguments import SmaeTrainingArguments
@@ -201,7 +201,6 @@ assert not torch.equal(*gathered(trainer.data_collator([{"text": text} for text 
 if trainer.is_world_process_zero():
     torch.save(metrics, f"{out}/metrics.pt")
 trainer.accelerator.end_training()
-os._exit(0)  # threads of the process group may be alive even now, and would end Python with an abort
 """
 
 
@@ -212,7 +211,7 @@ def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
     model.save_pretrained(tmp_path / "start")
     model.encoder.tokenizer.save_pretrained(tmp_path / "start")
     (tmp_path / "texts").write_text("\n".join(TEXTS["text"]))
-    (tmp_path / "run.py").write_text(TWO)
+    (tmp_path / "run.py").write_text(TWO + LEAVE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "run.py", "start", "two", "2", kind]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

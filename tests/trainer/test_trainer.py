@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LADDER, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel
@@ -292,7 +292,7 @@ def test_unknown_names_are_collected_in_one_error(tmp_path):
 
 
 TWO_PROCESSES = """
-import json, os, sys, torch
+import json, sys, torch
 sys.path.insert(0, sys.argv[3])
 from datasets import Dataset
 from modeling_2dmse import TwoDMSEModel
@@ -312,7 +312,6 @@ args = TwoDMSETrainingArguments(
 trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows))
 trainer.train()
 trainer.save_model()
-os._exit(0)  # threads of the process group may be alive even now, and would end Python with an abort
 """
 
 
@@ -322,7 +321,7 @@ def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(objective,
     tiny_model().save_pretrained(tmp_path / "start")
     rows = {"sentence1": SENTENCES[:16], "sentence2": SENTENCES[4:20], "score": [i / 16 for i in range(16)]}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    (tmp_path / "run.py").write_text(TWO_PROCESSES + LEAVE)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for name, launcher, batch in (
