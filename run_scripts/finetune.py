@@ -80,7 +80,7 @@ class DataArguments(common.OverwriteArguments):
     )
 
 
-def main(argv=None) -> None:
+def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> None:
     """Parse, check everything, train, evaluate, save."""
     common.use_all_cores()
     with common.user_errors():
@@ -96,7 +96,7 @@ def main(argv=None) -> None:
         model = _add_adapters(encoder, model_args, args, train)
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
         tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
-        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=train, eval_dataset=tasks)
+        trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=tasks)
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}

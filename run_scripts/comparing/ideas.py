@@ -1,0 +1,174 @@
+"""Ideas that were tried towards our recipe and are not part of it; model_cards/lab-notes.md says what each gave.
+
+Each is a TwoDMSETrainer with one thing changed, as far as the attribute of the idea's own name says, a number.
+"""
+
+import copy
+import random
+
+import torch
+
+from modeling_2dmse import Size
+from modeling_2dmse.pooling import cut_and_normalize
+from trainer import TwoDMSETrainer
+from trainer.alignment import score_kl
+from trainer.averaging import initial_shares
+from trainer.data import PairCollator, check_table, draw_texts, read_table
+from trainer.losses import SCORE_LOSSES, angle, cosent
+from trainer.objectives import Plan, Term, geometric_dims
+
+# The narrowest dim that further sizes are drawn at.
+SMALLEST_DRAWN = 32
+
+
+class PlanIdea(TwoDMSETrainer):
+    """Changes what a step computes."""
+
+    def _step(self, inputs):
+        *step, plan = super()._step(inputs)
+        return (*step, self.change(plan))
+
+    def change(self, plan: Plan) -> Plan:
+        """The plan of the step, made from the objective's."""
+        return plan
+
+
+class OwnAlignment(PlanIdea):
+    """The weight with which the largest size learns from the start (`--teacher start`), in place of the others'."""
+
+    def change(self, plan):
+        largest = self.ladder[-1]
+        own = [a._replace(weight=self.own_alignment) if a.student == largest else a for a in plan.alignments]
+        return super().change(plan._replace(alignments=tuple(own)))
+
+
+class LargestLoss(PlanIdea):
+    """The weight of the base loss at the largest size; 1 at the others."""
+
+    def change(self, plan):
+        terms = [t._replace(weight=self.largest_loss) if t.size == self.ladder[-1] else t for t in plan.terms]
+        return super().change(plan._replace(terms=tuple(terms)))
+
+
+class DrawnSizes(PlanIdea):
+    """So many further sizes each step, of any layer and of 32, 64, ... H dims, trained as those of the ladder are."""
+
+    def change(self, plan):
+        rng = random.Random(f"drawn-{self.args.seed}-{self.state.global_step}")
+        dims = geometric_dims(self.encoder.config.hidden_size, SMALLEST_DRAWN)
+        layers = range(1, self.encoder.num_layers + 1)
+        grid = [Size(n, dim) for n in layers for dim in dims if Size(n, dim) not in self.ladder]
+        drawn, pattern = rng.sample(grid, int(self.drawn_sizes)), plan.alignments[0]
+        return super().change(
+            plan._replace(
+                terms=plan.terms + tuple(Term(size, 1.0) for size in drawn),
+                alignments=plan.alignments + tuple(pattern._replace(student=size) for size in drawn),
+            )
+        )
+
+
+class ShallowGradient(TwoDMSETrainer):
+    """A factor on the gradient that shallower exits send into the layers they share; their projections get it whole."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.encoder.exit_projections is None:
+            raise ValueError("idea: shallow_gradient needs exits with projections (--exit_projections true)")
+        for projection in self.encoder.exit_projections[:-1]:
+            projection.register_full_backward_hook(lambda _, into, out: (self.shallow_gradient * into[0],))
+
+
+class LayerwiseRates(TwoDMSETrainer):
+    """A factor on the learning rate from each layer to the next one above; embeddings have that of the first layer."""
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        shares = initial_shares(self.encoder, self.encoder.num_layers - 1)
+        depth = {id(parameter): shares[name] for name, parameter in self.encoder.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for below in sorted({depth[id(parameter)] for parameter in group["params"]}):
+                own = [parameter for parameter in group["params"] if depth[id(parameter)] == below]
+                groups.append(group | {"params": own, "lr": group["lr"] * self.layerwise_rates**below})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+
+class AngleBeside(TwoDMSETrainer):
+    """AnglE's loss with this weight, beside CoSENT."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.loss != "cosent":
+            raise ValueError(f"idea: angle_beside goes with the loss cosent, not with {self.args.loss}")
+        SCORE_LOSSES["cosent+angle"] = lambda *sides: cosent(*sides) + self.angle_beside * angle(*sides)
+        self.args.loss = "cosent+angle"
+
+
+class PlainSentences(TwoDMSETrainer):
+    """The weight with which all sizes learn, on as many sentences without labels as the batch has rows, from the
+    full size as it was before training."""
+
+    # A table that finetune.py could train on, of which the texts alone are used.
+    plain_file: str
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        table = check_table(read_table(self.plain_file, "plain_file"), "plain_file")
+        self._plain_start, self._plain_texts = None, draw_texts([table], self.args.seed)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self._plain_start is None:
+            self._plain_start = copy.deepcopy(self.encoder).eval().requires_grad_(False)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        rng = random.Random(f"plain-{self.args.seed}-{self.state.global_step}")
+        drawn = rng.sample(self._plain_texts, min(self.args.per_device_train_batch_size, len(self._plain_texts)))
+        batch = PairCollator(self.processing_class, ["text"], self.args.max_length)([{"text": text} for text in drawn])
+        batch = self._prepare_inputs({name: batch[name] for name in batch if torch.is_tensor(batch[name])})
+        layers = [*dict.fromkeys(size.num_layers for size in self.ladder)]
+        states = model(**batch, layers=layers, num_buckets=self.args.num_buckets).layer_embeddings
+        with torch.no_grad(), self.accelerator.autocast():
+            start = self._plain_start(**batch, layers=layers[-1:], num_buckets=self.args.num_buckets)
+        return loss + self.plain_sentences * self.plain_loss(layers, states, start.layer_embeddings[-1])
+
+    def plain_loss(self, layers: list[int], states: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The sum over sizes of score_kl to the start; states (exits, rows, H), start (rows, H)."""
+        teacher = cut_and_normalize(start.float(), self.ladder[-1].dim)
+        by_layer = dict(zip(layers, states.float(), strict=True))
+        students = (cut_and_normalize(by_layer[size.num_layers], size.dim) for size in self.ladder)
+        return sum(score_kl(student, teacher, self.args.loss_scale) for student in students)
+
+
+class WeakenedDirections(TwoDMSETrainer):
+    """Shallow exits are fitted to targets whose directions are divided by their variance to this power."""
+
+    def _fit_on_training_texts(self, layers=None):
+        super()._fit_on_training_texts(layers)
+        texts = draw_texts(self.train_tables, self.args.seed)
+        embeddings = self.encoder.encode(
+            texts, max_length=self.args.max_length, convert_to_tensor=True, show_progress_bar=False
+        )
+        variance = embeddings.double().square().mean(dim=0)
+        factor = (variance / variance.mean()).clamp(min=0.01) ** -self.weakened_directions
+        for projection in self.encoder.exit_projections[:-1]:
+            projection.weight.data.mul_(factor[:, None])
+
+
+IDEAS = {
+    "own_alignment": OwnAlignment,
+    "largest_loss": LargestLoss,
+    "drawn_sizes": DrawnSizes,
+    "shallow_gradient": ShallowGradient,
+    "layerwise_rates": LayerwiseRates,
+    "angle_beside": AngleBeside,
+    "plain_sentences": PlainSentences,
+    "weakened_directions": WeakenedDirections,
+}
+
+
+def idea_trainer(strengths: dict[str, float]) -> type[TwoDMSETrainer]:
+    """The trainer of some ideas at once, by name; ValueError where one is unknown."""
+    unknown = [name for name in strengths if name not in IDEAS]
+    if unknown:
+        raise ValueError(f"idea: {unknown[0]!r} is unknown; choose of {', '.join(IDEAS)}")
+    return type("IdeaTrainer", tuple(IDEAS[name] for name in strengths), dict(strengths))

@@ -1,0 +1,48 @@
+"""Train with ideas that were tried and dropped: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
+
+It takes finetune.py's arguments besides and writes the same folder; model_cards/lab-notes.md says what each idea gave.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from run_scripts import common, finetune
+from run_scripts.comparing.ideas import IDEAS, PlainSentences, idea_trainer
+
+
+def main(argv=None) -> None:
+    """Parse the ideas, and leave the rest to finetune.py."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        usage="%(prog)s RECIPE.yaml --idea NAME=NUMBER [NAME=NUMBER ...] [--flag value ...]",
+        description="All other flags are finetune.py's.",
+        epilog="\n\n".join(f"{name}: {' '.join(idea.__doc__.split())}" for name, idea in IDEAS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--idea", nargs="+", required=True, metavar="NAME=NUMBER", help="What to try, how much of it.")
+    parser.add_argument("--plain_file", help="Table whose texts, without labels, plain_sentences trains on.")
+    args, rest = parser.parse_known_args(argv)
+    with common.user_errors():
+        trainer = idea_trainer(dict(map(_parse, args.idea)))
+        if issubclass(trainer, PlainSentences) != bool(args.plain_file and os.path.isfile(args.plain_file)):
+            raise ValueError(f"plain_file: {args.plain_file} is not a file; plain_sentences alone needs one")
+        trainer.plain_file = args.plain_file
+    finetune.main(rest, trainer)
+
+
+def _parse(idea: str) -> tuple[str, float]:
+    name, _, number = idea.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise ValueError(f"idea: {idea!r} is not NAME=NUMBER, for example shallow_gradient=0.3") from None
+
+
+if __name__ == "__main__":
+    main()

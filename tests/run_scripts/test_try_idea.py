@@ -1,0 +1,201 @@
+"""Ideas that the lab notes try: each changes what it says it does, and nothing else."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
+
+from modeling_2dmse import Size
+from run_scripts import try_idea
+from run_scripts.comparing.ideas import IDEAS, idea_trainer
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+
+ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
+SCORED = Dataset.from_dict({"sentence1": SENTENCES[:8], "sentence2": SENTENCES[8:16], "score": [*map(float, range(8))]})
+LARGEST = Size(4, 32)
+
+
+@pytest.fixture
+def make(tiny_model, tmp_path):
+    """A function from the strengths of ideas to their trainer, around a model with random projections."""
+
+    def trainer(strengths: dict[str, float], rows: Dataset = ROWS, plain_file=None, projected=True, **kwargs):
+        settings = {
+            "max_steps": 4, "per_device_train_batch_size": 8, "report_to": "none", "use_cpu": True, "bf16": False,
+            "save_strategy": "no", "disable_tqdm": True, "sizes": LADDER, "learning_rate": 1e-2,
+        }  # fmt: skip
+        args = TwoDMSETrainingArguments(output_dir=str(tmp_path / "out"), **(settings | kwargs))
+        kind = idea_trainer(strengths) if strengths else TwoDMSETrainer
+        kind.plain_file = plain_file
+        return kind(model=tiny_model(projected=projected).eval(), args=args, train_dataset=rows)
+
+    return trainer
+
+
+def loss_and_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of the first rows, without dropout."""
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in trainer.encoder.named_parameters() if p.grad is not None}
+
+
+def plan(trainer):
+    return trainer._step(trainer.data_collator([ROWS[0], ROWS[1]]))[-1]
+
+
+def test_weights_of_the_largest_size(make):
+    strengths = {"own_alignment": 0.25, "largest_loss": 3.0}
+    usual, changed = (plan(make(s, teacher="start", alignment_weight=2.0)) for s in ({}, strengths))
+    assert {t.size: t.weight for t in changed.terms} == {Size(1, 8): 1, Size(2, 16): 1, LARGEST: 3}
+    assert {a.student: a.weight for a in changed.alignments} == {Size(1, 8): 2, Size(2, 16): 2, LARGEST: 0.25}
+    assert [a[:3] for a in changed.alignments] == [a[:3] for a in usual.alignments]
+
+
+def test_drawn_sizes_come_on_top_and_change_from_step_to_step(make):
+    trainer, usual = make({"drawn_sizes": 2}, sizes=["1x8", "3x16", "4x32"]), plan(make({}, sizes=["1x8", "4x32"]))
+    seen = set()
+    for trainer.state.global_step in range(20):
+        changed = plan(trainer)
+        assert [t.size for t in changed.terms][:3] == [Size(1, 8), Size(3, 16), LARGEST]
+        drawn = {t.size for t in changed.terms[3:]}
+        assert len(drawn) == 2
+        assert {a.student for a in changed.alignments} == {Size(1, 8), Size(3, 16), *drawn}
+        assert {a._replace(student=None) for a in changed.alignments} == {usual.alignments[0]._replace(student=None)}
+        seen |= drawn
+    assert seen == {Size(1, 32), Size(2, 32), Size(3, 32)}
+
+
+def test_shallow_gradients_are_scaled_before_the_layers_alone(make):
+    (loss, none), (_, half), (_, whole) = (loss_and_gradients(make({"shallow_gradient": f})) for f in (0.0, 0.5, 1.0))
+    assert loss == pytest.approx(loss_and_gradients(make({}))[0], rel=1e-6)
+    alone = loss_and_gradients(make({}, sizes=[str(LARGEST)], alignment="none"))[1]
+    moved = 0
+    for name, gradient in loss_and_gradients(make({}))[1].items():
+        assert torch.allclose(whole[name], gradient, atol=1e-6), name
+        if name.startswith("exit_projections."):
+            assert torch.allclose(none[name], gradient, atol=1e-6), name
+        else:
+            assert torch.allclose(none[name], alone[name], atol=1e-6), name
+            assert torch.allclose(half[name], (none[name] + gradient) / 2, atol=1e-6), name
+            moved += not torch.allclose(none[name], gradient, atol=1e-3)
+    assert moved > 10
+
+
+def test_rates_fall_from_layer_to_layer(make):
+    trainer = make({"layerwise_rates": 0.5})
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len([*trainer.encoder.parameters()])
+    for name, parameter in trainer.encoder.named_parameters():
+        below = next((int(word) for word in name.split(".") if word.isdigit()), 0)
+        assert rates[id(parameter)] == pytest.approx(1e-2 * 0.5**below), name
+    decays = {
+        id(p): g["weight_decay"]
+        for g in make({}, weight_decay=0.1).create_optimizer().param_groups
+        for p in g["params"]
+    }
+    assert set(decays.values()) == {0.0, 0.1}
+    trainer.train()
+
+
+def test_angle_stands_beside_cosent(make):
+    losses = {
+        loss: loss_and_gradients(make({}, SCORED, loss=loss, alignment="none"))[0] for loss in ("cosent", "angle")
+    }
+    both = loss_and_gradients(make({"angle_beside": 0.5}, SCORED, alignment="none"))[0]
+    assert both == pytest.approx(losses["cosent"] + 0.5 * losses["angle"], rel=1e-5)
+    assert losses["angle"] > 0.1
+
+
+def test_plain_sentences_pull_to_the_start(make, tmp_path):
+    plain = tmp_path / "plain.csv"
+    plain.write_text(
+        "\n".join(["anchor,positive", *(f"{a},{b}" for a, b in zip(SENTENCES[::2], SENTENCES[1::2], strict=True))])
+    )
+    trainer, usual = make({"plain_sentences": 2.0}, plain_file=str(plain), per_device_train_batch_size=20), make({})
+    loss = loss_and_gradients(trainer)[0] - loss_and_gradients(usual)[0]
+    # All twenty sentences, at each size, against the full size of the start: softmaxes over all others, in loops.
+    embeddings = [usual.encoder.encode(SENTENCES, size.num_layers, size.dim).astype("float64") for size in usual.ladder]
+    expected = 0.0
+    for student in embeddings:
+        for i in range(20):
+            others = [j for j in range(20) if j != i]
+            sides = [[math.exp(20 * float(e[i] @ e[j])) for j in others] for e in (embeddings[-1], student)]
+            p, q = ([value / sum(side) for value in side] for side in sides)
+            expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 20
+    assert loss == pytest.approx(2 * expected, rel=1e-3)
+    assert expected > 0.1
+    trainer.train()
+    moved = trainer.encoder.encode(SENTENCES) @ trainer.encoder.encode(SENTENCES).T
+    assert abs(moved - embeddings[-1] @ embeddings[-1].T).max() > 1e-3, "the start stays, the model moves"
+
+
+def test_weakened_directions(make):
+    settings = {"projected": False, "exit_projections": True}
+    usual, weakened = make({}, **settings), make({"weakened_directions": 0.5}, **settings)
+    for trainer in (usual, weakened):
+        trainer._fit_on_training_texts()
+    factors = [
+        b.weight / a.weight
+        for a, b in zip(usual.encoder.exit_projections, weakened.encoder.exit_projections, strict=True)
+    ]
+    assert torch.allclose(factors[-1], torch.ones(()))
+    full = torch.from_numpy(usual.encoder.encode(SENTENCES[:16]))
+    variance = full.square().mean(dim=0)
+    expected = (variance / variance.mean()).clamp(min=0.01) ** -0.5
+    for factor in factors[:-1]:
+        strong = factor[:8]  # weak directions' weights are rounding alone
+        assert torch.allclose(strong, expected[:8, None].expand_as(strong), rtol=1e-3)
+    assert expected[0] < 0.9 < 1.1 < expected[7]
+
+
+def test_a_run_writes_what_finetune_writes(backbone_path, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "\n".join(["anchor,positive", *(f"{a},{b}" for a, b in zip(ROWS["anchor"], ROWS["positive"], strict=True))])
+    )
+    (tmp_path / "r.yaml").write_text(f"model_name_or_path: {backbone_path('bert')}\nsizes: [1x8, 4x32]\n")
+    shared = ["--train_file", str(tmp_path / "t.csv"), "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    shared += [
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--eval_rows",
+        "0",
+        "--save_strategy",
+        "no",
+    ]
+    try_idea.main(
+        [str(tmp_path / "r.yaml"), "--idea", "largest_loss=2", *shared, "--output_dir", str(tmp_path / "out")]
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "2dmse"
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--idea", "magic=1"], f"idea: 'magic' is unknown; choose of {', '.join(IDEAS)}"),
+        (["--idea", "largest_loss"], "idea: 'largest_loss' is not NAME=NUMBER, for example shallow_gradient=0.3"),
+        (["--idea", "plain_sentences=1"], "plain_file: None is not a file; plain_sentences alone needs one"),
+        (["--idea", "largest_loss=1", "--plain_file", __file__], "plain_sentences alone needs one"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        try_idea.main(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(make):
+    with pytest.raises(ValueError, match="shallow_gradient needs exits with projections"):
+        make({"shallow_gradient": 0.5}, projected=False)
+    with pytest.raises(ValueError, match="angle_beside goes with the loss cosent, not with infonce"):
+        make({"angle_beside": 1.0})
