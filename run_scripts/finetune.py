@@ -21,6 +21,7 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import common
 from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.corpus import read_plain_texts
 from trainer.data import check_table, draw_rows, draw_texts, hold_out, join_tables, read_table
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
 from trainer.hub import find_token, stage, upload
@@ -78,6 +79,11 @@ class DataArguments(common.OverwriteArguments):
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Train on this many rows (of each file), drawn by the seed."}
     )
+    plain_file: str | None = field(
+        default=None,
+        metadata={"help": "Texts without labels, of the kind that will be embedded, that sizes learn on as well: .txt "
+                  "(a text a line), a table with a column text, or one as train_file, of which only the texts count."},
+    )  # fmt: skip
 
 
 def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> None:
@@ -96,7 +102,11 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> Non
         model = _add_adapters(encoder, model_args, args, train)
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
         tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
-        trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=tasks)
+        plain = None
+        if data_args.plain_file is not None:
+            # Another seed than the rows', which would be drawn again here where both come from one file.
+            plain = read_plain_texts(data_args.plain_file, sum(map(len, train)), args.seed + 1)
+        trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=tasks, plain_texts=plain)
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}

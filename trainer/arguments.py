@@ -108,6 +108,9 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=None,
         metadata={"help": "Factor of the alignment. Default: 1, and 0.3 for starbucks with feature_kl."},
     )
+    plain_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the alignment on texts without labels, where such are given."}
+    )
     teacher: str = field(
         default="largest",
         metadata={"help": "Whom sizes learn from by score_kl. largest: the largest size in the same step; start: the "
@@ -187,6 +190,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
                 ("cross_size_weight", self.cross_size_weight, 0),
+                ("plain_weight", self.plain_weight, 0),
                 ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
                 (
                     "gradient_cache_chunk_size",

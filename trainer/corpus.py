@@ -1,4 +1,4 @@
-"""Plain texts for pre-training: reading them, leaving out what is too short, and packing them into equal blocks."""
+"""Plain texts: reading them, and for pre-training leaving out what is too short, and packing them into equal blocks."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import FORMATS, read_table
+from .data import FORMATS, check_table, draw_texts, read_table
 from .masking import special_tokens_around, tokenize_words
 
 MIN_WORDS = 3
@@ -40,6 +40,18 @@ def read_corpus(path: str, text_column: str, streaming: bool = False, argument: 
             raise ValueError(f"text_column: {text_column} does not stand in {path}: a .txt file holds plain lines")
     table = datasets.load_dataset(builder, data_files=path, split="train", streaming=streaming, **options)
     return check_corpus(table, text_column, argument)
+
+
+def read_plain_texts(path: str, limit: int, seed: int) -> list[str]:
+    """At most `limit` different texts without labels, drawn by the seed: of a .txt file (a text a line), a table with a
+    column `text`, or all texts of a table that one could train on; ValueError naming `plain_file` for anything else."""
+    if re.sub(r"\.gz$", "", path.lower()).endswith(".txt"):
+        table = read_corpus(path, "text", argument="plain_file")
+    else:
+        table = read_table(path, "plain_file")
+        is_corpus = "text" in table.column_names
+        table = check_corpus(table, "text", "plain_file") if is_corpus else check_table(table, "plain_file")
+    return draw_texts([table], seed, limit)
 
 
 def check_corpus(table: Dataset | IterableDataset, text_column: str, argument: str = "train_file"):

@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from modeling_2dmse.encoding import check_texts as as_texts
+
 FORMATS = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
@@ -22,6 +24,8 @@ FORMATS = {
     ".parquet": ("parquet", {}),
 }
 # Numbered negatives may be empty: not every row has as many.
+# The column of texts without labels that `add_plain_texts` puts behind the others.
+PLAIN = "plain"
 ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
 
 
@@ -110,6 +114,21 @@ def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> lis
     return random.Random(seed).sample(list(texts), min(limit, len(texts)))
 
 
+def add_plain_texts(table: Dataset, texts: Sequence[str], seed: int, batch: int) -> Dataset:
+    """The table with a column `plain`: one of the texts for each row, in an order drawn by the seed, over and over.
+
+    ValueError where they are fewer than a batch, in which texts would then stand twice, or not all texts.
+    """
+    texts, _ = as_texts(texts)
+    if len(texts) < batch:
+        raise ValueError(f"plain_texts: {len(texts)} are fewer than one batch of {batch}; add some")
+    empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise ValueError(f"plain_texts: item {empty} is empty; remove it")
+    order = np.random.default_rng(seed).permutation(len(texts))
+    return table.add_column(PLAIN, [texts[order[i % len(texts)]] for i in range(len(table))])
+
+
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
     first = np.asarray(table[table.column_names[0]], dtype=object)
@@ -127,12 +146,13 @@ class PairCollator:
 
     Args:
         tokenizer: of the model.
-        columns: the text columns in the order of their roles.
+        columns: the text columns in the order of their roles; `plain`, the last one, where there are texts without
+            labels.
         max_length: in tokens.
 
     Returns (per call): `input_ids`, `attention_mask` (rows, length), `lengths` (tokens of each row), `counts` (rows of
-    each column; a row without a text in a column of negatives adds none), and `scores` (B,) where the examples carry a
-    score.
+    each column; a row without a text in a column of negatives adds none), `plain` (rows of texts without labels behind
+    these) where the examples hold such, and `scores` (B,) where they carry a score.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
@@ -149,7 +169,10 @@ class PairCollator:
         known = ("input_ids", "attention_mask", "token_type_ids")
         output = {key: batch[key] for key in known if key in batch}
         output["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
-        output["counts"] = tuple(map(len, columns))
+        counts = list(map(len, columns))
+        if PLAIN in self.columns:
+            output["plain"] = counts.pop()
+        output["counts"] = tuple(counts)
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
         return output

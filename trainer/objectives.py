@@ -50,17 +50,18 @@ class Cross(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step computes."""
+    """What one step computes: terms, alignments and crosses on the labelled rows, `plain` on those without labels."""
 
     terms: tuple[Term, ...]
     alignments: tuple[Alignment, ...] = ()
     crosses: tuple[Cross, ...] = ()
+    plain: tuple[Alignment, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The exits the step needs, ascending."""
         sizes = [term.size for term in self.terms]
-        sizes += [size for a in self.alignments for size in (a.student, a.teacher)]
+        sizes += [size for a in self.alignments + self.plain for size in (a.student, a.teacher)]
         sizes += [size for c in self.crosses for size in (c.queries, c.documents)]
         return tuple(sorted({size.num_layers for size in sizes}))
 
@@ -80,6 +81,8 @@ class Objective:
         teacher: `largest`, or `start`: score_kl's teacher is the model before training, for the largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size against documents at the ladder's
             deepest layer, cut to the same dim; 0 for none.
+        plain_weight: factor of the alignment on texts without labels, as alignment_weight is on the others; 0 where
+            there are none.
     """
 
     name: str
@@ -91,10 +94,16 @@ class Objective:
     compression_dim: int = 128
     teacher: str = "largest"
     cross_size_weight: float = 0.0
+    plain_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
-        plan = OBJECTIVES[self.name](self, rng)
+        plain = ()
+        if self.plain_weight:
+            state = rng.getstate()
+            plain = replace(self, alignment_weight=self.plain_weight, plain_weight=0.0).plan(rng).alignments
+            rng.setstate(state)  # the same sizes for both
+        plan = OBJECTIVES[self.name](self, rng)._replace(plain=plain)
         if self.teacher == "start":
             taught = {a.teacher: a.weight for a in plan.alignments}
             alignments = (Alignment("score_kl", size, size, weight) for size, weight in taught.items())
@@ -213,8 +222,8 @@ def plan_parts(
             it then takes the place of in score_kl.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`, `cross/2x64`), weight and value. The parts share the states alone, so that
-        each can be gone backward from, and its graph dropped, before the next is made.
+        name (`loss/2x64`, `alignment/2x64`, `plain/2x64`, `cross/2x64`), weight and value. The parts share the
+        states alone, so that each can be gone backward from, and its graph dropped, before the next is made.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -222,20 +231,20 @@ def plan_parts(
     def state(num_layers: int) -> torch.Tensor:
         return states[plan.layers.index(num_layers)].float()
 
-    def embedding(size: Size) -> torch.Tensor:
-        return cut_and_normalize(state(size.num_layers), size.dim)
-
     for size, weight in plan.terms:
-        yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
-    for kind, student, teacher, weight in plan.alignments:
-        if start is not None and kind == "score_kl":
-            distance = score_kl(embedding(student), cut_and_normalize(start, teacher.dim), scale)
-        else:
-            distance = _distance(kind, student, teacher, state, embedding, scale)
-        yield f"alignment/{student}", weight, distance
+        embeddings = cut_and_normalize(rows.labelled(state(size.num_layers)), size.dim)
+        yield f"loss/{size}", weight, base_loss(loss, embeddings, rows, scale)
+    for name, alignments, part in (
+        ("alignment", plan.alignments, rows.labelled),
+        ("plain", plan.plain, rows.unlabelled),
+    ):
+        for kind, student, teacher, weight in alignments:
+            above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
+            pair = part(state(student.num_layers)), part(above)
+            yield f"{name}/{student}", weight, _distance(kind, student.dim, teacher.dim, *pair, scale)
     first = rows.counts[0]
     for queries, documents, weight in plan.crosses:
-        joined = torch.cat((state(queries.num_layers)[:first], state(documents.num_layers)[first:]))
+        joined = torch.cat((state(queries.num_layers)[:first], rows.labelled(state(documents.num_layers))[first:]))
         yield f"cross/{queries}", weight, base_loss(loss, cut_and_normalize(joined, queries.dim), rows, scale)
 
 
@@ -286,11 +295,14 @@ class _WithGradient(torch.autograd.Function):
         return gradient.mul_(grad_value), None, None
 
 
-def _distance(kind, student: Size, teacher: Size, state, embedding, scale) -> torch.Tensor:
+def _distance(
+    kind: str, dim: int, teacher_dim: int, state: torch.Tensor, teacher: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The named distance of one exit's (rows, H) at `dim` to the teacher's (rows, H) at its own."""
     if kind == "pca":
-        return pca_distance(state(student.num_layers), student.dim)
+        return pca_distance(state, dim)
     if kind == "raw_feature_kl":
-        return feature_kl(state(student.num_layers), state(teacher.num_layers))
+        return feature_kl(state, teacher)
     if kind == "feature_kl":
-        return feature_kl(embedding(student), embedding(Size(teacher.num_layers, student.dim)))
-    return score_kl(embedding(student), embedding(teacher), scale)
+        return feature_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, dim))
+    return score_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, teacher_dim), scale)

@@ -17,7 +17,7 @@ from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
 from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
-from .data import PairCollator, check_table, draw_texts, join_tables, rescale_scores, text_columns
+from .data import PairCollator, add_plain_texts, check_table, draw_texts, join_tables, rescale_scores, text_columns
 from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
@@ -45,6 +45,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
             Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
         processing_class: the tokenizer; the model's own when left out.
+        plain_texts: texts without labels, one of which each training row comes with: sizes learn from their teacher on
+            these as well, with the factor `plain_weight`.
         kwargs: passed to `Trainer`.
 
     Raises:
@@ -61,6 +63,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class=None,
+        plain_texts: Sequence[str] | None = None,
         **kwargs,
     ):
         self.encoder = find_encoder(model)
@@ -78,6 +81,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             if args.loss == "cosine_mse":
                 train_dataset, highest = rescale_scores(train_dataset)
                 logger.info(f"cosine_mse: scores were divided by {highest:g}")
+            if plain_texts is not None:
+                batch = args.per_device_train_batch_size
+                train_dataset = add_plain_texts(train_dataset, plain_texts, args.seed, batch)
             columns = text_columns(train_dataset)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
@@ -97,11 +103,17 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             compression_dim=args.compression_dim,
             teacher=args.teacher,
             cross_size_weight=args.cross_size_weight,
+            plain_weight=0.0 if plain_texts is None else args.plain_weight,
         )
         if args.cross_size_weight and not self.objective.plan(random.Random(0)).crosses:
             raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
         if args.teacher == "start" and self.objective.kind != "score_kl":
             raise ValueError(f"teacher: start teaches by the alignment score_kl, not by {self.objective.kind}")
+        if plain_texts is not None and not self.objective.plan(random.Random(0)).plain:
+            raise ValueError(
+                f"plain_texts: {args.objective} learns nothing from them with the alignment {self.objective.kind} and "
+                f"plain_weight {args.plain_weight:g}"
+            )
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step, self._start = (-1, 0), None
@@ -203,7 +215,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             with self.compute_loss_context_manager():
                 return model(**chunk, layers=plan.layers).layer_embeddings
 
-        chunk_rows = len(rows.counts) * self.args.gradient_cache_chunk_size
+        chunk_rows = (len(rows.counts) + bool(rows.plain)) * self.args.gradient_cache_chunk_size
         cached = CachedForward(forward, inputs, chunk_rows, lengths)
         states = cached.states().requires_grad_()
         start = self._start_state(plan, inputs, lengths, chunk_rows)
@@ -223,9 +235,10 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     @torch.no_grad()
     def _start_state(self, plan: Plan, inputs: dict, lengths, chunk_rows: int | None = None) -> torch.Tensor | None:
         """(rows, H), what the model before training says behind the teacher's layers; None where it does not teach."""
-        if self._start is None or not plan.alignments:
+        alignments = plan.alignments or plan.plain
+        if self._start is None or not alignments:
             return None
-        layers = (plan.alignments[0].teacher.num_layers,)
+        layers = (alignments[0].teacher.num_layers,)
         with self.accelerator.autocast():
             if chunk_rows is None:
                 settings = {"num_buckets": self.args.num_buckets, "lengths": lengths}
@@ -243,7 +256,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
         """The model's inputs, their rows' lengths and roles, and what the objective does in this step."""
         inputs = dict(inputs)
-        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None))
+        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("plain", 0))
         lengths = inputs.pop("lengths", None)
         if self.args.torch_compile:
             lengths = None  # numbers from outside would be compiled in, anew in each step
@@ -307,6 +320,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
                 ("teacher", args.teacher, "largest"),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
+                ("weight on plain texts", self.objective.plain_weight, 0),
             )
             if value != default
         }
