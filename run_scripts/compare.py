@@ -50,6 +50,9 @@ class ComparisonArguments:
     pretrain_file: str | None = field(
         default=None, metadata={"help": "Plain text for SMAE, where its recipe names no dataset."}
     )
+    plain_file: str | None = field(
+        default=None, metadata={"help": "Texts without labels for `best`, as finetune.py takes them."}
+    )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Which: {', '.join(METHODS)}."}
     )
@@ -159,6 +162,8 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         _check_pretraining(args)
     if BEST in args.methods and not os.path.isfile(args.best_recipe):
         raise ValueError(f"best_recipe: {args.best_recipe} is not a file")
+    if args.plain_file is not None and not os.path.isfile(args.plain_file):
+        raise ValueError(f"plain_file: {args.plain_file} is not a file")
     if PEER in args.methods:
         from run_scripts.benchmarks.peer import check_installed
 
@@ -172,6 +177,7 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         best_recipe=args.best_recipe,
         pretrain_recipe=args.pretrain_recipe,
         pretrain_file=args.pretrain_file,
+        plain_file=args.plain_file,
         bf16=args.bf16,
         folder=Path(args.output_dir) / args.train,
     )
@@ -202,6 +208,7 @@ def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -
         "max_length": training.max_length,
         "bf16": training.bf16,
         "best_recipe": os.path.basename(args.best_recipe),
+        "plain_file": args.plain_file and os.path.basename(args.plain_file),
         "chosen_on": tasks[0].name,
         "tasks": [task.name for task in tasks[1:]],
     }

@@ -4,7 +4,6 @@ It takes finetune.py's arguments besides and writes the same folder; model_cards
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from run_scripts import common, finetune
-from run_scripts.comparing.ideas import IDEAS, PlainSentences, idea_trainer
+from run_scripts.comparing.ideas import IDEAS, idea_trainer
 
 
 def main(argv=None) -> None:
@@ -26,13 +25,9 @@ def main(argv=None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--idea", nargs="+", required=True, metavar="NAME=NUMBER", help="What to try, how much of it.")
-    parser.add_argument("--plain_file", help="Table whose texts, without labels, plain_sentences trains on.")
     args, rest = parser.parse_known_args(argv)
     with common.user_errors():
         trainer = idea_trainer(dict(map(_parse, args.idea)))
-        if issubclass(trainer, PlainSentences) != bool(args.plain_file and os.path.isfile(args.plain_file)):
-            raise ValueError(f"plain_file: {args.plain_file} is not a file; plain_sentences alone needs one")
-        trainer.plain_file = args.plain_file
     finetune.main(rest, trainer)
 
 

@@ -9,7 +9,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import FORMATS, check_table, draw_texts, read_table
+from .data import ACCEPTED, FORMATS, check_table, draw_texts, read_table
 from .masking import special_tokens_around, tokenize_words
 
 MIN_WORDS = 3
@@ -46,11 +46,18 @@ def read_plain_texts(path: str, limit: int, seed: int) -> list[str]:
     """At most `limit` different texts without labels, drawn by the seed: of a .txt file (a text a line), a table with a
     column `text`, or all texts of a table that one could train on; ValueError naming `plain_file` for anything else."""
     if re.sub(r"\.gz$", "", path.lower()).endswith(".txt"):
-        table = read_corpus(path, "text", argument="plain_file")
+        return draw_texts([read_corpus(path, "text", argument="plain_file")], seed, limit)
+    table = read_table(path, "plain_file")
+    names = set(table.column_names)
+    if "text" in names:
+        table = check_corpus(table, "text", "plain_file")
+    elif names & {"anchor", "sentence1"}:
+        table = check_table(table, "plain_file")
     else:
-        table = read_table(path, "plain_file")
-        is_corpus = "text" in table.column_names
-        table = check_corpus(table, "text", "plain_file") if is_corpus else check_table(table, "plain_file")
+        raise ValueError(
+            f"plain_file: {path} has no column text among {', '.join(table.column_names)}, nor those of training data: "
+            f"{ACCEPTED}"
+        )
     return draw_texts([table], seed, limit)
 
 

@@ -3,17 +3,12 @@
 Each is a TwoDMSETrainer with one thing changed, as far as the attribute of the idea's own name says, a number.
 """
 
-import copy
 import random
 
-import torch
-
 from modeling_2dmse import Size
-from modeling_2dmse.pooling import cut_and_normalize
 from trainer import TwoDMSETrainer
-from trainer.alignment import score_kl
 from trainer.averaging import initial_shares
-from trainer.data import PairCollator, check_table, draw_texts, read_table
+from trainer.data import draw_texts
 from trainer.losses import SCORE_LOSSES, angle, cosent
 from trainer.objectives import Plan, Term, geometric_dims
 
@@ -105,40 +100,6 @@ class AngleBeside(TwoDMSETrainer):
         self.args.loss = "cosent+angle"
 
 
-class PlainSentences(TwoDMSETrainer):
-    """The weight with which all sizes learn, on as many sentences without labels as the batch has rows, from the
-    full size as it was before training."""
-
-    # A table that finetune.py could train on, of which the texts alone are used.
-    plain_file: str
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        table = check_table(read_table(self.plain_file, "plain_file"), "plain_file")
-        self._plain_start, self._plain_texts = None, draw_texts([table], self.args.seed)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if self._plain_start is None:
-            self._plain_start = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        rng = random.Random(f"plain-{self.args.seed}-{self.state.global_step}")
-        drawn = rng.sample(self._plain_texts, min(self.args.per_device_train_batch_size, len(self._plain_texts)))
-        batch = PairCollator(self.processing_class, ["text"], self.args.max_length)([{"text": text} for text in drawn])
-        batch = self._prepare_inputs({name: batch[name] for name in batch if torch.is_tensor(batch[name])})
-        layers = [*dict.fromkeys(size.num_layers for size in self.ladder)]
-        states = model(**batch, layers=layers, num_buckets=self.args.num_buckets).layer_embeddings
-        with torch.no_grad(), self.accelerator.autocast():
-            start = self._plain_start(**batch, layers=layers[-1:], num_buckets=self.args.num_buckets)
-        return loss + self.plain_sentences * self.plain_loss(layers, states, start.layer_embeddings[-1])
-
-    def plain_loss(self, layers: list[int], states: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The sum over sizes of score_kl to the start; states (exits, rows, H), start (rows, H)."""
-        teacher = cut_and_normalize(start.float(), self.ladder[-1].dim)
-        by_layer = dict(zip(layers, states.float(), strict=True))
-        students = (cut_and_normalize(by_layer[size.num_layers], size.dim) for size in self.ladder)
-        return sum(score_kl(student, teacher, self.args.loss_scale) for student in students)
-
-
 class WeakenedDirections(TwoDMSETrainer):
     """Shallow exits are fitted to targets whose directions are divided by their variance to this power."""
 
@@ -161,7 +122,6 @@ IDEAS = {
     "shallow_gradient": ShallowGradient,
     "layerwise_rates": LayerwiseRates,
     "angle_beside": AngleBeside,
-    "plain_sentences": PlainSentences,
     "weakened_directions": WeakenedDirections,
 }
 

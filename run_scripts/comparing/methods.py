@@ -42,6 +42,7 @@ class Budget:
             dataset_name and dataset_config.
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
+        plain_file: texts without labels, for `best`.
         bf16: mixed precision for all; None for what recipes and machine say.
         folder: where models are written; beside it, the one that SMAE has pre-trained.
     """
@@ -54,6 +55,7 @@ class Budget:
     best_recipe: str
     pretrain_recipe: str
     pretrain_file: str | None
+    plain_file: str | None
     bf16: bool | None
     folder: Path
 
@@ -121,6 +123,8 @@ def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -
     flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.precision, "--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
+    if unit.method == BEST and budget.plain_file is not None:
+        flags += ["--plain_file", budget.plain_file]
     if unit.method == SMAE:
         flags += ["--model_name_or_path", _pretrained(budget)]
     finetune.main([*flags, "--output_dir", folder])

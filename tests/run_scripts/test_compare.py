@@ -89,7 +89,7 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
-    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, folder)
+    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, None, folder)
     parser = finetune.common.Parser(
         (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
     )
@@ -156,7 +156,7 @@ def test_a_better_rate_replaces_the_run_of_the_worse_one(folder):
 
 def test_the_precision_is_that_of_all_methods(folder):
     for bf16, flag in ((None, []), (True, ["--bf16", "True"]), (False, ["--bf16", "False"])):
-        budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, bf16, folder)
+        budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, bf16, folder)
         assert budget.precision == flag
         assert budget.arguments()[1].bf16 is bool(bf16), "the recipe says false"
 
@@ -170,6 +170,14 @@ def test_results_of_another_budget_are_refused(folder):
     (folder / "results.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a file of this script"):
         Store("results.json", lock, "nli", {"rows": 8})
+
+
+def test_plain_texts_are_for_the_best_recipe_alone(folder):
+    compare.main(flags("--methods", "starbucks-score_kl", "best", "--learning_rates", "1e-2", "--plain_file", "t.csv"))
+    cards = {path.parent.name: path.read_text() for path in folder.glob("out/nli/*/README.md")}
+    told = {name: "weight on plain texts" in card for name, card in cards.items()}
+    assert told == {f"{name}-0.01-{s}": name == "best" for name in ("starbucks-score_kl", "best") for s in (0, 1)}
+    assert json.loads((folder / "results.json").read_text())["settings"]["nli"]["plain_file"] == "t.csv"
 
 
 def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
@@ -189,6 +197,7 @@ def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
         (["--learning_rates", "0"], "learning_rates: [0.0] is not allowed"),
         (["--pretrain_file", "none.txt"], "pretrain_file: none.txt is not a file"),
         (["--best_recipe", "none.yaml"], "best_recipe: none.yaml is not a file"),
+        (["--plain_file", "none.txt"], "plain_file: none.txt is not a file"),
         (["--recipe", "none.yaml"], "none.yaml is not a file"),
         (["--train_file", "none.csv"], "none.csv"),
         (["--dataset_name", "org/data"], "either --train_file or --dataset_name"),

@@ -88,6 +88,18 @@ def test_rows_are_held_out_when_no_evaluation_data_are_named(files, tmp_path, ca
     assert "2 rows are held out" in capsys.readouterr().out
 
 
+def test_plain_texts_of_a_file(files, tmp_path):
+    (tmp_path / "plain.txt").write_text("\n".join(SENTENCES))
+    folders = {}
+    for name in ("plain.txt", "pairs.csv", None):
+        out = tmp_path / f"out-{name}"
+        more = {"--plain_file": [str(tmp_path / name)]} if name else {}
+        finetune.main(flags(files | more | {"--eval_rows": ["0"], "--output_dir": [str(out)]}))
+        folders[name] = (out / "model.safetensors").read_bytes(), (out / "README.md").read_text()
+    assert len({weights for weights, _ in folders.values()}) == 3
+    assert ["weight on plain texts" in card for _, card in folders.values()] == [True, True, False]
+
+
 def test_separate_saves_the_small_model_alone(files, tmp_path):
     finetune.main(flags(files | {"--objective": ["separate"], "--sizes": ["2x16"], "--eval_rows": ["0"]}))
     model = TwoDMSEModel.from_pretrained(tmp_path / "out")
@@ -212,6 +224,12 @@ def wrong_inputs():
         ),
         "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
+        "no plain file": ({"--plain_file": ["absent.txt"]}, "plain_file: absent.txt is not a file"),
+        "plain columns": ({"--plain_file": ["{tmp}/columns.csv"]}, "no column text among question, answer, nor those"),
+        "nothing to learn": (
+            {"--plain_file": ["{tmp}/pairs.csv"], "--objective": ["matryoshka"]},
+            "plain_texts: matryoshka learns nothing from them",
+        ),
     }
 
 

@@ -1,7 +1,6 @@
 """Ideas that the lab notes try: each changes what it says it does, and nothing else."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from modeling_2dmse import Size
 from run_scripts import try_idea
 from run_scripts.comparing.ideas import IDEAS, idea_trainer
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.losses import SCORE_LOSSES
 
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
 SCORED = Dataset.from_dict({"sentence1": SENTENCES[:8], "sentence2": SENTENCES[8:16], "score": [*map(float, range(8))]})
@@ -22,14 +22,13 @@ LARGEST = Size(4, 32)
 def make(tiny_model, tmp_path):
     """A function from the strengths of ideas to their trainer, around a model with random projections."""
 
-    def trainer(strengths: dict[str, float], rows: Dataset = ROWS, plain_file=None, projected=True, **kwargs):
+    def trainer(strengths: dict[str, float], rows: Dataset = ROWS, projected=True, **kwargs):
         settings = {
             "max_steps": 4, "per_device_train_batch_size": 8, "report_to": "none", "use_cpu": True, "bf16": False,
             "save_strategy": "no", "disable_tqdm": True, "sizes": LADDER, "learning_rate": 1e-2,
         }  # fmt: skip
         args = TwoDMSETrainingArguments(output_dir=str(tmp_path / "out"), **(settings | kwargs))
         kind = idea_trainer(strengths) if strengths else TwoDMSETrainer
-        kind.plain_file = plain_file
         return kind(model=tiny_model(projected=projected).eval(), args=args, train_dataset=rows)
 
     return trainer
@@ -102,36 +101,14 @@ def test_rates_fall_from_layer_to_layer(make):
     trainer.train()
 
 
-def test_angle_stands_beside_cosent(make):
+def test_angle_stands_beside_cosent(make, monkeypatch):
+    monkeypatch.setitem(SCORE_LOSSES, "cosent+angle", None)  # so that it is gone afterwards
     losses = {
         loss: loss_and_gradients(make({}, SCORED, loss=loss, alignment="none"))[0] for loss in ("cosent", "angle")
     }
     both = loss_and_gradients(make({"angle_beside": 0.5}, SCORED, alignment="none"))[0]
     assert both == pytest.approx(losses["cosent"] + 0.5 * losses["angle"], rel=1e-5)
     assert losses["angle"] > 0.1
-
-
-def test_plain_sentences_pull_to_the_start(make, tmp_path):
-    plain = tmp_path / "plain.csv"
-    plain.write_text(
-        "\n".join(["anchor,positive", *(f"{a},{b}" for a, b in zip(SENTENCES[::2], SENTENCES[1::2], strict=True))])
-    )
-    trainer, usual = make({"plain_sentences": 2.0}, plain_file=str(plain), per_device_train_batch_size=20), make({})
-    loss = loss_and_gradients(trainer)[0] - loss_and_gradients(usual)[0]
-    # All twenty sentences, at each size, against the full size of the start: softmaxes over all others, in loops.
-    embeddings = [usual.encoder.encode(SENTENCES, size.num_layers, size.dim).astype("float64") for size in usual.ladder]
-    expected = 0.0
-    for student in embeddings:
-        for i in range(20):
-            others = [j for j in range(20) if j != i]
-            sides = [[math.exp(20 * float(e[i] @ e[j])) for j in others] for e in (embeddings[-1], student)]
-            p, q = ([value / sum(side) for value in side] for side in sides)
-            expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 20
-    assert loss == pytest.approx(2 * expected, rel=1e-3)
-    assert expected > 0.1
-    trainer.train()
-    moved = trainer.encoder.encode(SENTENCES) @ trainer.encoder.encode(SENTENCES).T
-    assert abs(moved - embeddings[-1] @ embeddings[-1].T).max() > 1e-3, "the start stays, the model moves"
 
 
 def test_weakened_directions(make):
@@ -183,8 +160,6 @@ def test_a_run_writes_what_finetune_writes(backbone_path, tmp_path):
     [
         (["--idea", "magic=1"], f"idea: 'magic' is unknown; choose of {', '.join(IDEAS)}"),
         (["--idea", "largest_loss"], "idea: 'largest_loss' is not NAME=NUMBER, for example shallow_gradient=0.3"),
-        (["--idea", "plain_sentences=1"], "plain_file: None is not a file; plain_sentences alone needs one"),
-        (["--idea", "largest_loss=1", "--plain_file", __file__], "plain_sentences alone needs one"),
     ],
 )
 def test_wrong_input_ends_in_one_line(flags, message, capsys):

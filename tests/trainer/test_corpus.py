@@ -7,7 +7,7 @@ import datasets
 import pytest
 from conftest import SENTENCES
 
-from trainer.corpus import endless, pack, read_corpus
+from trainer.corpus import endless, pack, read_corpus, read_plain_texts
 from trainer.masking import tokenize_words
 
 
@@ -76,3 +76,21 @@ def test_wrong_files_are_refused(tmp_path):
     refused(_write(tmp_path, ".txt"), "text_column: body does not stand in", column="body")
     (tmp_path / "texts.doc").write_text("some words here")
     refused(tmp_path / "texts.doc", "eval_file: .* has an unknown format", argument="eval_file")
+
+
+def test_plain_texts_come_from_lines_corpora_and_training_tables(tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join([*SENTENCES, SENTENCES[0]]))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in SENTENCES))
+    pairs = zip(SENTENCES[::2], SENTENCES[1::2], strict=True)
+    (tmp_path / "pairs.csv").write_text("\n".join(["anchor,positive", *(f"{a},{b}" for a, b in pairs)]))
+    for name in ("lines.txt", "corpus.jsonl", "pairs.csv"):
+        path = str(tmp_path / name)
+        texts = read_plain_texts(path, 100, seed=0)
+        assert sorted(texts) == sorted(SENTENCES), "all of them, each once"
+        assert len(set(read_plain_texts(path, 6, seed=0))) == 6
+        assert read_plain_texts(path, 6, seed=0) == read_plain_texts(path, 6, seed=0)
+        assert read_plain_texts(path, 6, seed=0) != read_plain_texts(path, 6, seed=1)
+    (tmp_path / "other.csv").write_text("question,answer\na,b\n")
+    for name, message in (("absent.txt", "is not a file"), ("other.csv", "no column text among question, answer, nor")):
+        with pytest.raises(ValueError, match=f"plain_file: .*{message}"):
+            read_plain_texts(str(tmp_path / name), 9, seed=0)

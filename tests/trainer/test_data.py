@@ -7,7 +7,7 @@ import torch
 from conftest import SENTENCES
 from datasets import Dataset
 
-from trainer.data import PairCollator, check_table, hold_out, read_table, text_columns
+from trainer.data import PairCollator, add_plain_texts, check_table, hold_out, read_table, text_columns
 
 ROWS = {"anchor": ["one, two", "None"], "positive": ['a "quoted" text', "NA"]}
 
@@ -104,3 +104,30 @@ def test_collator_lays_out_columns_one_after_another(tokenizer):
         assert batch["attention_mask"][row, :length].all()  # padding is on the right
     assert batch["counts"] == (2, 2)
     assert torch.equal(batch["scores"], torch.tensor([0.0, 1.0]))
+
+
+def test_plain_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
+    rows = Dataset.from_dict({"anchor": SENTENCES[:7], "positive": SENTENCES[7:14], "negative_1": ["x", *[None] * 6]})
+    table = add_plain_texts(rows, SENTENCES[14:17], seed=1, batch=3)
+    assert table.remove_columns("plain")[:] == rows[:]
+    plain = table["plain"][:]
+    assert set(plain) == set(plain[:3]) == set(SENTENCES[14:17]), "each once, and then again"
+    assert plain == add_plain_texts(rows, SENTENCES[14:17], seed=1, batch=3)["plain"][:]
+    orders = {tuple(add_plain_texts(rows, SENTENCES, seed=seed, batch=3)["plain"]) for seed in range(3)}
+    assert len(orders) == 3, "the seed decides"
+    batch = PairCollator(tokenizer, ["anchor", "positive", "negative_1", "plain"], 16)([table[0], table[1]])
+    assert (batch["counts"], batch["plain"], len(batch["input_ids"])) == ((2, 2, 1), 2, 7)
+    assert tokenizer.decode(batch["input_ids"][-1], skip_special_tokens=True) == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["one"], "plain_texts: 1 are fewer than one batch of 2"),
+        (["one", " "], "plain_texts: item 1 is empty"),
+        (["one", 2], "texts: item 1 is a int"),
+    ],
+)
+def test_plain_texts_that_are_none(texts, message):
+    with pytest.raises(ValueError, match=message):
+        add_plain_texts(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), texts, seed=0, batch=2)

@@ -29,7 +29,7 @@ CASES = [
 CASES += [(objective, None, loss) for objective in OBJECTIVES for loss in ("cosent", "angle", "cosine_mse")]
 
 
-def make_trainer(model, folder, objective, alignment, loss, **kwargs) -> TwoDMSETrainer:
+def make_trainer(model, folder, objective, alignment, loss, plain_texts=None, **kwargs) -> TwoDMSETrainer:
     args = TwoDMSETrainingArguments(
         output_dir=str(folder),
         sizes=LADDER,
@@ -46,7 +46,8 @@ def make_trainer(model, folder, objective, alignment, loss, **kwargs) -> TwoDMSE
         **kwargs,
     )
     rows = TRIPLETS if loss == "infonce" else SCORED
-    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows))
+    rows = Dataset.from_dict(rows)
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, plain_texts=plain_texts)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -137,13 +138,13 @@ def check_alone(start: str, folder: str, rank: int, counts: list[int]) -> None:
 
 
 def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
-    """What the model before training says is gathered as the states are."""
+    """What the model before training says is gathered as the states are; so are the rows without labels."""
     from modeling_2dmse import TwoDMSEModel
 
     for chunk in (None, 2):
         model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
-        settings = {"teacher": "start", "gradient_cache_chunk_size": chunk}
-        trainer = make_trainer(model, folder, "starbucks", None, "infonce", **settings)
+        settings = {"teacher": "start", "gradient_cache_chunk_size": chunk, "per_device_train_batch_size": 3}
+        trainer = make_trainer(model, folder, "starbucks", None, "infonce", SENTENCES, **settings)
         trainer._start = TwoDMSEModel.from_pretrained(start, attn_implementation="eager")
         with torch.no_grad():
             for parameter in trainer._start.parameters():
@@ -153,12 +154,15 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         loss = trainer.training_step(wrapped, batch_of(trainer, own)).item()
         ours = gradients(wrapped)
         inputs = batch_of(trainer, range(sum(counts)))
-        rows, plan = Rows(inputs.pop("counts")), trainer.objective.plan(random.Random(0))
+        rows = Rows(inputs.pop("counts"), plain=inputs.pop("plain"))
+        plan = trainer.objective.plan(random.Random(0))
         with torch.no_grad():
             taught = trainer._start(**inputs, layers=(4,)).layer_embeddings[0]
         states = model(**inputs, layers=plan.layers).layer_embeddings
         expected, parts = plan_loss(plan, states, rows, "infonce", start=taught)
         assert parts["alignment/4x32"] > 1e-3
+        assert parts["plain/4x32"] > 1e-3
+        assert rows.plain == sum(counts)
         expected.backward()
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
         assert_same(ours, gradients(model))
@@ -260,7 +264,7 @@ def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_pa
     assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
 
 
-@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start"])
+@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start", "plain"])
 def test_the_cache_works_with(extra, tiny_model, tmp_path):
     """A run of some steps with the cache gives the weights of the run without it."""
     from peft import LoraConfig, get_peft_model
@@ -272,7 +276,9 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
         "bf16": {"bf16": True},
         "projections": {},
         "start": {"teacher": "start", "alignment_weight": 3.0},
+        "plain": {"plain_weight": 2.0},
     }[extra]
+    plain_texts = SENTENCES if extra == "plain" else None
     results = []
     for chunk in (None, 2):
         torch.manual_seed(0)
@@ -297,7 +303,8 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
             logging_steps=1,
             **({"bf16": False} | settings),
         )
-        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(TRIPLETS))
+        rows = Dataset.from_dict(TRIPLETS)
+        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, plain_texts=plain_texts)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         moved = [after.detach() - old for after, old in zip(model.parameters(), before, strict=True)]
