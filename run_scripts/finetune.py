@@ -99,13 +99,13 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> Non
         train, evaluation = _load_tables(data_args, args)
         _check_batches(args, sum(map(len, train)))
         encoder = _load_model(model_args, args)
-        model = _add_adapters(encoder, model_args, args, train)
-        name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
-        tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
         plain = None
         if data_args.plain_file is not None:
             # Another seed than the rows', which would be drawn again here where both come from one file.
             plain = read_plain_texts(data_args.plain_file, sum(map(len, train)), args.seed + 1)
+        model = _add_adapters(encoder, model_args, args, train, plain)
+        name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
+        tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
         trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=tasks, plain_texts=plain)
         previous = common.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
@@ -176,7 +176,7 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
     return encoder
 
 
-def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables):
+def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables, plain):
     if model_args.lora_r < 0:
         raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
     if not model_args.lora_r:
@@ -185,6 +185,7 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
 
     if args.exit_projections and encoder.exit_projections is None:
         # Adapters go around whole modules, so that these must be there before them.
+        tables = [*tables, datasets.Dataset.from_dict({"text": plain or []})]
         fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
     # Projections are trained whole, and stand in the adapter's checkpoints: its base has none.
     projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]

@@ -45,8 +45,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
             Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
         processing_class: the tokenizer; the model's own when left out.
-        plain_texts: texts without labels, one of which each training row comes with: sizes learn from their teacher on
-            these as well, with the factor `plain_weight`.
+        plain_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of them:
+            sizes learn from their teacher on these as well, with the factor `plain_weight`, and projections are fitted
+            to them too.
         kwargs: passed to `Trainer`.
 
     Raises:
@@ -186,7 +187,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         fit_exit_projections(
             self.encoder,
-            draw_texts(self.train_tables, self.args.seed),
+            draw_texts([self.train_dataset], self.args.seed),
             layers=layers,
             max_length=self.args.max_length,
             batch_size=self.args.per_device_eval_batch_size,

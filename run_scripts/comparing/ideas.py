@@ -105,7 +105,7 @@ class WeakenedDirections(TwoDMSETrainer):
 
     def _fit_on_training_texts(self, layers=None):
         super()._fit_on_training_texts(layers)
-        texts = draw_texts(self.train_tables, self.args.seed)
+        texts = draw_texts([self.train_dataset], self.args.seed)
         embeddings = self.encoder.encode(
             texts, max_length=self.args.max_length, convert_to_tensor=True, show_progress_bar=False
         )
