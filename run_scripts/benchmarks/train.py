@@ -16,7 +16,7 @@ from run_scripts.benchmarks import peer as peers
 from run_scripts.benchmarks.measure import in_turn, row, seconds, wait, write_profile
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.arguments import cpu_has_bf16
-from trainer.data import text_columns
+from trainer.data import draw_texts, text_columns
 
 BATCH, WARM_UP, STEPS = 64, 2, 8
 # Of recipes/minilm-best.yaml: what it adds to plain `starbucks`.
@@ -57,6 +57,7 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         "theirs-default": partial(theirs, bf16=False, whole=False, batch=8),
         "ours-projections": partial(ours, bf16=False, **PROJECTIONS),
         "ours-recipe": partial(ours, bf16=False, **RECIPE),
+        "ours-plain": partial(ours, bf16=False, plain=True, **RECIPE),
     }
     if cpu_has_bf16() or model.device.type != "cpu":
         sides |= {"ours-bf16": partial(ours, bf16=True), "theirs-bf16": partial(theirs, bf16=True, whole=True)}
@@ -68,6 +69,7 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         row("train.default", ">= 3", rates["ours-default"], rates["theirs-default"], **more | {"batch": [BATCH, 8]}),
         row("train.projections_cost", "beside it", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
         row("train.recipe_cost", "beside it", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
+        row("train.plain_cost", "beside it", rates["ours"], rates["ours-plain"], batch=BATCH, steps=STEPS),
         ladder_cost(args, rows),
     ]
     if "ours-bf16" in rates:
@@ -122,12 +124,16 @@ def _rate(side: Callable, *args, batch: int = BATCH, **options) -> float:
     return STEPS * batch / clock.elapsed
 
 
-def _ours(args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, **options) -> Trainer:
+def _ours(
+    args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, plain: bool = False, **options
+) -> Trainer:
+    rows = _part(rows, batch)
     model = common.load_encoder(args.model_name_or_path, sizes or args.sizes)
     arguments = TwoDMSETrainingArguments(
         **_shared(batch), sizes=sizes or args.sizes, max_length=args.max_length, **options
     )
-    return TwoDMSETrainer(model=model, args=arguments, train_dataset=_part(rows, batch), callbacks=[clock])
+    texts = draw_texts([rows], seed=0, limit=len(rows)) if plain else None
+    return TwoDMSETrainer(model=model, args=arguments, train_dataset=rows, plain_texts=texts, callbacks=[clock])
 
 
 def _theirs(

@@ -87,7 +87,7 @@ def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
     benchmark.main(["train", "--sizes", "1x32", "6x384", *flags])
     rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
     assert {"train.fp32", "train.fp32_sampled", "train.default"} <= set(rows)
-    assert {"train.projections_cost", "train.recipe_cost", "train.ladder_cost"} <= set(rows)
+    assert {"train.projections_cost", "train.recipe_cost", "train.plain_cost", "train.ladder_cost"} <= set(rows)
     assert all(line["ratio"] > 0 for line in rows.values())
     assert "addmm" in (tmp_path / "out" / "profile-train.txt").read_text()
 
