@@ -6,7 +6,7 @@ a loss. Nothing else enters, which is what makes gathering across processes and 
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -231,17 +231,23 @@ def plan_parts(
     def state(num_layers: int) -> torch.Tensor:
         return states[plan.layers.index(num_layers)].float()
 
+    def embedding(size: Size) -> torch.Tensor:
+        return cut_and_normalize(rows.labelled(state(size.num_layers)), size.dim)
+
+    def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        kind, student, teacher, _ = alignment
+        above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
+        return _distance(kind, student.dim, teacher.dim, part(state(student.num_layers)), part(above), scale)
+
+    # No tensor has a name here: it would be held while the caller goes backward and through the parts behind.
     for size, weight in plan.terms:
-        embeddings = cut_and_normalize(rows.labelled(state(size.num_layers)), size.dim)
-        yield f"loss/{size}", weight, base_loss(loss, embeddings, rows, scale)
+        yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for name, alignments, part in (
         ("alignment", plan.alignments, rows.labelled),
         ("plain", plan.plain, rows.unlabelled),
     ):
-        for kind, student, teacher, weight in alignments:
-            above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
-            pair = part(state(student.num_layers)), part(above)
-            yield f"{name}/{student}", weight, _distance(kind, student.dim, teacher.dim, *pair, scale)
+        for alignment in alignments:
+            yield f"{name}/{alignment.student}", alignment.weight, distance(alignment, part)
     first = rows.counts[0]
     for queries, documents, weight in plan.crosses:
         joined = torch.cat((state(queries.num_layers)[:first], rows.labelled(state(documents.num_layers))[first:]))

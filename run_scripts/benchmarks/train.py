@@ -132,7 +132,7 @@ def _ours(
     arguments = TwoDMSETrainingArguments(
         **_shared(batch), sizes=sizes or args.sizes, max_length=args.max_length, **options
     )
-    texts = draw_texts([rows], seed=0, limit=len(rows)) if plain else None
+    texts = draw_texts([rows], seed=0, limit=len(rows) * len(text_columns(rows))) if plain else None
     return TwoDMSETrainer(model=model, args=arguments, train_dataset=rows, plain_texts=texts, callbacks=[clock])
 
 

@@ -81,7 +81,7 @@ def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
     for name, value in {"BATCH": 2, "WARM_UP": 1, "STEPS": 1}.items():
         monkeypatch.setattr(train, name, value)
     table = tmp_path / "rows.csv"
-    lines = [",".join(COLUMNS), *(",".join(f"{text} {i}" for text, *_ in COLUMNS.values()) for i in range(20))]
+    lines = [",".join(COLUMNS), *(",".join(f"{text} {i}" for text, *_ in COLUMNS.values()) for i in range(24))]
     table.write_text("\n".join(lines))
     flags = ["--train_file", str(table), "--runs", "1", "--profile", "true", "--output_dir", str(tmp_path / "out")]
     benchmark.main(["train", "--sizes", "1x32", "6x384", *flags])
