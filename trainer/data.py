@@ -129,6 +129,12 @@ def add_plain_texts(table: Dataset, texts: Sequence[str], seed: int, batch: int)
     return table.add_column(PLAIN, [texts[order[i % len(texts)]] for i in range(len(table))])
 
 
+def texts_to_fit(tables: Sequence[Dataset], joined: Dataset, seed: int) -> list[str]:
+    """What new projections are fitted to: texts of all tables, and those without labels that `joined` may hold."""
+    plain = [joined.select_columns([PLAIN])] if PLAIN in joined.column_names else []
+    return draw_texts([*tables, *plain], seed)
+
+
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
     first = np.asarray(table[table.column_names[0]], dtype=object)

@@ -17,7 +17,7 @@ from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
 from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
-from .data import PairCollator, add_plain_texts, check_table, draw_texts, join_tables, rescale_scores, text_columns
+from .data import PairCollator, add_plain_texts, check_table, join_tables, rescale_scores, text_columns, texts_to_fit
 from .distributed import gather_rows
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
@@ -187,7 +187,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         fit_exit_projections(
             self.encoder,
-            draw_texts([self.train_dataset], self.args.seed),
+            texts_to_fit(self.train_tables, self.train_dataset, self.args.seed),
             layers=layers,
             max_length=self.args.max_length,
             batch_size=self.args.per_device_eval_batch_size,

@@ -8,7 +8,7 @@ import random
 from modeling_2dmse import Size
 from trainer import TwoDMSETrainer
 from trainer.averaging import initial_shares
-from trainer.data import draw_texts
+from trainer.data import texts_to_fit
 from trainer.losses import SCORE_LOSSES, angle, cosent
 from trainer.objectives import Plan, Term, geometric_dims
 
@@ -105,10 +105,9 @@ class WeakenedDirections(TwoDMSETrainer):
 
     def _fit_on_training_texts(self, layers=None):
         super()._fit_on_training_texts(layers)
-        texts = draw_texts([self.train_dataset], self.args.seed)
-        embeddings = self.encoder.encode(
-            texts, max_length=self.args.max_length, convert_to_tensor=True, show_progress_bar=False
-        )
+        settings = {"max_length": self.args.max_length, "convert_to_tensor": True, "show_progress_bar": False}
+        texts = texts_to_fit(self.train_tables, self.train_dataset, self.args.seed)
+        embeddings = self.encoder.encode(texts, **settings)
         variance = embeddings.double().square().mean(dim=0)
         factor = (variance / variance.mean()).clamp(min=0.01) ** -self.weakened_directions
         for projection in self.encoder.exit_projections[:-1]:

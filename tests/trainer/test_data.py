@@ -7,7 +7,16 @@ import torch
 from conftest import SENTENCES
 from datasets import Dataset
 
-from trainer.data import PairCollator, add_plain_texts, check_table, hold_out, read_table, text_columns
+from trainer.data import (
+    PairCollator,
+    add_plain_texts,
+    check_table,
+    hold_out,
+    join_tables,
+    read_table,
+    text_columns,
+    texts_to_fit,
+)
 
 ROWS = {"anchor": ["one, two", "None"], "positive": ['a "quoted" text', "NA"]}
 
@@ -131,3 +140,11 @@ def test_plain_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
 def test_plain_texts_that_are_none(texts, message):
     with pytest.raises(ValueError, match=message):
         add_plain_texts(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), texts, seed=0, batch=2)
+
+
+def test_projections_are_fitted_to_texts_of_every_table_and_to_plain_ones():
+    tables = [Dataset.from_dict({"anchor": SENTENCES[i : i + 3], "positive": SENTENCES[i + 3 : i + 6]}) for i in (0, 6)]
+    joined = join_tables(tables)
+    assert sorted(texts_to_fit(tables, joined, seed=0)) == sorted(SENTENCES[:12])
+    joined = add_plain_texts(joined, SENTENCES[12:18], seed=0, batch=3)
+    assert sorted(texts_to_fit(tables, joined, seed=0)) == sorted(SENTENCES[:18])
