@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, TrainingArguments
 
@@ -166,7 +167,9 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        newest = checkpoints.find_checkpoint(args.output_dir, args.world_size)
+        found = [checkpoints.find_checkpoint(args.output_dir, args.world_size)]
+        broadcast_object_list(found)  # processes that went on from different steps would wait for each other for ever
+        newest = found[0]
         if newest is None:
             raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no complete checkpoint to go on from")
         return newest

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import LADDER, LEAVE, SENTENCES
@@ -75,15 +76,19 @@ def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *torchrun, str(tmp_path / "run.py")]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """SIGKILL to the process and all that it started; torchrun's workers have process groups of their own."""
+    launcher = psutil.Process(process.pid)
+    launcher.suspend()  # it starts no more
+    every = [launcher, *launcher.children(recursive=True)]
+    for one in every:
+        one.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(every[1:], timeout=60)
+    assert not alive, "a process survived its SIGKILL and would train on beside the next one"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

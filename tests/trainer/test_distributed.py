@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from modeling_2dmse import modeling_2dmse
 from modeling_2dmse.encoding import even_groups
-from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from run_scripts import common
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, checkpoints
 from trainer.losses import Rows
 from trainer.objectives import OBJECTIVES, plan_loss
 
@@ -213,6 +214,16 @@ def check_fsdp2(start: str, folder: str) -> None:
     (Path(folder) / f"equal-{os.environ['RANK']}").touch()
 
 
+def check_resume(start: str, folder: str) -> None:
+    """Each finds another newest checkpoint, as beside a run that was not quite dead: all go on from the first's."""
+    rank = os.environ["RANK"]
+    args = TwoDMSETrainingArguments(output_dir=folder, resume_from_checkpoint="true", use_cpu=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "find_checkpoint", lambda folder, world_size: f"checkpoint-{rank}")
+        assert common.find_checkpoint(args) == "checkpoint-0"
+    (Path(folder) / f"equal-{rank}").touch()
+
+
 def run_processes(function: str, world: int, tmp_path: Path) -> None:
     """One of the checks above in several gloo processes."""
     call = f"t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
@@ -237,6 +248,10 @@ def test_several_processes_equal_one_on_the_joined_batch(world, projected, tiny_
 def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
     tiny_model(projected=True).save_pretrained(tmp_path / "start")
     run_processes("check_fsdp2", 2, tmp_path)
+
+
+def test_all_processes_go_on_from_one_checkpoint(tmp_path):
+    run_processes("check_resume", 2, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
