@@ -62,6 +62,9 @@ class ComparisonArguments:
         metadata={"help": "From which each method's is chosen, climbing from the middle."},
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of every method. Default: as the recipes say."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bf16 mixed precision for all methods. Default: as the recipes and machine say."},
@@ -178,6 +181,7 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         pretrain_recipe=args.pretrain_recipe,
         pretrain_file=args.pretrain_file,
         plain_file=args.plain_file,
+        num_train_epochs=args.num_train_epochs,
         bf16=args.bf16,
         folder=Path(args.output_dir) / args.train,
     )

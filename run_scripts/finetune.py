@@ -118,7 +118,7 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> Non
     if tasks:
         _report(trainer, encoder, tasks, before, results)
     if trainer.is_world_process_zero():
-        run = _card(trainer, encoder, model_args, data_args, results)
+        run = _card(trainer, model_args, data_args, results)
         write_card(args.output_dir, build_card(encoder, trainer.objective, run))
         common.remove(previous)
         _push(trainer)
@@ -248,11 +248,13 @@ def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict,
     print(f"\nEvery layer by every dim: {os.path.join(folder, 'heatmap.png')}")
 
 
-def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_args: DataArguments, results: dict):
+def _card(trainer: TwoDMSETrainer, model_args: ModelArguments, data_args: DataArguments, results: dict) -> Run:
     """The run as its card tells it, with what each size costs on texts of the training data."""
     backbone, folder = model_args.model_name_or_path, trainer.args.output_dir
     is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
     texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
+    # As saved: under FSDP, one process alone cannot run the model in hand.
+    saved = TwoDMSEModel.from_pretrained(folder).to(trainer.args.device)
     data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
     on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
     source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
@@ -260,7 +262,7 @@ def _card(trainer: TwoDMSETrainer, encoder, model_args: ModelArguments, data_arg
         name=os.path.basename(os.path.normpath(folder)),
         settings=source | trainer.describe(),
         results=results,
-        costs=measure_costs(encoder, trainer.ladder, texts, trainer.args.max_length) if texts else {},
+        costs=measure_costs(saved, trainer.ladder, texts, trainer.args.max_length) if texts else {},
         command=_command(),
         base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
         datasets=[data_args.dataset_name] if on_the_hub else [],

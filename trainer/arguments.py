@@ -6,6 +6,7 @@ each quarter of the run with the best checkpoint (by the ladder's mean) kept in 
 CPU has instructions for it.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,10 @@ class HouseTrainingArguments(TrainingArguments):
 
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the CPU has AMX or AVX512-BF16, off elsewhere."},
+        metadata={
+            "help": "bf16 mixed precision. Default: what `accelerate launch` is told; else on where the CPU has AMX "
+            "or AVX512-BF16, off elsewhere."
+        },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
     logging_nan_inf_filter: bool = field(
@@ -48,8 +52,10 @@ class HouseTrainingArguments(TrainingArguments):
     def __post_init__(self):
         on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
-            self.bf16 = on_cpu and not self.fp16 and cpu_has_bf16()
-            if self.bf16:
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by accelerate launch, which asks for it
+            chosen = launched == "no" and on_cpu and cpu_has_bf16()
+            self.bf16 = not self.fp16 and (chosen or launched == "bf16")
+            if chosen and self.bf16:
                 logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
         # Without it transformers refuses bf16 where there is no GPU, even if only the CPU is left to train on.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)

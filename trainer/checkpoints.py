@@ -1,14 +1,18 @@
 """Checkpoints that appear whole or not at all, and finding the newest whole one."""
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -30,6 +34,10 @@ class CheckpointMixin:
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self.__dict__.get("_is_staging") else folder
+
+    def _save(self, output_dir=None, state_dict=None):
+        with as_defined(self.model):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial):
         folder = self._get_output_dir(trial)
@@ -59,6 +67,17 @@ class CheckpointMixin:
             limit = self.args.save_total_limit
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def as_defined(model: torch.nn.Module) -> Iterator[None]:
+    """FSDP2 gives a model a class of torch's own, whose name and files would be saved as the model's code."""
+    split = type(model)
+    model.__class__ = next(base for base in split.__mro__ if not issubclass(base, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = split
 
 
 def save_error(error: Exception, what: str, folder: str) -> SaveError:

@@ -2,6 +2,10 @@
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+
+from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse.backbone import layers_of
 
 from .losses import Rows
 
@@ -9,6 +13,18 @@ from .losses import Rows
 def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def shard_by_layers(accelerator: Accelerator, encoder: TwoDMSEModel) -> None:
+    """Make each transformer layer a unit of FSDP, where its configuration names no classes.
+
+    accelerate would take transformers' `_no_split_modules`. BERT's and others' name the module around the word
+    embeddings too, which accelerate makes a unit of their own under FSDP2: they would be split twice.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        layers = layers_of(encoder.backbone, encoder.config.layer_stack)
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
 
 def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from .callbacks import TellEpoch
 
@@ -103,6 +104,19 @@ class BlockSampler(Sampler[int]):
             if self.keep_last and full < size:
                 blocks.append(order[full:])
         return [rows + self.offsets[source] for rows in blocks]
+
+
+def make_block_sampler(tables: Sequence[Dataset], args: TrainingArguments) -> BlockSampler | None:
+    """Our own order of the rows by a [`TwoDMSETrainingArguments`], None where the Trainer's does."""
+    world = args.world_size
+    plain = args.batch_sampler == "random" and len(tables) == 1
+    if not tables or (plain and (world == 1 or args.train_sampling_strategy == "sequential")):
+        return None
+    # With several processes accelerate fills up the last batches with rows from the start.
+    keep_last = not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates")
+    return BlockSampler(
+        tables, args.train_batch_size * world, args.batch_sampler, args.mixing, args.seed, keep_last=keep_last
+    )
 
 
 class ResumableOrderMixin:

@@ -18,7 +18,7 @@ from .averaging import average_with_initial
 from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .data import PairCollator, add_plain_texts, check_table, join_tables, rescale_scores, text_columns, texts_to_fit
-from .distributed import gather_rows
+from .distributed import gather_rows, shard_by_layers
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
@@ -26,7 +26,7 @@ from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_gradient, plan_loss
 from .part_log import PartLogMixin
 from .projections import fit_exit_projections
-from .sampling import BlockSampler
+from .sampling import make_block_sampler
 
 logger = logging.get_logger(__name__)
 
@@ -135,6 +135,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             callbacks=[EvaluateLastStep(), self.stop_signals, *tell_epoch, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+        shard_by_layers(self.accelerator, self.encoder)
+        if self.encoder is not model and self.is_fsdp_enabled:
+            raise ValueError("model: adapters are not trained under FSDP; use DDP, which holds little for them")
         if args.initial_share:
             self._check_whole("initial_share: whole weights are averaged")
         if args.teacher == "start":
@@ -173,7 +176,12 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if initial is not None:
             average_with_initial(self.encoder, initial, self.args.initial_share)
         others = set(range(1, self.encoder.num_layers + 1)).difference(self.objective.exits)
-        if fitted and others:  # the layers before these exits have moved
+        if fitted and others and self.is_fsdp_enabled:
+            logger.warning(
+                f"exit_projections: the exits {sorted(others)}, off the ladder, keep those of the start, since FSDP "
+                "holds weights in pieces; fit_exit_projections on the saved model fits them anew"
+            )
+        elif fitted and others:  # the layers before these exits have moved
             self._fit_on_training_texts(sorted(others))
         return output
 
@@ -330,7 +338,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         """Write this project's card, unless a script has written a fuller one."""
         if not self.is_world_process_zero() or os.path.exists(os.path.join(self.args.output_dir, "README.md")):
             return
-        results = self.results(self.eval_dataset, self.ladder) if self.eval_dataset else {}
+        # Under FSDP this process alone cannot run the model.
+        alone = self.eval_dataset and not self.is_fsdp_enabled
+        results = self.results(self.eval_dataset, self.ladder) if alone else {}
         name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
         run = Run(name, self.describe(), results, base_model=finetuned_from, license=license)
         write_card(self.args.output_dir, build_card(self.encoder, self.objective, run))
@@ -346,19 +356,6 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
-
-
-def make_block_sampler(tables: Sequence[Dataset], args: TwoDMSETrainingArguments) -> BlockSampler | None:
-    """Our own order of the rows, None where the Trainer's does."""
-    world = args.world_size
-    plain = args.batch_sampler == "random" and len(tables) == 1
-    if not tables or (plain and (world == 1 or args.train_sampling_strategy == "sequential")):
-        return None
-    # With several processes accelerate fills up the last batches with rows from the start.
-    keep_last = not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates")
-    return BlockSampler(
-        tables, args.train_batch_size * world, args.batch_sampler, args.mixing, args.seed, keep_last=keep_last
-    )
 
 
 def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:

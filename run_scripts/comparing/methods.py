@@ -43,6 +43,7 @@ class Budget:
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
         plain_file: texts without labels, for `best`.
+        num_train_epochs: of all methods; None for what the recipes say.
         bf16: mixed precision for all; None for what recipes and machine say.
         folder: where models are written; beside it, the one that SMAE has pre-trained.
     """
@@ -56,19 +57,26 @@ class Budget:
     pretrain_recipe: str
     pretrain_file: str | None
     plain_file: str | None
+    num_train_epochs: float | None
     bf16: bool | None
     folder: Path
 
     def arguments(self) -> tuple[finetune.ModelArguments, TwoDMSETrainingArguments]:
         """What the shared recipe says."""
         parser = common.Parser((finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments))
-        model, _, args = parser.parse([self.recipe, *self.precision, "--output_dir", str(self.folder)])
+        model, _, args = parser.parse([self.recipe, *self.flags, "--output_dir", str(self.folder)])
         return model, args
 
     @property
     def precision(self) -> list[str]:
         """The flag of finetune.py and pretrain.py."""
         return [] if self.bf16 is None else ["--bf16", str(self.bf16)]
+
+    @property
+    def flags(self) -> list[str]:
+        """Those of finetune.py that stand in place of what recipes say."""
+        epochs = [] if self.num_train_epochs is None else ["--num_train_epochs", str(self.num_train_epochs)]
+        return [*self.precision, *epochs]
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws by a seed."""
@@ -120,7 +128,7 @@ def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -
     for name in ("train_file", "dataset_name", "dataset_config", "max_train_rows"):
         value = getattr(budget, name)
         flags += [] if value is None else [f"--{name}", str(value)]
-    flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.precision, "--learning_rate", str(rate), "--seed", str(seed)]
+    flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.flags, "--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
     if unit.method == BEST and budget.plain_file is not None:

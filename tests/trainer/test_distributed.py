@@ -1,11 +1,13 @@
 """Several processes = one process on the joined batch; cached gradients = plain gradients."""
 
 import functools
+import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from modeling_2dmse import modeling_2dmse
 from modeling_2dmse.encoding import even_groups
 from run_scripts import common
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, checkpoints
+from trainer.checkpoints import as_defined
+from trainer.distributed import shard_by_layers
 from trainer.losses import Rows
 from trainer.objectives import OBJECTIVES, plan_loss
 
@@ -188,18 +192,29 @@ def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str
 
 
 def check_fsdp2(start: str, folder: str) -> None:
-    """Layers and embeddings spread over the processes: exits and gradients are those of the whole model."""
+    """Split as accelerate splits it under FSDP2, exits and gradients are those of the whole model."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule
 
     from modeling_2dmse import TwoDMSEModel
 
-    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    policy = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+    accelerator = SimpleNamespace(  # accelerate itself would run FSDP on GPUs alone
+        state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **policy)),
+        torch_device_mesh=init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("shard",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["shard"]),
+        mixed_precision="no",
+        is_main_process=False,
+    )
     whole, spread = (TwoDMSEModel.from_pretrained(start).eval() for _ in range(2))
-    units = [module for module in spread.modules() if type(module).__name__ in spread._no_split_modules]
-    assert len(units) == 5
-    for module in [*units, spread]:
-        fully_shard(module, mesh=mesh)
+    shard_by_layers(accelerator, spread)
+    spread = fsdp2_prepare_model(accelerator, spread)
+    units = [type(module).__name__ for module in spread.modules() if isinstance(module, FSDPModule)]
+    assert units.count("FSDPBertLayer") == 4
+    assert len(units) == 6, "the layers, the word embeddings and the rest"
     ids = torch.arange(20).reshape(4, 5) + 5
     states = [model(ids, layers=(1, 2, 4), num_buckets=2).layer_embeddings for model in (whole, spread)]
     torch.testing.assert_close(states[1], states[0])
@@ -211,6 +226,17 @@ def check_fsdp2(start: str, folder: str) -> None:
     assert set(found) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    weights = get_model_state_dict(spread, options=StateDictOptions(full_state_dict=True))
+    if os.environ["RANK"] == "0":
+        saved = Path(folder) / "saved"
+        with as_defined(spread):
+            spread.save_pretrained(saved, state_dict=weights)
+        auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModel"] == "modeling_2dmse.TwoDMSEModel"
+        assert (saved / "modeling_2dmse.py").exists()
+        again = TwoDMSEModel.from_pretrained(saved).state_dict()
+        assert all(torch.equal(again[name], value) for name, value in whole.state_dict().items())
+    assert type(spread).__name__ == "FSDPTwoDMSEModel"
     (Path(folder) / f"equal-{os.environ['RANK']}").touch()
 
 
