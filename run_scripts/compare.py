@@ -147,7 +147,8 @@ def _evaluate(model: str, unit: Unit, budget: Budget, tasks: list[StsData]) -> d
     scores = {task.name: results[task.name]["spearman"] for task in tasks}
     mean = {name: sum(values.values()) / len(values) for name, values in scores.items()}
     print(f"{unit} {os.path.basename(model)}: " + ", ".join(f"{n} {m:.4f}" for n, m in mean.items()), flush=True)
-    return {"scores": scores, "threads": torch.get_num_threads()}
+    device = torch.cuda.get_device_name() if encoder.device.type == "cuda" else encoder.device.type
+    return {"scores": scores, "threads": torch.get_num_threads(), "device": device}
 
 
 def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:

@@ -171,6 +171,13 @@ def llava_processor(llava_path):
     return MatryoshkaLlavaProcessor.from_pretrained(llava_path)
 
 
+def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
+    """For processes of their own, several of which a GPU would not do for; `folders` come first for their imports."""
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **alone, "PYTHONPATH": path, **more}
+
+
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:
     """Run code in a fresh process that cannot import this project; an AssertionError shows what it printed."""
     # -S -I would drop site-packages too; a path file of an editable install is left out by name instead, and pytest's

@@ -1,11 +1,19 @@
 """Tiny random vision transformers, and pictures that are drawn here."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, Dinov2Config, DINOv3ViTConfig, ViTConfig
+from transformers import (
+    AutoImageProcessor,
+    BaseImageProcessor,
+    BitImageProcessorPil,
+    Dinov2Config,
+    DINOv3ViTConfig,
+    ViTConfig,
+)
 
 from modeling_franca import FrancaConfig, FrancaForPretraining
 
@@ -28,8 +36,12 @@ def tiny_config(family: str = "dinov2", **settings) -> FrancaConfig:
     return FrancaConfig(FAMILIES[family](), **{**SETTINGS, **settings})
 
 
-def tiny_processor(size: int = 16) -> BitImageProcessorPil:
-    return BitImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def tiny_processor(size: int = 16) -> BaseImageProcessor:
+    """As it is loaded again: by torchvision where that is installed, whose pixels are a little different."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        BitImageProcessorPil(**shape).save_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder)
 
 
 def tiny_model(family: str = "dinov2", seed: int = 0, **settings) -> FrancaForPretraining:

@@ -11,7 +11,6 @@ from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, Starbuc
 from .arguments import SmaeTrainingArguments
 from .callbacks import StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
-from .distributed import shard_by_layers
 from .masking import IGNORED, MaskingCollator
 from .part_log import PartLogMixin
 from .sampling import ResumableOrderMixin
@@ -71,7 +70,8 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-        shard_by_layers(self.accelerator, model.encoder)
+        if self.is_fsdp_enabled:  # the loss multiplies by the word embeddings' whole weights
+            raise ValueError("fsdp: masked-autoencoder pre-training needs whole weights; use DDP")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; every size's parts are logged."""

@@ -1,7 +1,6 @@
 """Heads, Sinkhorn-Knopp, KoLeo and CyclicMask against plain references."""
 
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LEAVE
+from conftest import LEAVE, cpu_environment
 from tiny_vision import tiny_batch, tiny_config, tiny_model
 
 from modeling_franca import CyclicMask, FrancaConfig, NestedClusteringHead, assignment_loss, koleo_loss, sinkhorn
@@ -121,8 +120,7 @@ def test_two_processes_equal_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = cpu_environment(ROOT, ROOT / "tests", Path(__file__).parent)
     command = [*launch, str(tmp_path / "run.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -96,7 +96,8 @@ def test_the_best_precision_keeps_the_scores(monkeypatch, tmp_path):
     def broken(model, folder):
         noisy = copy.deepcopy(model)
         for parameter in noisy.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.data += 0.05 * noise.to(parameter.device)
         return {"broken": noisy, "copy": copy.deepcopy(model)}
 
     monkeypatch.setattr(encode, "precisions", broken)

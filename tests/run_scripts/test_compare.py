@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+import torch
 from conftest import SENTENCES
 
 from modeling_2dmse import parse_ladder
@@ -88,8 +89,25 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
     assert before["rows"][0]["scores"] != before["rows"][1]["scores"]
 
 
+def make_budget(folder, num_train_epochs=None, bf16=None) -> Budget:
+    return Budget(
+        recipe="recipe.yaml",
+        train_file="t.csv",
+        dataset_name=None,
+        dataset_config=None,
+        max_train_rows=8,
+        best_recipe="best.yaml",
+        pretrain_recipe="smae.yaml",
+        pretrain_file=None,
+        plain_file=None,
+        num_train_epochs=num_train_epochs,
+        bf16=bf16,
+        folder=folder,
+    )
+
+
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
-    budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, None, folder)
+    budget = make_budget(folder)
     parser = finetune.common.Parser(
         (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
     )
@@ -156,9 +174,18 @@ def test_a_better_rate_replaces_the_run_of_the_worse_one(folder):
 
 def test_the_precision_is_that_of_all_methods(folder):
     for bf16, flag in ((None, []), (True, ["--bf16", "True"]), (False, ["--bf16", "False"])):
-        budget = Budget("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None, bf16, folder)
+        budget = make_budget(folder, bf16=bf16)
         assert budget.precision == flag
         assert budget.arguments()[1].bf16 is bool(bf16), "the recipe says false"
+
+
+def test_epochs_are_those_of_all_methods(folder):
+    assert make_budget(folder).arguments()[1].num_train_epochs != 7
+    assert make_budget(folder, num_train_epochs=7.0).arguments()[1].num_train_epochs == 7
+    compare.main(flags("--methods", "starbucks-score_kl", "--num_train_epochs", "2", "--seeds", "0"))
+    trained = next((folder / "out" / "nli").glob("starbucks-score_kl-*"))
+    assert torch.load(trained / "training_args.bin", weights_only=False).num_train_epochs == 2
+    assert json.loads((folder / "results.json").read_text())["settings"]["nli"]["epochs"] == 2
 
 
 def test_results_of_another_budget_are_refused(folder):

@@ -1,7 +1,6 @@
 """encode.py: every size from one pass, the same files from a killed run and from several processes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import SENTENCES, cpu_environment
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.encoding import quantize
@@ -96,7 +95,7 @@ def launch(folder: Path, name: str, processes: int = 1):
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *several, "run_scripts/encode.py"]
     # As many threads as here: another number rounds differently.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    environment = cpu_environment(OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
     return subprocess.Popen(
         [*command, *flags(folder, name)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -16,7 +16,7 @@ def test_allocations_are_counted_at_their_peak():
 
 
 def _hold(megabytes, pipe):
-    block = torch.ones(megabytes * 250_000)
+    block = torch.ones(megabytes * 250_000, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.send(peak_memory() + 0 * block[0].item())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -70,8 +70,7 @@ def train_in_a_process(start: str, folder: str) -> None:
 def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
     call = f"t.train_in_a_process({str(tmp_path / 'start')!r}, {str(folder)!r})"
     (tmp_path / "run.py").write_text(f"import test_checkpoints as t; {call}{LEAVE}")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "trainer")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = cpu_environment(ROOT, ROOT / "tests", ROOT / "tests" / "trainer")
     command = [sys.executable, str(tmp_path / "run.py")]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
 
 from modeling_2dmse import modeling_2dmse
@@ -254,10 +254,8 @@ def run_processes(function: str, world: int, tmp_path: Path) -> None:
     """One of the checks above in several gloo processes."""
     call = f"t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
     (tmp_path / "run.py").write_text(f"import test_distributed as t; {call}{LEAVE}")
-    tests = ROOT / "tests"
-    path = os.pathsep.join([str(ROOT), str(tests), str(tests / "trainer")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = cpu_environment(ROOT, ROOT / "tests", ROOT / "tests" / "trainer")
     done = subprocess.run(
         [*launch, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, check=False
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEAVE
+from conftest import LEAVE, cpu_environment
 from transformers import TrainerCallback
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
@@ -249,7 +249,7 @@ def test_two_processes_are_one(llava_path, tmp_path, monkeypatch):
     script.write_text(script.read_text() + LEAVE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(script), llava_path, *paths["two"], "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     start = MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path).state_dict()
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))

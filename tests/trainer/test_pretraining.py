@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -214,7 +214,7 @@ def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
     (tmp_path / "run.py").write_text(TWO + LEAVE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "run.py", "start", "two", "2", kind]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=cpu_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     trained = StarbucksForMaskedAutoencoding.from_pretrained(tmp_path / "two")
     assert not torch.equal(trained.head.bias, model.head.bias)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel
@@ -354,7 +354,7 @@ def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(objective,
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "run.py").write_text(TWO_PROCESSES + LEAVE)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = cpu_environment()
     for name, launcher, batch in (
         ("one", [sys.executable], "8"),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "4"),
