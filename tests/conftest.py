@@ -171,6 +171,18 @@ def llava_processor(llava_path):
     return MatryoshkaLlavaProcessor.from_pretrained(llava_path)
 
 
+@pytest.fixture
+def under_fsdp(monkeypatch):
+    """Trainers that are made now take themselves to be started with FSDP."""
+    make = transformers.Trainer.create_accelerator_and_postprocess
+
+    def make_and_say_so(trainer):
+        make(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", make_and_say_so)
+
+
 def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
     """For processes of their own, several of which a GPU would not do for; `folders` come first for their imports."""
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from modeling_2dmse import modeling_2dmse
 from modeling_2dmse.encoding import even_groups
@@ -272,6 +273,37 @@ def test_several_processes_equal_one_on_the_joined_batch(world, projected, tiny_
 def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
     tiny_model(projected=True).save_pretrained(tmp_path / "start")
     run_processes("check_fsdp2", 2, tmp_path)
+
+
+def test_fsdp_refuses_what_needs_whole_weights(under_fsdp, tiny_model, tmp_path, caplog):
+    from peft import LoraConfig, get_peft_model
+
+    case = ("starbucks", "score_kl", "infonce")
+    for settings, message in (
+        ({"teacher": "start"}, "teacher: start is a copy of whole weights, not adapters nor what FSDP"),
+        ({"initial_share": 0.5}, "initial_share: whole weights are averaged, not adapters nor what FSDP"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tiny_model(), tmp_path, *case, **settings)
+    with pytest.raises(ValueError, match="model: adapters are not trained under FSDP; use DDP"):
+        make_trainer(get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear")), tmp_path, *case)
+    trainer = make_trainer(tiny_model(), tmp_path, *case, exit_projections=True)
+    trainer.is_fsdp_enabled = False  # this process trains whole weights, and then ends as under FSDP
+    trainer.add_callback(EndUnderFsdp(trainer))
+    fitted = []
+    trainer._fit_on_training_texts = lambda layers=None: fitted.append(layers)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert fitted == [None], "exits off the ladder are not fitted anew"
+    assert "the exits [3], off the ladder, keep those of the start" in caplog.text
+
+
+class EndUnderFsdp(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_end(self, *args, **kwargs):
+        self.trainer.is_fsdp_enabled = True
 
 
 def test_all_processes_go_on_from_one_checkpoint(tmp_path):

@@ -173,6 +173,11 @@ def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
         SmaeTrainer(tiny_smae(), arguments(tmp_path, max_steps=-1), TEXTS.to_iterable_dataset())
 
 
+def test_fsdp_is_refused(under_fsdp, tiny_smae, tmp_path):
+    with pytest.raises(ValueError, match="fsdp: masked-autoencoder pre-training needs whole weights; use DDP"):
+        SmaeTrainer(tiny_smae(), arguments(tmp_path), TEXTS)
+
+
 TWO = """
 import sys, torch
 from datasets import Dataset
