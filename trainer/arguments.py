@@ -3,7 +3,7 @@
 TwoDMSETrainingArguments' defaults that differ from transformers': batch size 64 (in-batch negatives need company),
 warm-up over the first tenth, unused columns kept (the collator reads the text columns), evaluation and checkpoints at
 each quarter of the run with the best checkpoint (by the ladder's mean) kept in the end, and bf16 switched on where a
-CPU has instructions for it.
+CPU has instructions for it or `accelerate launch` asks for it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The rows of all processes as one batch, with gradients."""
+"""The rows of all processes as one batch, with gradients; what FSDP takes apart."""
 
 import torch
 import torch.distributed as dist
