@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -36,7 +35,7 @@ class CheckpointMixin:
         return os.path.join(folder, STAGING) if self.__dict__.get("_is_staging") else folder
 
     def _save(self, output_dir=None, state_dict=None):
-        with as_defined(self.model):
+        with as_defined(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial):
@@ -72,6 +71,8 @@ class CheckpointMixin:
 @contextlib.contextmanager
 def as_defined(model: torch.nn.Module) -> Iterator[None]:
     """FSDP2 gives a model a class of torch's own, whose name and files would be saved as the model's code."""
+    from torch.distributed.fsdp import FSDPModule  # not every build of torch has it
+
     split = type(model)
     model.__class__ = next(base for base in split.__mro__ if not issubclass(base, FSDPModule))
     try:
