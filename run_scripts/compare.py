@@ -65,6 +65,9 @@ class ComparisonArguments:
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of every method. Default: as the recipes say."}
     )
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "Scale of every method's loss. Default: as the recipes say."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bf16 mixed precision for all methods. Default: as the recipes and machine say."},
@@ -183,6 +186,7 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         pretrain_file=args.pretrain_file,
         plain_file=args.plain_file,
         num_train_epochs=args.num_train_epochs,
+        loss_scale=args.loss_scale,
         bf16=args.bf16,
         folder=Path(args.output_dir) / args.train,
     )
@@ -211,6 +215,7 @@ def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -
         "batch": training.per_device_train_batch_size,
         "epochs": training.num_train_epochs,
         "max_length": training.max_length,
+        "loss_scale": training.loss_scale,
         "bf16": training.bf16,
         "best_recipe": os.path.basename(args.best_recipe),
         "plain_file": args.plain_file and os.path.basename(args.plain_file),

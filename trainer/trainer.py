@@ -19,9 +19,10 @@ from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .data import PairCollator, add_plain_texts, check_table, join_tables, rescale_scores, text_columns, texts_to_fit
 from .distributed import gather_rows, shard_by_layers
+from .dropout import set_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
-from .losses import PAIR_LOSSES, SCORE_LOSSES, Rows
+from .losses import PAIR_LOSSES, SCALE, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_gradient, plan_loss
 from .part_log import PartLogMixin
@@ -68,6 +69,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         **kwargs,
     ):
         self.encoder = find_encoder(model)
+        if args.dropout is not None:
+            set_dropout(self.encoder, args.dropout)
         self.ladder = resolve_ladder(self.encoder, args)
         self.encoder.config.set_ladder(self.ladder)
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
@@ -329,6 +332,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
                 ("teacher", args.teacher, "largest"),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
+                ("loss scale", args.loss_scale, SCALE),
+                ("dropout", args.dropout, None),
                 ("weight on plain texts", self.objective.plain_weight, 0),
             )
             if value != default

@@ -43,7 +43,7 @@ class Budget:
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
         plain_file: texts without labels, for `best`.
-        num_train_epochs: of all methods; None for what the recipes say.
+        num_train_epochs, loss_scale: of all methods; None for what the recipes say.
         bf16: mixed precision for all; None for what recipes and machine say.
         folder: where models are written; beside it, the one that SMAE has pre-trained.
     """
@@ -58,6 +58,7 @@ class Budget:
     pretrain_file: str | None
     plain_file: str | None
     num_train_epochs: float | None
+    loss_scale: float | None
     bf16: bool | None
     folder: Path
 
@@ -75,8 +76,8 @@ class Budget:
     @property
     def flags(self) -> list[str]:
         """Those of finetune.py that stand in place of what recipes say."""
-        epochs = [] if self.num_train_epochs is None else ["--num_train_epochs", str(self.num_train_epochs)]
-        return [*self.precision, *epochs]
+        given = [(name, getattr(self, name)) for name in ("num_train_epochs", "loss_scale")]
+        return [*self.precision, *(word for name, v in given if v is not None for word in (f"--{name}", str(v)))]
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws by a seed."""
@@ -161,7 +162,8 @@ def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
     set_seed(seed)
     peer = peers.load_peer(common.resolve_model(model.model_name_or_path), args.max_length)
     rows = budget.rows(seed)
-    inner = losses.CoSENTLoss(peer) if "score" in rows.column_names else losses.MultipleNegativesRankingLoss(peer)
+    loss_class = losses.CoSENTLoss if "score" in rows.column_names else losses.MultipleNegativesRankingLoss
+    inner = loss_class(peer, scale=args.loss_scale)
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder,
