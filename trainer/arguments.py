@@ -145,9 +145,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     loss_scale: float = field(
         default=SCALE, metadata={"help": "Factor of the similarities in the loss (1 / temperature)."}
     )
-    dropout: float | None = field(
-        default=None,
-        metadata={"help": "Dropout of all layers in training. Default: what the backbone's configuration says."},
+    dropout: bool = field(
+        default=True, metadata={"help": "Dropout in training, as the backbone's configuration says; false: none."}
     )
     max_length: int = field(default=128, metadata={"help": "Longest text, in tokens; longer ones are cut."})
     num_buckets: int = field(
@@ -212,8 +211,6 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         ]
         if not 0 <= self.initial_share <= 1:
             faults.append(f"initial_share: {self.initial_share} is not allowed; use a share from 0 to 1")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            faults.append(f"dropout: {self.dropout} is not allowed; use a share from 0 to below 1")
         if faults:
             raise ValueError("; ".join(faults))
         super().__post_init__()

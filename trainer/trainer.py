@@ -19,7 +19,7 @@ from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
 from .checkpoints import CheckpointMixin
 from .data import PairCollator, add_plain_texts, check_table, join_tables, rescale_scores, text_columns, texts_to_fit
 from .distributed import gather_rows, shard_by_layers
-from .dropout import set_dropout
+from .dropout import switch_off_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCALE, SCORE_LOSSES, Rows
@@ -69,8 +69,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         **kwargs,
     ):
         self.encoder = find_encoder(model)
-        if args.dropout is not None:
-            set_dropout(self.encoder, args.dropout)
+        if not args.dropout:
+            switch_off_dropout(self.encoder)
         self.ladder = resolve_ladder(self.encoder, args)
         self.encoder.config.set_ladder(self.ladder)
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
@@ -333,7 +333,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
                 ("loss scale", args.loss_scale, SCALE),
-                ("dropout", args.dropout, None),
+                ("dropout", args.dropout, True),
                 ("weight on plain texts", self.objective.plain_weight, 0),
             )
             if value != default

@@ -89,9 +89,9 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
     assert before["rows"][0]["scores"] != before["rows"][1]["scores"]
 
 
-def make_budget(folder, num_train_epochs=None, bf16=None) -> Budget:
+def make_budget(folder, num_train_epochs=None, loss_scale=None, bf16=None) -> Budget:
     given = ("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None)
-    return Budget(*given, num_train_epochs, bf16, folder)
+    return Budget(*given, num_train_epochs, loss_scale, bf16, folder)
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
@@ -174,6 +174,29 @@ def test_epochs_are_those_of_all_methods(folder):
     trained = next((folder / "out" / "nli").glob("starbucks-score_kl-*"))
     assert torch.load(trained / "training_args.bin", weights_only=False).num_train_epochs == 2
     assert json.loads((folder / "results.json").read_text())["settings"]["nli"]["epochs"] == 2
+
+
+def test_a_named_scale_is_that_of_all_methods_and_one_in_the_best_recipe_its_own(folder, monkeypatch):
+    from sentence_transformers.sentence_transformer import losses
+
+    peers, theirs = [], losses.MultipleNegativesRankingLoss
+    monkeypatch.setattr(
+        losses, "MultipleNegativesRankingLoss", lambda *a, scale: peers.append(scale) or theirs(*a, scale=scale)
+    )
+    assert make_budget(folder).arguments()[1].loss_scale == 20
+    assert make_budget(folder, loss_scale=7.0).arguments()[1].loss_scale == 7
+    for given, wanted in (((), {"2dmse": 20, "best": 5}), (("--loss_scale", "7"), {"2dmse": 7, "best": 7})):
+        out, results = f"out{len(given)}", f"{len(given)}.json"
+        named = flags("--methods", "2dmse", "best", methods.PEER, *given, "--seeds", "0")
+        compare.main([*named, "--output_dir", out, "--results_file", results])
+        scales = {
+            path.parent.name.split("-")[0]: torch.load(path, weights_only=False).loss_scale
+            for path in folder.glob(f"{out}/nli/*/training_args.bin")
+        }
+        assert scales == wanted
+        assert set(peers) == {wanted["2dmse"]}
+        peers.clear()
+        assert json.loads((folder / results).read_text())["settings"]["nli"]["loss_scale"] == wanted["2dmse"]
 
 
 def test_results_of_another_budget_are_refused(folder):
