@@ -149,9 +149,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.block_sampler is not None:
-            return self.block_sampler
-        return super()._get_train_sampler(train_dataset)
+        return super()._get_train_sampler(train_dataset) if self.block_sampler is None else self.block_sampler
 
     def _check_whole(self, what: str) -> None:
         if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
