@@ -76,8 +76,9 @@ class Budget:
     @property
     def flags(self) -> list[str]:
         """Those of finetune.py that stand in place of what recipes say."""
-        given = [(name, getattr(self, name)) for name in ("num_train_epochs", "loss_scale")]
-        return [*self.precision, *(word for name, v in given if v is not None for word in (f"--{name}", str(v)))]
+        epochs = [] if self.num_train_epochs is None else ["--num_train_epochs", str(self.num_train_epochs)]
+        scale = [] if self.loss_scale is None else ["--loss_scale", str(self.loss_scale)]
+        return [*self.precision, *epochs, *scale]
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws by a seed."""
