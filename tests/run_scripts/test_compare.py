@@ -90,8 +90,21 @@ def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
 
 
 def make_budget(folder, num_train_epochs=None, loss_scale=None, bf16=None) -> Budget:
-    given = ("recipe.yaml", "t.csv", None, None, 8, "best.yaml", "smae.yaml", None, None)
-    return Budget(*given, num_train_epochs, loss_scale, bf16, folder)
+    return Budget(
+        recipe="recipe.yaml",
+        train_file="t.csv",
+        dataset_name=None,
+        dataset_config=None,
+        max_train_rows=8,
+        best_recipe="best.yaml",
+        pretrain_recipe="smae.yaml",
+        pretrain_file=None,
+        plain_file=None,
+        num_train_epochs=num_train_epochs,
+        loss_scale=loss_scale,
+        bf16=bf16,
+        folder=folder,
+    )
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
