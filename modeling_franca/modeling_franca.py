@@ -12,14 +12,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_franca import FrancaConfig
-from .images import (
-    batches,
-    build_backbone,
-    check_pixels,
-    constructor_options,
-    count_prefix_tokens,
-    run_backbone,
-)
+from .images import batches, build_backbone, check_pixels, constructor_options, count_prefix_tokens, run_backbone
 from .rasa import RasaProjector
 
 

@@ -7,14 +7,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from datasets import Dataset
 
-from run_scripts import common
 from run_scripts.benchmarks.encode import encode_cost
 from run_scripts.benchmarks.funnel import funnel_cost, funnel_quality
 from run_scripts.benchmarks.grid import grid_cost
@@ -24,10 +19,12 @@ from run_scripts.benchmarks.memory import memory_cost
 from run_scripts.benchmarks.smae import smae_cost
 from run_scripts.benchmarks.startup import startup_cost
 from run_scripts.benchmarks.train import train_cost
-from run_scripts.quickstart import python_docs
-from trainer.arguments import cpu_has_bf16
-from trainer.data import check_table, read_table
+from run_scripts.shared import cli, output
+from run_scripts.shared.quickstart import python_docs
+from trainer.data import check_table
 from trainer.evaluation import RetrievalData, load_beir, load_sts, task_from_table
+from trainer.shared.arguments import cpu_has_bf16
+from trainer.shared.tables import read_table
 
 
 @dataclass
@@ -59,10 +56,10 @@ class BenchmarkArguments:
 def main(argv=None) -> None:
     """Parse, measure, print, write."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with common.user_errors():
+    with cli.user_errors():
         name = argv.pop(0) if argv and not argv[0].startswith("-") else None
         known = "{" + ",".join([*BENCHMARKS, "all"]) + "}"
-        parser = common.Parser((BenchmarkArguments,), usage=f"%(prog)s {known} [--flag value ...]")
+        parser = cli.Parser((BenchmarkArguments,), usage=f"%(prog)s {known} [--flag value ...]")
         (args,) = parser.parse(argv)
         if name != "all" and name not in BENCHMARKS:
             raise ValueError(f"benchmark: {name!r} is unknown; choose one of {', '.join(BENCHMARKS)}, all")
@@ -74,7 +71,7 @@ def main(argv=None) -> None:
             # After each, so that a long run that is stopped has left what it measured.
             os.makedirs(args.output_dir, exist_ok=True)
             path = os.path.join(args.output_dir, "benchmark.json")
-            common.write_json(path, {"env": environment(), "rows": rows})
+            output.write_json(path, {"env": environment(), "rows": rows})
     print(table(rows))
     print("\n" + ", ".join(f"{name} {value}" for name, value in environment().items()))
 

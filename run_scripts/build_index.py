@@ -1,18 +1,13 @@
 """Make embeddings of encode.py searchable: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from retrieval import FunnelIndex
 from retrieval.reading import STDIN, Text, read_texts
 from retrieval.shards import SUMMARY, read_shards
-from run_scripts import common
+from run_scripts.shared import cli
 
 
 @dataclass
@@ -35,8 +30,8 @@ class IndexArguments:
 
 def main(argv=None) -> None:
     """Parse, check, build."""
-    with common.user_errors():
-        (args,) = common.Parser((IndexArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((IndexArguments,)).parse(argv)
         folder = Path(args.embeddings)
         if not (folder / SUMMARY).is_file():
             raise ValueError(f"embeddings: {folder} holds no {SUMMARY}; run encode.py to its end first")

@@ -11,10 +11,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
@@ -22,10 +18,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from modeling_2dmse.encoding import check_batch_size
 from modeling_mrl import MatryoshkaConfig, MatryoshkaForImageClassification, MatryoshkaForSequenceClassification
 from modeling_mrl.backbone import count_positions
-from run_scripts import common
-from run_scripts.benchmarks.measure import in_turn, row, seconds
-from trainer.classification import ClassifierTrainer, ClassifierTrainingArguments, batches, evaluate_classifier
-from trainer.classification_data import (
+from run_scripts.shared import cli, models, output, runs
+from run_scripts.shared.measure import in_turn, row, seconds
+from trainer.mrl.data import (
     ImageCollator,
     TextCollator,
     label_names,
@@ -34,7 +29,8 @@ from trainer.classification_data import (
     read_examples,
     save_seen,
 )
-from trainer.data import hold_out
+from trainer.mrl.trainer import ClassifierTrainer, ClassifierTrainingArguments, batches, evaluate_classifier
+from trainer.shared.tables import hold_out
 
 # What fit-cascade and eval must know of training: how to read rows.
 SETTINGS_FILE = "classify.json"
@@ -64,7 +60,7 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class DataArguments(common.OverwriteArguments):
+class DataArguments(runs.OverwriteArguments):
     """What it is trained on."""
 
     train_file: str = field(
@@ -73,7 +69,7 @@ class DataArguments(common.OverwriteArguments):
     eval_file: str | None = field(
         default=None, metadata={"help": "Data to evaluate on during training, as train_file."}
     )
-    eval_rows: int = field(
+    max_eval_samples: int = field(
         default=500,
         metadata={"help": "Rows held out of the training data where no eval_file is named, a tenth at most; 0 for "
                   "none. Rows with the same first text stay together. fit-cascade may use them."},
@@ -116,7 +112,7 @@ def main(argv=None) -> None:
     """Run one of the commands."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "fit-cascade": fit_cascade, "eval": evaluate}
-    with common.user_errors():
+    with cli.user_errors():
         name = argv.pop(0) if argv and not argv[0].startswith("-") else None
         if name not in commands and not {"-h", "--help"} & set(argv):
             raise ValueError(f"command: {name!r} is unknown; choose one of {', '.join(commands)}")
@@ -128,17 +124,17 @@ def main(argv=None) -> None:
 
 def train(argv) -> None:
     """Train heads and backbone, and save them with what the other commands need."""
-    common.use_all_cores()
-    with common.user_errors():
+    runs.use_all_cores()
+    with cli.user_errors():
         types = (ModelArguments, DataArguments, ClassifierTrainingArguments)
         usage = "%(prog)s train [RECIPE.yaml] [--flag value ...]"
-        model_args, data, args = common.Parser(types, usage=usage).parse(argv)
+        model_args, data, args = cli.Parser(types, usage=usage).parse(argv)
         if data.max_length < 8:
             raise ValueError(f"max_length: {data.max_length} is not allowed; use a number of at least 8")
-        if data.eval_rows < 0:
-            raise ValueError(f"eval_rows: {data.eval_rows} is not allowed; use a number of at least 0")
-        resume = common.find_checkpoint(args)
-        common.check_output_dir(args.output_dir, allowed=bool(resume) or data.overwrite)
+        if data.max_eval_samples < 0:
+            raise ValueError(f"max_eval_samples: {data.max_eval_samples} is not allowed; use a number of at least 0")
+        resume = runs.find_checkpoint(args)
+        runs.check_output_dir(args.output_dir, allowed=bool(resume) or data.overwrite)
         columns = [name for name in (data.text_column, data.text_pair_column) if name]
         table = read_examples(data.train_file, "train_file", columns, data.label_column)
         labels = label_names(table)
@@ -158,24 +154,24 @@ def train(argv) -> None:
             processing_class=processor,
             data_collator=_collator(model, processor, settings),
         )
-        previous = common.move_aside(args) if data.overwrite and not resume else None
-    with common.training_errors(trainer):
+        previous = runs.move_aside(args) if data.overwrite and not resume else None
+    with runs.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         if trainer.is_world_process_zero():
-            common.write_json(os.path.join(args.output_dir, SETTINGS_FILE), settings)
+            output.write_json(os.path.join(args.output_dir, SETTINGS_FILE), settings)
             save_seen(args.output_dir, train=table["row_key"])
-            common.remove(previous)
+            runs.remove(previous)
     if evaluation is not None:
         scores = evaluate_classifier(model, evaluation, trainer.data_collator, args.per_device_eval_batch_size)
-        common.say(f"\n{len(evaluation)} rows held out of training:\n\n{table_of(scores, model.config)}")
+        output.say(f"\n{len(evaluation)} rows held out of training:\n\n{table_of(scores, model.config)}")
     trainer.accelerator.end_training()
 
 
 def fit_cascade(argv) -> None:
     """Choose the thresholds and write them into the folder's config.json."""
-    with common.user_errors():
-        (args,) = common.Parser((FitArguments,), usage="%(prog)s fit-cascade [--flag value ...]").parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((FitArguments,), usage="%(prog)s fit-cascade [--flag value ...]").parse(argv)
         check_batch_size(args.batch_size)
         model, collator, settings = _load(args.model_name_or_path)
         table, seen = _read_unseen(args.fit_file, "fit_file", model, args.model_name_or_path, settings, ["train"])
@@ -183,7 +179,7 @@ def fit_cascade(argv) -> None:
     folder = args.model_name_or_path
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     save_seen(folder, fit=table["row_key"])
-    common.write_json(os.path.join(folder, "config.json"), {**config, "thresholds": thresholds})
+    output.write_json(os.path.join(folder, "config.json"), {**config, "thresholds": thresholds})
     print(f"{len(table)} rows; {seen} were left out, as training has seen them\n")
     for size, threshold in zip(model.config.sizes, thresholds, strict=False):
         print(f"{size:<10} stops above a confidence of {threshold:.4f}")
@@ -191,8 +187,8 @@ def fit_cascade(argv) -> None:
 
 def evaluate(argv) -> None:
     """Judge sizes, cascade and oracle; write results.json and accuracy.png."""
-    with common.user_errors():
-        (args,) = common.Parser((EvalArguments,), usage="%(prog)s eval [--flag value ...]").parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((EvalArguments,), usage="%(prog)s eval [--flag value ...]").parse(argv)
         check_batch_size(args.batch_size)
         if args.timing_runs < 0:
             raise ValueError(f"timing_runs: {args.timing_runs} is not allowed; use a number of at least 0")
@@ -211,7 +207,7 @@ def evaluate(argv) -> None:
         time = results["time"]
         print(f"\ntime of the cascade over that of {model.config.sizes[-1]} alone: {time['ratio']:.2f} "
               f"({time['min']:.2f} to {time['max']:.2f}, {time['runs']} runs)")  # fmt: skip
-    common.write_json(os.path.join(args.output_dir, "results.json"), results)
+    output.write_json(os.path.join(args.output_dir, "results.json"), results)
     draw(results, model.config, os.path.join(args.output_dir, "accuracy.png"))
 
 
@@ -275,13 +271,13 @@ def _split(table: Dataset, data: DataArguments, columns: list[str], seed: int):
     """The rows to train on, and those to evaluate on or None."""
     if data.eval_file is not None:
         return table, read_examples(data.eval_file, "eval_file", columns, data.label_column)
-    rows = min(data.eval_rows, len(table) // 10)
+    rows = min(data.max_eval_samples, len(table) // 10)
     return hold_out(table, rows, seed) if rows else (table, None)
 
 
 def _build(model_args: ModelArguments, args: ClassifierTrainingArguments, labels: list[str], images: bool):
     """A model with new heads, and its tokenizer or image processor."""
-    name = common.resolve_model(model_args.model_name_or_path)
+    name = models.resolve_model(model_args.model_name_or_path)
     kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
     smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0  # of every size, not of one
     model = kind.from_backbone(
@@ -321,7 +317,7 @@ def _load(folder: str):
     architectures = MatryoshkaConfig.from_pretrained(folder).architectures or []
     images = MatryoshkaForImageClassification.__name__ in architectures
     kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
-    model = common.to_device(kind.from_pretrained(folder))
+    model = models.to_device(kind.from_pretrained(folder))
     return model, _collator(model, _processor(folder, images), settings), settings
 
 

@@ -4,24 +4,18 @@ Run again, or in several processes at once, it goes on with what is not finished
 """
 
 import os
-import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import time
 
 import torch
 
 from modeling_2dmse import Size, parse_ladder
-from run_scripts import common
 from run_scripts.comparing.methods import BEST, METHODS, PEER, SMAE, UNTRAINED, Budget, Unit, train, units
 from run_scripts.comparing.rates import choose_rate
 from run_scripts.comparing.report import draw, means, table
 from run_scripts.comparing.store import Store, claim
+from run_scripts.shared import cli, models
 from trainer.evaluation import StsData, evaluate_tasks, load_sts
 
 
@@ -38,19 +32,19 @@ class ComparisonArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; the split is `train`."})
     train: str = field(default="nli", metadata={"help": "Name of the training data in the results."})
     recipe: str = field(
-        default=str(common.RECIPES / "minilm-nli.yaml"),
+        default=str(cli.RECIPES / "minilm-nli.yaml"),
         metadata={"help": "Recipe of finetune.py that all methods share: backbone, ladder, batch, epochs, schedule."},
     )
     best_recipe: str = field(
-        default=str(common.RECIPES / "minilm-best.yaml"), metadata={"help": "Recipe of finetune.py for `best`."}
+        default=str(cli.RECIPES / "minilm-best.yaml"), metadata={"help": "Recipe of finetune.py for `best`."}
     )
     pretrain_recipe: str = field(
-        default=str(common.RECIPES / "smae-quick.yaml"), metadata={"help": "Recipe of pretrain.py for SMAE."}
+        default=str(cli.RECIPES / "smae-quick.yaml"), metadata={"help": "Recipe of pretrain.py for SMAE."}
     )
     pretrain_file: str | None = field(
         default=None, metadata={"help": "Plain text for SMAE, where its recipe names no dataset."}
     )
-    plain_file: str | None = field(
+    unlabeled_file: str | None = field(
         default=None, metadata={"help": "Texts without labels for `best`, as finetune.py takes them."}
     )
     methods: list[str] = field(
@@ -61,7 +55,7 @@ class ComparisonArguments:
         default_factory=lambda: [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4],
         metadata={"help": "From which each method's is chosen, climbing from the middle."},
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Rows of a run, drawn by its seed."})
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of every method. Default: as the recipes say."}
     )
@@ -74,14 +68,14 @@ class ComparisonArguments:
     )
     output_dir: str = field(default="out/compare", metadata={"help": "Folder for the models."})
     results_file: str = field(
-        default="model_cards/compare-minilm.json", metadata={"help": "Finished runs; table and picture stand beside."}
+        default="docs/results/compare-minilm.json", metadata={"help": "Finished runs; table and picture stand beside."}
     )
 
 
 def main(argv=None) -> None:
     """Parse, check, run what is not finished, report."""
-    with common.user_errors():
-        (args,) = common.Parser((ComparisonArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((ComparisonArguments,)).parse(argv)
         budget, ladder = _check(args)
         tasks = [load_sts(path) for path in [args.eval_file, *args.sts_files]]
         folder = Path(args.output_dir)
@@ -144,7 +138,7 @@ def _evaluate(model: str, unit: Unit, budget: Budget, tasks: list[StsData]) -> d
     """{"scores": {task: {size: Spearman}}} of a model folder."""
     _, args = budget.arguments()
     sizes = [unit.size] if unit.size else args.sizes
-    encoder = common.to_device(common.load_encoder(model, sizes))
+    encoder = models.to_device(models.load_encoder(model, sizes))
     options = {"max_length": args.max_length, "show_progress_bar": False}
     results = evaluate_tasks(encoder, tasks, parse_ladder(sizes), **options)["sts"]
     scores = {task.name: results[task.name]["spearman"] for task in tasks}
@@ -169,10 +163,10 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         _check_pretraining(args)
     if BEST in args.methods and not os.path.isfile(args.best_recipe):
         raise ValueError(f"best_recipe: {args.best_recipe} is not a file")
-    if args.plain_file is not None and not os.path.isfile(args.plain_file):
-        raise ValueError(f"plain_file: {args.plain_file} is not a file")
+    if args.unlabeled_file is not None and not os.path.isfile(args.unlabeled_file):
+        raise ValueError(f"unlabeled_file: {args.unlabeled_file} is not a file")
     if PEER in args.methods:
-        from run_scripts.benchmarks.peer import check_installed
+        from run_scripts.shared.peer import check_installed
 
         check_installed()
     budget = Budget(
@@ -180,11 +174,11 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
         train_file=args.train_file,
         dataset_name=args.dataset_name,
         dataset_config=args.dataset_config,
-        max_train_rows=args.max_train_rows,
+        max_train_samples=args.max_train_samples,
         best_recipe=args.best_recipe,
         pretrain_recipe=args.pretrain_recipe,
         pretrain_file=args.pretrain_file,
-        plain_file=args.plain_file,
+        unlabeled_file=args.unlabeled_file,
         num_train_epochs=args.num_train_epochs,
         loss_scale=args.loss_scale,
         bf16=args.bf16,
@@ -198,7 +192,7 @@ def _check(args: ComparisonArguments) -> tuple[Budget, list[Size]]:
 
 
 def _check_pretraining(args: ComparisonArguments) -> None:
-    has_dataset = "--dataset_name" in common.recipe_flags(args.pretrain_recipe)
+    has_dataset = "--dataset_name" in cli.recipe_flags(args.pretrain_recipe)
     if has_dataset == bool(args.pretrain_file):
         raise ValueError(f"pretrain_file: name plain text for {SMAE}, where {args.pretrain_recipe} names no dataset")
     if args.pretrain_file and not os.path.isfile(args.pretrain_file):
@@ -218,7 +212,7 @@ def _settings(args: ComparisonArguments, budget: Budget, tasks: list[StsData]) -
         "loss_scale": training.loss_scale,
         "bf16": training.bf16,
         "best_recipe": os.path.basename(args.best_recipe),
-        "plain_file": args.plain_file and os.path.basename(args.plain_file),
+        "unlabeled_file": args.unlabeled_file and os.path.basename(args.unlabeled_file),
         "chosen_on": tasks[0].name,
         "tasks": [task.name for task in tasks[1:]],
     }

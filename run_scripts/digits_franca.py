@@ -1,16 +1,10 @@
 """Slice, flat and projection heads on scikit-learn's digits: `python run_scripts/digits_franca.py [--seeds 0 1 2]`."""
 
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from run_scripts import common
 from run_scripts.benchmarks.digits import HEADS, STEPS, load_parts, mean_scores, score_digits, train_digits
+from run_scripts.shared import cli, output
 
 
 @dataclass
@@ -27,8 +21,8 @@ class DigitArguments:
 
 def main(argv=None) -> None:
     """Parse, train, measure, print, write."""
-    with common.user_errors():
-        (args,) = common.Parser((DigitArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((DigitArguments,)).parse(argv)
         if args.steps < 1 or not args.seeds:
             raise ValueError(f"steps: {args.steps} with {len(args.seeds)} seeds is nothing to train; use at least 1")
         digits = load_parts(args.validation)
@@ -39,9 +33,9 @@ def main(argv=None) -> None:
             runs[head].append(score_digits(train_digits(head, seed, digits, args.steps), digits))
             print(f"seed {seed}, {head}: " + "  ".join(f"{m} {score:.4f}" for m, score in runs[head][-1].items()))
     means = {head: mean_scores(scores) for head, scores in runs.items()}
-    print(f"\nkNN accuracy, mean of seeds:\n\n{common.score_table(means, list(means['slice']), 'size')}")
+    print(f"\nkNN accuracy, mean of seeds:\n\n{output.score_table(means, list(means['slice']), 'size')}")
     results = {"seeds": args.seeds, "steps": args.steps, "validation": args.validation, "runs": runs, "mean": means}
-    common.write_json(os.path.join(args.output_dir, "results.json"), results)
+    output.write_json(os.path.join(args.output_dir, "results.json"), results)
 
 
 if __name__ == "__main__":

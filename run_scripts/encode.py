@@ -1,14 +1,9 @@
 """Embed a corpus at one size or several from one pass: `accelerate launch run_scripts/encode.py --input F ...`."""
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -20,8 +15,8 @@ from modeling_2dmse.encoding import PRECISIONS, check_batch_size, quantize
 from modeling_2dmse.pooling import cut_and_normalize
 from retrieval.reading import STDIN, count_lines, read_texts
 from retrieval.shards import FORMATS, check_settings, encode_shards, finish
-from run_scripts import common
 from run_scripts.evaluate import choose_sizes
+from run_scripts.shared import cli, models, output, runs
 
 
 @dataclass
@@ -52,15 +47,15 @@ class EncodeArguments:
 
 def main(argv=None) -> None:
     """Parse, check, embed shard by shard."""
-    common.use_all_cores()
-    with common.user_errors():
-        (args,) = common.Parser((EncodeArguments,)).parse(argv)
+    runs.use_all_cores()
+    with cli.user_errors():
+        (args,) = cli.Parser((EncodeArguments,)).parse(argv)
         check(args)
         state = PartialState(cpu=not torch.accelerator.is_available())  # else CPUs would not find each other
         if args.input == STDIN and state.num_processes > 1:
             raise ValueError("input: standard input reaches one process alone; start encode.py without the others")
         texts = read_texts(args.input, args.text_column, args.id_column)
-        model = common.load_encoder(args.model_name_or_path).to(state.device)
+        model = models.load_encoder(args.model_name_or_path).to(state.device)
         sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
         prompt = model.find_prompt(name=args.prompt_name)
         folder, settings = Path(args.output_dir), describe(args, model, sizes)
@@ -98,9 +93,9 @@ def main(argv=None) -> None:
         if state.is_main_process:
             finish(folder, settings, summary)
     for line, reason in summary["skipped"]:
-        common.say(f"line {line} was left out: {reason}")
+        output.say(f"line {line} was left out: {reason}")
     seconds = time.perf_counter() - started
-    common.say(
+    output.say(
         f"{summary['rows']} texts in {summary['shards']} shards, {len(summary['skipped'])} lines left out; "
         f"{new} encoded here in {seconds:.1f} s ({new / seconds:.0f} texts/s); written to {folder}"
     )
@@ -122,7 +117,7 @@ def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size]) -> d
     """What must be the same for shards to belong together."""
     names = ("model_name_or_path", "input", "text_column", "id_column", "format", "precision", "shard_size")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"weights": common.fingerprint(model), "sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
+    settings |= {"weights": models.fingerprint(model), "sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
     return settings | {"max_length": args.max_length or model.max_length}
 
 

@@ -1,17 +1,11 @@
 """Evaluate an elastic encoder at every size: `python run_scripts/evaluate.py --model_name_or_path M --sts_files F`."""
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
-from run_scripts import common
+from run_scripts.shared import cli, models, output
 from trainer.evaluation import evaluate_tasks, grid_sizes, load_beir, load_sts, main_scores, mean_scores
 
 
@@ -42,8 +36,8 @@ class EvaluationArguments:
 
 def main(argv=None) -> None:
     """Parse, load, evaluate, write."""
-    with common.user_errors():
-        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
         if not args.sts_files and not args.beir_dirs:
             raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
         if args.batch_size < 1:
@@ -54,23 +48,23 @@ def main(argv=None) -> None:
             raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
-        model = common.to_device(common.load_encoder(args.model_name_or_path, pooling=args.pooling))
+        model = models.to_device(models.load_encoder(args.model_name_or_path, pooling=args.pooling))
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()
     results = {"model": args.model_name_or_path}
     options = {"batch_size": args.batch_size, "max_length": args.max_length}
     results |= evaluate_tasks(model, tasks, sizes, args.cross_sizes, **options)
-    common.write_json(os.path.join(args.output_dir, "results.json"), results)
-    common.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
+    output.write_json(os.path.join(args.output_dir, "results.json"), results)
+    output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
     columns = main_scores(results)
     if len(columns) > 1:
         columns["mean"] = mean_scores(results)
-    print(common.score_table(columns, sizes, "size"))
+    print(output.score_table(columns, sizes, "size"))
     for name, task in results.get("retrieval", {}).items() if args.cross_sizes else ():
         table = task["cross_ndcg@10"]
         columns = {f"d {d}": {str(q): table[str(q)][str(d)] for q in sizes} for d in sizes}
-        print(f"\n{name}, nDCG@10: queries down, documents across\n{common.score_table(columns, sizes, 'queries')}")
+        print(f"\n{name}, nDCG@10: queries down, documents across\n{output.score_table(columns, sizes, 'queries')}")
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 

@@ -3,14 +3,8 @@
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from datasets import Dataset
@@ -18,9 +12,9 @@ from transformers import AutoImageProcessor, set_seed
 
 from modeling_franca import FrancaConfig, FrancaModel, RasaProjector
 from modeling_franca.rasa import METHODS
-from run_scripts import common
-from run_scripts.pictures import read_pictures
-from trainer.image_evaluation import knn_by_size, measure_position, patch_features, patch_grid, pca_maps
+from run_scripts.shared import cli, models, output
+from run_scripts.shared.pictures import read_pictures
+from trainer.franca.evaluation import knn_by_size, measure_position, patch_features, patch_grid, pca_maps
 
 RANDOM = "random"
 
@@ -62,8 +56,8 @@ class EvaluationArguments:
 
 def main(argv=None) -> None:
     """Parse, load, evaluate, write."""
-    with common.user_errors():
-        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
         _check(args)
         train, test = _read(args, "train"), _read(args, "test")
         if train.features["label"] != test.features["label"]:
@@ -77,10 +71,10 @@ def main(argv=None) -> None:
     for name, model in models.items():
         encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
         results["knn"][name] = knn_by_size(sizes, encoded[0], train["label"], encoded[1], test["label"], args.k)
-    print(f"kNN accuracy, k = {args.k}:\n\n{common.score_table(results['knn'], sizes, 'size')}")
+    print(f"kNN accuracy, k = {args.k}:\n\n{output.score_table(results['knn'], sizes, 'size')}")
     if args.rasa_images:
         results |= _rasa(args, models, train, test)
-    common.write_json(os.path.join(args.output_dir, "results.json"), results)
+    output.write_json(os.path.join(args.output_dir, "results.json"), results)
     print(f"\nwritten to {args.output_dir}")
 
 
@@ -116,11 +110,11 @@ def _name(path: str) -> str:
 
 
 def _load(path: str) -> FrancaModel:
-    path = common.resolve_model(path)
-    is_ours = common.read_config(path).model_type == FrancaConfig.model_type
+    path = models.resolve_model(path)
+    is_ours = models.read_config(path).model_type == FrancaConfig.model_type
     model = FrancaModel.from_pretrained(path) if is_ours else FrancaModel.from_backbone(path)
     model.image_processor = AutoImageProcessor.from_pretrained(path)
-    return common.to_device(model).eval()
+    return models.to_device(model).eval()
 
 
 def _choose_sizes(sizes: list[int] | None, models: Sequence[FrancaModel]) -> list[int]:
@@ -134,7 +128,7 @@ def _choose_sizes(sizes: list[int] | None, models: Sequence[FrancaModel]) -> lis
 def _random_twin(model: FrancaModel, seed: int) -> FrancaModel:
     set_seed(seed)
     config = FrancaConfig(model.config.backbone_config, nesting_sizes=model.config.nesting_sizes)
-    twin = common.to_device(FrancaModel(config)).eval()
+    twin = models.to_device(FrancaModel(config)).eval()
     twin.image_processor = model.image_processor
     return twin
 
@@ -151,7 +145,7 @@ def _rasa(args: EvaluationArguments, models: dict[str, FrancaModel], train: Data
         first = first or (model, projector)
     columns = {name: {when: score[when] for when in ("before", "after")} for name, score in scores.items()}
     print(f"\nR^2 of position, RASA by {args.rasa_method}:\n")
-    print(common.score_table(columns, ["before", "after"], "RASA"))
+    print(output.score_table(columns, ["before", "after"], "RASA"))
     save_pca(*first, few[1][:6], os.path.join(args.output_dir, "pca.png"))
     if args.save_rasa:
         model, projector = first

@@ -5,23 +5,17 @@ cascade that goes to the next level while the answer is not confident.
 """
 
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_m3.visual_tokens import check_token_sizes
-from run_scripts import common
-from run_scripts.llava import load_llava
-from trainer.conversations import ConversationCollator, read_conversations
-from trainer.levels import join_scores, level_table, score_batch
+from run_scripts.shared import cli, models, output
+from run_scripts.shared.llava import load_llava
+from trainer.m3.conversations import ConversationCollator, read_conversations
+from trainer.m3.levels import join_scores, level_table, score_batch
 
 
 @dataclass
@@ -53,15 +47,15 @@ class EvaluationArguments:
 
 def main(argv=None) -> None:
     """Parse, load, score, write."""
-    with common.user_errors():
-        (args,) = common.Parser((EvaluationArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
         _check(args)
         rows = read_conversations(args.data_file, args.image_dir, "data_file")
         model, processor = load_llava(args.model_name_or_path)
         sizes = check_token_sizes(args.visual_token_sizes or model.config.visual_token_sizes, model.config.grid_side)
         collator = ConversationCollator(processor, sizes)
         collator([rows[0]])  # what does not fit the processor's template shows here
-    model = common.to_device(model).eval()
+    model = models.to_device(model).eval()
     batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
     levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
     table = level_table(model, levels, args.cascade_threshold)
@@ -69,7 +63,7 @@ def main(argv=None) -> None:
     results = {"model": args.model_name_or_path, "data": os.path.basename(args.data_file), "n": len(rows)}
     if args.cascade_threshold is not None:
         results["cascade_threshold"] = args.cascade_threshold
-    common.write_json(os.path.join(args.output_dir, "results.json"), results | {"levels": table})
+    output.write_json(os.path.join(args.output_dir, "results.json"), results | {"levels": table})
     print(format_table(table))
     print(f"\n{len(rows)} rows; tokens and costs are means over their prompts; written to {args.output_dir}")
 

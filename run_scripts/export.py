@@ -2,14 +2,9 @@
 --dim 64 --output_dir SMALL`."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -17,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.export import check_export
-from run_scripts import common
+from run_scripts.shared import cli, models
 from trainer.evaluation import StsData, correlations, load_sts
 
 
@@ -44,11 +39,11 @@ class ExportArguments:
 
 def main(argv=None) -> None:
     """Parse, check, write, report."""
-    with common.user_errors():
-        (args,) = common.Parser((ExportArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((ExportArguments,)).parse(argv)
         check_export(args.output_dir, args.format, args.dtype)
         tasks = [load_sts(path) for path in args.sts_files or []]
-        model = common.load_encoder(args.model_name_or_path)
+        model = models.load_encoder(args.model_name_or_path)
         small = model.truncate(args.num_layers, args.dim)
         small.export(args.output_dir, format=args.format, dtype=args.dtype)
     parameters = sum(parameter.numel() for parameter in small.parameters())

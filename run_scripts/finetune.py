@@ -9,24 +9,20 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
-from run_scripts import common
-from run_scripts.quickstart import DATASET_NAME, MODEL_NAME, python_docs
+from run_scripts.shared import cli, models, output, runs
+from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.corpus import read_plain_texts
-from trainer.data import check_table, draw_rows, draw_texts, hold_out, join_tables, read_table
+from trainer.data import check_table, draw_texts, join_tables
 from trainer.evaluation import grid_sizes, main_scores, mean_scores, task_from_table
-from trainer.hub import find_token, stage, upload
 from trainer.model_card import Run, build_card, measure_costs, write_card
 from trainer.projections import fit_exit_projections
+from trainer.shared.hub import find_token, stage, upload
+from trainer.shared.tables import draw_rows, hold_out, read_table
+from trainer.unlabeled import read_unlabeled_texts
 
 # Texts that the card's encode times are measured on.
 _COST_ROWS = 64
@@ -54,7 +50,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(common.OverwriteArguments):
+class DataArguments(runs.OverwriteArguments):
     """What it is trained and evaluated on."""
 
     train_file: list[str] | None = field(
@@ -71,15 +67,15 @@ class DataArguments(common.OverwriteArguments):
     train_split: str = field(default="train", metadata={"help": "Split of the Hub dataset to train on."})
     eval_file: str | None = field(default=None, metadata={"help": "Table to evaluate on, as train_file."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of the Hub dataset to evaluate on."})
-    eval_rows: int = field(
+    max_eval_samples: int = field(
         default=500,
         metadata={"help": "Rows to evaluate on: at most this many of python-docs, and held out of the training rows (a "
                   "tenth at most) where no evaluation data are named; 0 for no evaluation."},
     )  # fmt: skip
-    max_train_rows: int | None = field(
+    max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many rows (of each file), drawn by the seed."}
     )
-    plain_file: str | None = field(
+    unlabeled_file: str | None = field(
         default=None,
         metadata={"help": "Texts without labels, of the kind that will be embedded, that sizes learn on as well: .txt "
                   "(a text a line), a table with a column text, or one as train_file, of which only the texts count."},
@@ -88,31 +84,33 @@ class DataArguments(common.OverwriteArguments):
 
 def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> None:
     """Parse, check everything, train, evaluate, save."""
-    common.use_all_cores()
-    with common.user_errors():
-        parser = common.Parser(
-            (ModelArguments, DataArguments, TwoDMSETrainingArguments), str(common.RECIPES / "quickstart.yaml")
+    runs.use_all_cores()
+    with cli.user_errors():
+        parser = cli.Parser(
+            (ModelArguments, DataArguments, TwoDMSETrainingArguments), str(cli.RECIPES / "quickstart.yaml")
         )
         model_args, data_args, args = parser.parse(argv)
-        resume = common.find_checkpoint(args)
-        common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
+        resume = runs.find_checkpoint(args)
+        runs.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_tables(data_args, args)
         _check_batches(args, sum(map(len, train)))
         encoder = _load_model(model_args, args)
-        plain = None
-        if data_args.plain_file is not None:
+        unlabeled = None
+        if data_args.unlabeled_file is not None:
             # Another seed than the rows', which would be drawn again here where both come from one file.
-            plain = read_plain_texts(data_args.plain_file, sum(map(len, train)), args.seed + 1)
-        model = _add_adapters(encoder, model_args, args, train, plain)
+            unlabeled = read_unlabeled_texts(data_args.unlabeled_file, sum(map(len, train)), args.seed + 1)
+        model = _add_adapters(encoder, model_args, args, train, unlabeled)
         name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
         tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
-        trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=tasks, plain_texts=plain)
-        previous = common.move_aside(args) if data_args.overwrite and not resume else None
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=train, eval_dataset=tasks, unlabeled_texts=unlabeled
+        )
+        previous = runs.move_aside(args) if data_args.overwrite and not resume else None
     started = time.perf_counter()
     before = trainer.results(tasks, trainer.ladder) if tasks else {}
-    with common.training_errors(trainer):
+    with runs.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)
-    with common.training_errors(trainer):
+    with runs.training_errors(trainer):
         encoder = _save(trainer, model_args)
     results = {"model": args.output_dir}
     if tasks:
@@ -120,7 +118,7 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] = TwoDMSETrainer) -> Non
     if trainer.is_world_process_zero():
         run = _card(trainer, model_args, data_args, results)
         write_card(args.output_dir, build_card(encoder, trainer.objective, run))
-        common.remove(previous)
+        runs.remove(previous)
         _push(trainer)
         print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
         print(_usage(args.output_dir, trainer.ladder[0]))
@@ -135,7 +133,7 @@ def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
     if data.dataset_name == DATASET_NAME:
         with args.main_process_first(desc="reading the Python documentation"):
             train, evaluation = python_docs()
-        evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.eval_rows, len(evaluation))))
+        evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.max_eval_samples, len(evaluation))))
         tables = [train]
     elif data.dataset_name is not None:
         tables = [datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)]
@@ -147,19 +145,19 @@ def _load_tables(data: DataArguments, args: TwoDMSETrainingArguments):
         evaluation = read_table(data.eval_file, "eval_file")
     tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
     if evaluation is not None:
-        evaluation = check_table(evaluation, "eval_file") if data.eval_rows else None
-    elif data.eval_rows and min(map(len, tables)) > 1:
-        share = data.eval_rows // len(tables)
+        evaluation = check_table(evaluation, "eval_file") if data.max_eval_samples else None
+    elif data.max_eval_samples and min(map(len, tables)) > 1:
+        share = data.max_eval_samples // len(tables)
         pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
         tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
-        common.say(
-            f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--eval_rows)"
+        output.say(
+            f"no evaluation data are named: {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )
-    return [draw_rows(table, data.max_train_rows, args.seed) for table in tables], evaluation
+    return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
 
 
 def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
-    encoder = common.load_encoder(model_args.model_name_or_path, args.sizes, model_args.pooling)
+    encoder = models.load_encoder(model_args.model_name_or_path, args.sizes, model_args.pooling)
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
         raise ValueError("sizes: name the ladder to train, for example --sizes 1x32 2x64 3x128 6x384")
@@ -169,14 +167,14 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
         args.sizes = [str(largest)]
         return encoder.truncate(*largest)
     if args.objective == "starbucks" and largest.num_layers < encoder.num_layers:
-        common.say(
+        output.say(
             f"the ladder ends at {largest}: the layers above {largest.num_layers} are dropped, they would not train"
         )
         return encoder.truncate(largest.num_layers)
     return encoder
 
 
-def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables, plain):
+def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables, unlabeled):
     if model_args.lora_r < 0:
         raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
     if not model_args.lora_r:
@@ -185,7 +183,7 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
 
     if args.exit_projections and encoder.exit_projections is None:
         # Adapters go around whole modules, so that these must be there before them.
-        tables = [*tables, datasets.Dataset.from_dict({"text": plain or []})]
+        tables = [*tables, datasets.Dataset.from_dict({"text": unlabeled or []})]
         fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
     # Projections are trained whole, and stand in the adapter's checkpoints: its base has none.
     projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]
@@ -238,13 +236,13 @@ def _report(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict,
     if not trainer.is_world_process_zero():
         return
     folder = trainer.args.output_dir
-    common.write_json(os.path.join(folder, "results.json"), results)
-    common.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
+    output.write_json(os.path.join(folder, "results.json"), results)
+    output.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
     old, new = mean_scores(before), mean_scores(results)
     gain = {size: new[size] - old[size] for size in old}
     metric = "Spearman" if "sts" in results else "nDCG@10"
     print(f"\n{metric} on {', '.join(main_scores(results))}, untrained and trained:\n")
-    print(common.score_table({"before": old, "after": new, "gain": gain}, trainer.ladder, "size"))
+    print(output.score_table({"before": old, "after": new, "gain": gain}, trainer.ladder, "size"))
     print(f"\nEvery layer by every dim: {os.path.join(folder, 'heatmap.png')}")
 
 

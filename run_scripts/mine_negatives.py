@@ -6,23 +6,18 @@ import csv
 import gzip
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.encoding import check_batch_size
-from run_scripts import common
-from trainer.data import check_table, read_table
+from run_scripts.shared import cli, models
+from trainer.data import check_table
 from trainer.mining import MiningTask, NegativeSelection, embed, mine, prepare, read_beir, read_documents
+from trainer.shared.tables import read_table
 
 FORMATS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -60,11 +55,11 @@ class MiningArguments:
 
 def main(argv=None) -> None:
     """Parse, read, encode, mine, write."""
-    with common.user_errors():
-        args, selection = common.Parser((MiningArguments, NegativeSelection)).parse(argv)
+    with cli.user_errors():
+        args, selection = cli.Parser((MiningArguments, NegativeSelection)).parse(argv)
         check_arguments(args)
         task = read_task(args, selection)
-        model = common.to_device(common.load_encoder(args.model_name_or_path))
+        model = models.to_device(models.load_encoder(args.model_name_or_path))
         size = choose_size(model, args.size)
         os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
     print(f"{len(task.rows)} rows, {len(task.anchors)} anchors, {task.num_documents} documents; at {size}", flush=True)
@@ -74,7 +69,7 @@ def main(argv=None) -> None:
         for part in (task.anchors, task.texts)
     )
     negatives = mine(task, anchors, texts, selection)
-    with common.user_errors():
+    with cli.user_errors():
         table = build_table(task, negatives, selection)
         write_table(table, args.output_file)
     print(f"{len(task.rows) - len(table)} rows dropped, with fewer than {selection.num_negatives} left ({selection})")

@@ -2,19 +2,13 @@
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from retrieval.planning import BYTES, Cell, Limits, as_rows, choose, pareto, plan
 from retrieval.reading import Text, read_texts
-from run_scripts import common
 from run_scripts.evaluate import choose_sizes
-from run_scripts.quickstart import python_docs
+from run_scripts.shared import cli, models, output
+from run_scripts.shared.quickstart import python_docs
 from trainer.evaluation import mean_scores
 
 
@@ -45,20 +39,20 @@ class PlanArguments:
 
 def main(argv=None) -> None:
     """Parse, measure, choose, print."""
-    with common.user_errors():
-        (args,) = common.Parser((PlanArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((PlanArguments,)).parse(argv)
         limits = Limits(args.max_ms_per_text, args.max_bytes_per_vector, args.min_score)
         scores = read_scores(args.results) if args.results else None
         if args.min_score is not None and scores is None:
             raise ValueError("min_score: name the scores with --results")
-        model = common.to_device(common.load_encoder(args.model_name_or_path))
+        model = models.to_device(models.load_encoder(args.model_name_or_path))
         sizes = choose_sizes(model, args.sizes)
         texts = _texts(args.texts)
         cells = plan(model, sizes, texts, scores, args.precision, args.max_length)
         print(table(cells, args.corpus_size))
         if args.output_dir:
             os.makedirs(args.output_dir, exist_ok=True)
-            common.write_json(os.path.join(args.output_dir, "plan.json"), as_rows(cells))
+            output.write_json(os.path.join(args.output_dir, "plan.json"), as_rows(cells))
             draw(cells, os.path.join(args.output_dir, "plan.png"))
         best, reason = choose(cells, limits)
     print(f"\n{best.size}: {reason}")

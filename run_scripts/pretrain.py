@@ -4,22 +4,16 @@ The encoder to fine-tune from is written to OUT/encoder.
 """
 
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, parse_ladder
-from run_scripts import common
-from trainer.arguments import SmaeTrainingArguments
-from trainer.corpus import check_corpus, endless, pack, read_corpus
-from trainer.masking import check_tokenizer
-from trainer.pretraining import SmaeTrainer
+from run_scripts.shared import cli, models, output, runs
+from trainer.smae.arguments import SmaeTrainingArguments
+from trainer.smae.corpus import check_corpus, endless, pack, read_corpus
+from trainer.smae.masking import check_tokenizer
+from trainer.smae.trainer import SmaeTrainer
 
 
 @dataclass
@@ -38,7 +32,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(common.OverwriteArguments):
+class DataArguments(runs.OverwriteArguments):
     """What it reads."""
 
     train_file: str | None = field(
@@ -57,29 +51,31 @@ class DataArguments(common.OverwriteArguments):
                   "ones cropped at random."},
     )  # fmt: skip
     eval_file: str | None = field(default=None, metadata={"help": "Texts to measure on, as train_file."})
-    eval_rows: int = field(default=500, metadata={"help": "Measure on this many of its texts, drawn by the seed."})
+    max_eval_samples: int = field(
+        default=500, metadata={"help": "Measure on this many of its texts, drawn by the seed."}
+    )
 
 
 def main(argv=None) -> None:
     """Parse, check everything, pre-train, save."""
-    common.use_all_cores()
-    with common.user_errors():
-        parser = common.Parser((ModelArguments, DataArguments, SmaeTrainingArguments))
+    runs.use_all_cores()
+    with cli.user_errors():
+        parser = cli.Parser((ModelArguments, DataArguments, SmaeTrainingArguments))
         model_args, data_args, args = parser.parse(argv)
-        resume = common.find_checkpoint(args)
-        common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
+        resume = runs.find_checkpoint(args)
+        runs.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         model = _load_model(model_args, args)
         tokenizer = model.encoder.tokenizer
         check_tokenizer(tokenizer)
         length = min(args.max_length, model.encoder.max_length)
         train, evaluation = _load_texts(data_args, args, tokenizer, length)
         trainer = SmaeTrainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation)
-        previous = common.move_aside(args) if data_args.overwrite and not resume else None
+        previous = runs.move_aside(args) if data_args.overwrite and not resume else None
     before = trainer.evaluate() if evaluation is not None else {}
-    with common.training_errors(trainer):
+    with runs.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)
     encoder = os.path.join(args.output_dir, "encoder")
-    with common.training_errors(trainer):
+    with runs.training_errors(trainer):
         trainer.save_model()
         if args.should_save:
             trainer.model.save_encoder(encoder)
@@ -87,14 +83,14 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         _report(trainer, before, metrics, args.output_dir)
-        common.remove(previous)
+        runs.remove(previous)
         print(f"\nFine-tune it: accelerate launch run_scripts/finetune.py --model_name_or_path {encoder} ...")
     trainer.accelerator.end_training()
 
 
 def _load_model(model_args: ModelArguments, args: SmaeTrainingArguments) -> StarbucksForMaskedAutoencoding:
-    path = common.resolve_model(model_args.model_name_or_path)
-    config = common.read_config(path)
+    path = models.resolve_model(model_args.model_name_or_path)
+    config = models.read_config(path)
     if config.model_type == StarbucksConfig.model_type:
         model = StarbucksForMaskedAutoencoding.from_pretrained(path)
         ladder = [str(size) for size in parse_ladder(args.sizes)] if args.sizes else None
@@ -121,7 +117,7 @@ def _load_texts(data: DataArguments, args: SmaeTrainingArguments, tokenizer, len
     if data.eval_file is not None:
         column = "text" if data.eval_file.removesuffix(".gz").endswith(".txt") else data.text_column
         evaluation = read_corpus(data.eval_file, column, argument="eval_file").shuffle(seed=args.seed)
-        evaluation = evaluation.select(range(min(data.eval_rows, len(evaluation))))
+        evaluation = evaluation.select(range(min(data.max_eval_samples, len(evaluation))))
     if data.packing:
         with args.main_process_first(desc="packing texts"):
             train = pack(train, tokenizer, length)
@@ -133,13 +129,13 @@ def _report(trainer: SmaeTrainer, before: dict, metrics: dict, folder: str) -> N
     """Print the masked accuracy of each size before and after, beside the most frequent token's share."""
     if not metrics:
         return
-    common.write_json(os.path.join(folder, "results.json"), {"before": before, "after": metrics})
+    output.write_json(os.path.join(folder, "results.json"), {"before": before, "after": metrics})
     columns = {}
     for kind, title in (("mlm", "MLM"), ("mae", "MAE")):
         for when, entry in (("before", before), ("after", metrics)):
             columns[f"{title} {when}"] = {s: entry[f"eval_accuracy_{kind}_{s}"] for s in trainer.ladder}
     print("\nMasked tokens found, of 1:\n")
-    print(common.score_table(columns, trainer.model.ladder, "size"))
+    print(output.score_table(columns, trainer.model.ladder, "size"))
     shares = " and ".join(f"{metrics[f'eval_unigram_{kind}']:.4f}" for kind in ("mlm", "mae"))
     print(f"\nAlways naming the most frequent of them would find {shares}.")
 

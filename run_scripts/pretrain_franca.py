@@ -6,23 +6,17 @@ OUT holds student, teacher and heads, OUT/backbone the teacher's backbone as a p
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_franca import FrancaConfig, FrancaForPretraining
-from run_scripts import common
-from run_scripts.pictures import read_pictures
-from trainer.franca import FrancaTrainer, FrancaTrainingArguments
+from run_scripts.shared import cli, models, runs
+from run_scripts.shared.pictures import read_pictures
+from trainer.franca.trainer import FrancaTrainer, FrancaTrainingArguments
 
 
 @dataclass
@@ -71,7 +65,7 @@ class FrancaSettings:
 
 
 @dataclass
-class DataArguments(common.OverwriteArguments):
+class DataArguments(runs.OverwriteArguments):
     """What it sees. No labels are read."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder of pictures, or of folders of pictures."})
@@ -83,29 +77,29 @@ class DataArguments(common.OverwriteArguments):
 
 def main(argv=None) -> None:
     """Parse, check everything, pre-train, save."""
-    common.use_all_cores()
-    with common.user_errors():
-        parser = common.Parser((ModelArguments, FrancaSettings, DataArguments, FrancaTrainingArguments))
+    runs.use_all_cores()
+    with cli.user_errors():
+        parser = cli.Parser((ModelArguments, FrancaSettings, DataArguments, FrancaTrainingArguments))
         model_args, settings, data, args = parser.parse(argv)
-        resume = common.find_checkpoint(args)
-        common.check_output_dir(args.output_dir, allowed=bool(resume) or data.overwrite)
+        resume = runs.find_checkpoint(args)
+        runs.check_output_dir(args.output_dir, allowed=bool(resume) or data.overwrite)
         set_seed(args.seed)
         model = _load_model(model_args, settings)
         pictures = read_pictures(
             "train", data.train_dir, data.dataset_name, data.dataset_config, data.train_split, data.image_column
         )
         trainer = FrancaTrainer(model=model, args=args, train_dataset=pictures)
-        previous = common.move_aside(args) if data.overwrite and not resume else None
-    with common.training_errors(trainer):
+        previous = runs.move_aside(args) if data.overwrite and not resume else None
+    with runs.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)
     backbone = os.path.join(args.output_dir, "backbone")
-    with common.training_errors(trainer):
+    with runs.training_errors(trainer):
         trainer.save_model()
         if args.should_save:
             trainer.model.teacher.save_backbone(backbone)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-        common.remove(previous)
+        runs.remove(previous)
         print(f"\nMeasure it: python run_scripts/evaluate_franca.py --model_name_or_path {args.output_dir} ...")
     trainer.accelerator.end_training()
 
@@ -119,8 +113,8 @@ def _load_model(model_args: ModelArguments, settings: FrancaSettings) -> FrancaF
         model = FrancaForPretraining(FrancaConfig(config, **given))
         model.image_processor = _new_processor(config.image_size)
         return model
-    path = common.resolve_model(model_args.model_name_or_path)
-    if common.read_config(path).model_type != FrancaConfig.model_type:
+    path = models.resolve_model(model_args.model_name_or_path)
+    if models.read_config(path).model_type != FrancaConfig.model_type:
         model = FrancaForPretraining.from_backbone(path, **given)
     elif given:
         raise ValueError(f"{next(iter(given))}: {path} brings its own settings; leave --{next(iter(given))} out")

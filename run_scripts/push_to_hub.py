@@ -1,18 +1,12 @@
 """Publish a model folder: `python run_scripts/push_to_hub.py --model_name_or_path OUT --repo_id owner/name`."""
 
-import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from run_scripts import common
-from trainer.hub import check_model_folder, check_repo_id, find_token, stage, upload
+from run_scripts.shared import cli
+from trainer.shared.hub import check_model_folder, check_repo_id, find_token, stage, upload
 
 
 @dataclass
@@ -31,8 +25,8 @@ class PushArguments:
 
 def main(argv=None) -> None:
     """Parse, check, stage, upload."""
-    with common.user_errors():
-        (args,) = common.Parser((PushArguments,)).parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((PushArguments,)).parse(argv)
         check_model_folder(args.model_name_or_path)
         check_repo_id(args.repo_id)
         if args.dry_run is not None:
@@ -41,7 +35,7 @@ def main(argv=None) -> None:
             print(f"{len(files)} files, written to {args.dry_run}; nothing was uploaded")
             return
         token = find_token(args.token)
-    with tempfile.TemporaryDirectory() as folder, common.user_errors():
+    with tempfile.TemporaryDirectory() as folder, cli.user_errors():
         files = stage(args.model_name_or_path, args.repo_id, folder)
         try:
             address = upload(folder, args.repo_id, token, args.private, args.revision)

@@ -3,16 +3,11 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling_2dmse import TwoDMSEModel
 from retrieval import FunnelIndex, Stage, parse_stages
 from retrieval.stages import check_stages
-from run_scripts import common
+from run_scripts.shared import cli, models
 
 # Characters of a text that are shown.
 _SHOWN = 160
@@ -39,8 +34,8 @@ def main(argv=None) -> None:
     words = []
     while argv and not argv[0].startswith("-"):
         words.append(argv.pop(0))
-    with common.user_errors():
-        (args,) = common.Parser((SearchArguments,), usage='%(prog)s INDEX ["query" ...] [--flag value ...]').parse(argv)
+    with cli.user_errors():
+        (args,) = cli.Parser((SearchArguments,), usage='%(prog)s INDEX ["query" ...] [--flag value ...]').parse(argv)
         if not words:
             raise ValueError("index: name the folder of an index first")
         index = FunnelIndex.open(words.pop(0))
@@ -50,12 +45,12 @@ def main(argv=None) -> None:
         args.k = min(10, len(index)) if args.k is None else args.k
         stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
-        model = common.load_encoder(args.model_name_or_path or made["name"])
-        if common.fingerprint(model) != made["weights"]:
+        model = models.load_encoder(args.model_name_or_path or made["name"])
+        if models.fingerprint(model) != made["weights"]:
             raise ValueError(f"model_name_or_path: the weights are not those that {index.path} was made with")
         if made["num_layers"] < model.num_layers:
             model = model.truncate(made["num_layers"])
-        model = common.to_device(model)
+        model = models.to_device(model)
         for query in words or ask():
             print(answer(index, model, query, args, stages), flush=True)
 

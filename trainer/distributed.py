@@ -43,7 +43,7 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
     world = world_size()
     if world == 1:
         return states, rows
-    counts = torch.stack(_gather(torch.tensor((*rows.counts, rows.plain), device=states.device))).tolist()
+    counts = torch.stack(_gather(torch.tensor((*rows.counts, rows.unlabeled), device=states.device))).tolist()
     parts = _gather_uneven(states.detach().transpose(0, 1), [sum(count) for count in counts])
     own = states.view_as(states)
     if own.requires_grad:
@@ -55,8 +55,8 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
     scores = rows.scores
     if scores is not None:
         scores = torch.cat(_gather_uneven(scores, [count[0] for count in counts]))
-    *columns, plain = map(sum, zip(*counts, strict=True))
-    return joined, Rows(tuple(columns), scores, plain)
+    *columns, unlabeled = map(sum, zip(*counts, strict=True))
+    return joined, Rows(tuple(columns), scores, unlabeled)
 
 
 def _gather_uneven(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
-import evaluate
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
@@ -15,8 +14,9 @@ from scipy.stats import pearsonr, spearmanr
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.pooling import cut_and_normalize
 
-from .data import check_table, read_table
+from .data import check_table
 from .ranking import merge_top, ranking_metrics, top_documents
+from .shared.tables import read_table
 
 # Documents whose states are held at once; a longer corpus is ranked in several pieces.
 _CORPUS_CHUNK = 50_000
@@ -40,27 +40,6 @@ class RetrievalData:
     queries: dict[str, str]
     corpus: dict[str, str]
     qrels: dict[str, dict[str, int]]
-
-
-class EmbeddingSimilarity(evaluate.Metric):
-    """Spearman and Pearson correlation of predicted similarities with gold scores, as an `evaluate.Metric`.
-
-    Instantiated directly, it needs no network: `EmbeddingSimilarity().compute(predictions=..., references=...)`.
-    """
-
-    def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-        )
-        return evaluate.MetricInfo(
-            description="Spearman and Pearson correlation of cosine similarities with gold scores.",
-            citation="",
-            inputs_description="predictions: similarities; references: gold scores.",
-            features=features,
-        )
-
-    def _compute(self, predictions, references):
-        return correlations(np.asarray(predictions), np.asarray(references))
 
 
 def correlations(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

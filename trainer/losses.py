@@ -17,19 +17,19 @@ class Rows:
             negatives, ...; or all first sentences, then all second ones. Row i of the first column belongs to row i of
             the second; columns of negatives may be shorter, since they are negatives of every anchor.
         scores: (counts[0],) similarity of each sentence pair, None for anchors and positives.
-        plain: rows of texts without labels behind the last column, which no base loss sees.
+        unlabeled: rows of texts without labels behind the last column, which no base loss sees.
     """
 
     counts: tuple[int, ...]
     scores: torch.Tensor | None = None
-    plain: int = 0
+    unlabeled: int = 0
 
     def labelled(self, states: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) without the plain rows."""
-        return states[: sum(self.counts)] if self.plain else states
+        """(rows, hidden) without the unlabeled rows."""
+        return states[: sum(self.counts)] if self.unlabeled else states
 
-    def unlabelled(self, states: torch.Tensor) -> torch.Tensor:
-        """The plain rows alone."""
+    def unlabeled_states(self, states: torch.Tensor) -> torch.Tensor:
+        """The unlabeled rows alone."""
         return states[sum(self.counts) :]
 
     def columns(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel
 
-from .data import read_table
 from .evaluation import RetrievalData, load_beir
 from .ranking import Top, merge_top, top_documents
+from .shared.tables import read_table
 
 SAMPLINGS = ("top", "random")
 # Texts whose states, at the full hidden size, are held at once.

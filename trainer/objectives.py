@@ -50,18 +50,18 @@ class Cross(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step computes: terms, alignments and crosses on the labelled rows, `plain` on those without labels."""
+    """What one step computes: terms, alignments and crosses on the labelled rows, `unlabeled` on those without labels."""
 
     terms: tuple[Term, ...]
     alignments: tuple[Alignment, ...] = ()
     crosses: tuple[Cross, ...] = ()
-    plain: tuple[Alignment, ...] = ()
+    unlabeled: tuple[Alignment, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The exits the step needs, ascending."""
         sizes = [term.size for term in self.terms]
-        sizes += [size for a in self.alignments + self.plain for size in (a.student, a.teacher)]
+        sizes += [size for a in self.alignments + self.unlabeled for size in (a.student, a.teacher)]
         sizes += [size for c in self.crosses for size in (c.queries, c.documents)]
         return tuple(sorted({size.num_layers for size in sizes}))
 
@@ -81,7 +81,7 @@ class Objective:
         teacher: `largest`, or `start`: score_kl's teacher is the model before training, for the largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size against documents at the ladder's
             deepest layer, cut to the same dim; 0 for none.
-        plain_weight: factor of the alignment on texts without labels, as alignment_weight is on the others; 0 where
+        unlabeled_weight: factor of the alignment on texts without labels, as alignment_weight is on the others; 0 where
             there are none.
     """
 
@@ -94,16 +94,16 @@ class Objective:
     compression_dim: int = 128
     teacher: str = "largest"
     cross_size_weight: float = 0.0
-    plain_weight: float = 0.0
+    unlabeled_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
-        plain = ()
-        if self.plain_weight:
+        unlabeled = ()
+        if self.unlabeled_weight:
             state = rng.getstate()
-            plain = replace(self, alignment_weight=self.plain_weight, plain_weight=0.0).plan(rng).alignments
+            unlabeled = replace(self, alignment_weight=self.unlabeled_weight, unlabeled_weight=0.0).plan(rng).alignments
             rng.setstate(state)  # the same sizes for both
-        plan = OBJECTIVES[self.name](self, rng)._replace(plain=plain)
+        plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled)
         if self.teacher == "start":
             taught = {a.teacher: a.weight for a in plan.alignments}
             alignments = (Alignment("score_kl", size, size, weight) for size, weight in taught.items())
@@ -222,7 +222,7 @@ def plan_parts(
             it then takes the place of in score_kl.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`, `plain/2x64`, `cross/2x64`), weight and value. The parts share the
+        name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64`, `cross/2x64`), weight and value. The parts share the
         states alone, so that each can be gone backward from, and its graph dropped, before the next is made.
     """
     if len(states) != len(plan.layers):
@@ -244,7 +244,7 @@ def plan_parts(
         yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for name, alignments, part in (
         ("alignment", plan.alignments, rows.labelled),
-        ("plain", plan.plain, rows.unlabelled),
+        ("unlabeled", plan.unlabeled, rows.unlabeled_states),
     ):
         for alignment in alignments:
             yield f"{name}/{alignment.student}", alignment.weight, distance(alignment, part)

@@ -15,9 +15,15 @@ from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
-from .callbacks import EvaluateLastStep, StopSignals, TellEpoch
-from .checkpoints import CheckpointMixin
-from .data import PairCollator, add_plain_texts, check_table, join_tables, rescale_scores, text_columns, texts_to_fit
+from .data import (
+    PairCollator,
+    add_unlabeled_texts,
+    check_table,
+    join_tables,
+    rescale_scores,
+    text_columns,
+    texts_to_fit,
+)
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
@@ -25,9 +31,11 @@ from .gradient_cache import CachedForward
 from .losses import PAIR_LOSSES, SCALE, SCORE_LOSSES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_gradient, plan_loss
-from .part_log import PartLogMixin
 from .projections import fit_exit_projections
-from .sampling import make_block_sampler
+from .shared.callbacks import EvaluateLastStep, StopSignals, TellEpoch
+from .shared.checkpoints import CheckpointMixin
+from .shared.part_log import PartLogMixin
+from .shared.sampling import make_block_sampler
 
 logger = logging.get_logger(__name__)
 
@@ -46,8 +54,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
             Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
         processing_class: the tokenizer; the model's own when left out.
-        plain_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of them:
-            sizes learn from their teacher on these as well, with the factor `plain_weight`, and projections are fitted
+        unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of them:
+            sizes learn from their teacher on these as well, with the factor `unlabeled_weight`, and projections are fitted
             to them too.
         kwargs: passed to `Trainer`.
 
@@ -65,7 +73,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class=None,
-        plain_texts: Sequence[str] | None = None,
+        unlabeled_texts: Sequence[str] | None = None,
         **kwargs,
     ):
         self.encoder = find_encoder(model)
@@ -85,9 +93,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             if args.loss == "cosine_mse":
                 train_dataset, highest = rescale_scores(train_dataset)
                 logger.info(f"cosine_mse: scores were divided by {highest:g}")
-            if plain_texts is not None:
+            if unlabeled_texts is not None:
                 batch = args.per_device_train_batch_size
-                train_dataset = add_plain_texts(train_dataset, plain_texts, args.seed, batch)
+                train_dataset = add_unlabeled_texts(train_dataset, unlabeled_texts, args.seed, batch)
             columns = text_columns(train_dataset)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
@@ -107,16 +115,16 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             compression_dim=args.compression_dim,
             teacher=args.teacher,
             cross_size_weight=args.cross_size_weight,
-            plain_weight=0.0 if plain_texts is None else args.plain_weight,
+            unlabeled_weight=0.0 if unlabeled_texts is None else args.unlabeled_weight,
         )
         if args.cross_size_weight and not self.objective.plan(random.Random(0)).crosses:
             raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
         if args.teacher == "start" and self.objective.kind != "score_kl":
             raise ValueError(f"teacher: start teaches by the alignment score_kl, not by {self.objective.kind}")
-        if plain_texts is not None and not self.objective.plan(random.Random(0)).plain:
+        if unlabeled_texts is not None and not self.objective.plan(random.Random(0)).unlabeled:
             raise ValueError(
-                f"plain_texts: {args.objective} learns nothing from them with the alignment {self.objective.kind} and "
-                f"plain_weight {args.plain_weight:g}"
+                f"unlabeled_texts: {args.objective} learns nothing from them with the alignment {self.objective.kind} and "
+                f"unlabeled_weight {args.unlabeled_weight:g}"
             )
         if not eval_dataset:
             args.eval_strategy, args.load_best_model_at_end = "no", False
@@ -225,7 +233,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             with self.compute_loss_context_manager():
                 return model(**chunk, layers=plan.layers).layer_embeddings
 
-        chunk_rows = (len(rows.counts) + bool(rows.plain)) * self.args.gradient_cache_chunk_size
+        chunk_rows = (len(rows.counts) + bool(rows.unlabeled)) * self.args.gradient_cache_chunk_size
         cached = CachedForward(forward, inputs, chunk_rows, lengths)
         states = cached.states().requires_grad_()
         start = self._start_state(plan, inputs, lengths, chunk_rows)
@@ -245,7 +253,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     @torch.no_grad()
     def _start_state(self, plan: Plan, inputs: dict, lengths, chunk_rows: int | None = None) -> torch.Tensor | None:
         """(rows, H), what the model before training says behind the teacher's layers; None where it does not teach."""
-        alignments = plan.alignments or plan.plain
+        alignments = plan.alignments or plan.unlabeled
         if self._start is None or not alignments:
             return None
         layers = (alignments[0].teacher.num_layers,)
@@ -266,7 +274,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
         """The model's inputs, their rows' lengths and roles, and what the objective does in this step."""
         inputs = dict(inputs)
-        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("plain", 0))
+        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("unlabeled", 0))
         lengths = inputs.pop("lengths", None)
         if self.args.torch_compile:
             lengths = None  # numbers from outside would be compiled in, anew in each step
@@ -332,7 +340,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
                 ("initial share", args.initial_share, 0),
                 ("loss scale", args.loss_scale, SCALE),
                 ("dropout", args.dropout, True),
-                ("weight on plain texts", self.objective.plain_weight, 0),
+                ("weight on unlabeled texts", self.objective.unlabeled_weight, 0),
             )
             if value != default
         }

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_franca import FrancaConfig, FrancaForPretraining
-from trainer.franca import FrancaTrainer, FrancaTrainingArguments
-from trainer.image_evaluation import knn_by_size
+from trainer.franca.evaluation import knn_by_size
+from trainer.franca.trainer import FrancaTrainer, FrancaTrainingArguments
 
 WIDTH = 64
 SIZES = (4, 8, 16, 32, 64)

@@ -12,11 +12,11 @@ from transformers.utils import is_flash_attn_2_available
 
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import pooled_states
-from run_scripts import common
-from run_scripts.benchmarks import peer as peers
-from run_scripts.benchmarks.measure import in_turn, row, seconds, write_profile
-from trainer.arguments import cpu_has_bf16
+from run_scripts.shared import models
+from run_scripts.shared import peer as peers
+from run_scripts.shared.measure import in_turn, row, seconds, write_profile
 from trainer.evaluation import StsData, evaluate_sts
+from trainer.shared.arguments import cpu_has_bf16
 
 BATCH = 32
 # A precision may move no task's Spearman by more.
@@ -65,8 +65,8 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
         folder: an empty one, for exports.
     """
     peers.check_installed()
-    name = common.resolve_model(args.model_name_or_path)
-    model, peer = common.to_device(common.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    name = models.resolve_model(args.model_name_or_path)
+    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
     full = Size(model.num_layers, model.config.hidden_size)
     peers.check_same_embeddings(model, peer, texts[:64], [full])
     ways = {"float32": model} | (precisions(model, folder) if tasks else {})

@@ -11,8 +11,8 @@ import numpy as np
 
 from modeling_2dmse import TwoDMSEModel
 from retrieval import FunnelIndex, parse_stages
-from run_scripts import common
-from run_scripts.benchmarks.measure import in_turn, row
+from run_scripts.shared import models
+from run_scripts.shared.measure import in_turn, row
 from trainer.evaluation import RetrievalData
 from trainer.ranking import ranking_metrics
 
@@ -34,7 +34,7 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
         args: the benchmark's arguments.
         texts: their embeddings are the million vectors' centres.
     """
-    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     centres = model.encode(texts, max_length=args.max_length)
     funnels = {text: parse_stages(text) for text in FUNNELS}
     prefixes = {(s[0].dim, s[0].precision) for s in funnels.values() if s[0].precision != "approximate"}
@@ -56,7 +56,7 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
 
 def funnel_quality(args, tasks: list[RetrievalData]) -> list[dict]:
     """nDCG@10 of funnels over that of exact search at the full width, on real questions."""
-    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     return [line for task in tasks for line in _judge(model, task, args.max_length)]
 
 
@@ -131,6 +131,6 @@ def _peak(path: Path, queries: np.ndarray, stages: str) -> float:
     """GB that a process of its own holds which searches, one query at a time and all at once."""
     asked = path.with_name("queries.npy")
     np.save(asked, queries)
-    command = [sys.executable, "-m", "run_scripts.benchmarks.peak", str(path), str(asked), stages, str(K)]
+    command = [sys.executable, "-m", "run_scripts.shared.peak", str(path), str(asked), stages, str(K)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)

@@ -4,9 +4,9 @@ import itertools
 from functools import partial
 
 from modeling_2dmse import parse_ladder
-from run_scripts import common
-from run_scripts.benchmarks import peer as peers
-from run_scripts.benchmarks.measure import in_turn, row, seconds
+from run_scripts.shared import models
+from run_scripts.shared import peer as peers
+from run_scripts.shared.measure import in_turn, row, seconds
 from trainer.evaluation import RetrievalData, StsData, evaluate_tasks, grid_sizes, main_scores
 
 # Every cell costs the peer a pass over all texts: 36 of them are long enough on a part of the data.
@@ -17,8 +17,8 @@ def grid_cost(args, tasks: list[StsData | RetrievalData]) -> list[dict]:
     """Ratios of time: ours for all cells over ours for the largest, and theirs for all cells over ours."""
     peers.check_installed()
     tasks = [_part(task) for task in tasks]
-    name = common.resolve_model(args.model_name_or_path)
-    model, peer = common.to_device(common.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    name = models.resolve_model(args.model_name_or_path)
+    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
     grid = grid_sizes(model.num_layers, [size.dim for size in parse_ladder(args.sizes)])
     options = {"max_length": args.max_length, "show_progress_bar": False, "batch_size": 32}
     ours = partial(evaluate_tasks, model, tasks, **options)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from modeling_2dmse import Size, TwoDMSEModel
-from run_scripts import common
-from run_scripts.benchmarks.measure import allocated_at_peak, row, seconds
+from run_scripts.shared import models
+from run_scripts.shared.measure import allocated_at_peak, row, seconds
 from trainer.losses import Rows
 from trainer.objectives import Objective, plan_loss
 
@@ -23,7 +23,7 @@ def growth_cost(args) -> list[dict]:
 
     The ratio of a row is the time at the quantity's largest value over that at its smallest.
     """
-    model = common.to_device(common.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     layers, width = model.num_layers, model.config.hidden_size
     base = BASE | {"layers": layers, "dims": width}
     dims = sorted({width >> i for i in range(4)} | {size.dim for size in model.config.ladder})

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from modeling_m3 import MatryoshkaLlavaConfig, MatryoshkaLlavaForConditionalGeneration, visual_output
-from run_scripts.benchmarks.measure import in_turn, row, seconds
+from run_scripts.shared.measure import in_turn, row, seconds
 
 IMAGE_TOKEN = 4
 # A 24 x 24 grid as LLaVA-1.5's, and a language model small enough for a CPU; one image and 30 words of text.

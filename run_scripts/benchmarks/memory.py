@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 
 from modeling_2dmse import Size
-from run_scripts import common
-from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row, seconds
+from run_scripts.shared import models
+from run_scripts.shared.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row, seconds
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.losses import Rows
 from trainer.objectives import Objective, plan_loss
@@ -38,7 +38,7 @@ def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
 
 def make_step(side: str, name_or_path: str, sizes: list[str]):
     """A function of the batch's number: forward and backward of 2,048 triplets in chunks, or of 64 at once."""
-    model = common.load_encoder(name_or_path, sizes)
+    model = models.load_encoder(name_or_path, sizes)
     texts = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
     args = TwoDMSETrainingArguments(
         output_dir=tempfile.gettempdir(),

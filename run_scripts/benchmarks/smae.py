@@ -9,8 +9,8 @@ from transformers import BertConfig
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, StarbucksOutput, TwoDMSEConfig
 from modeling_2dmse.backbone import view
 from modeling_2dmse.modeling_smae import FirstTokenReplaced
-from run_scripts.benchmarks.measure import in_a_fresh_process, in_turn, peak_memory, row, seconds
-from trainer.masking import IGNORED
+from run_scripts.shared.measure import in_a_fresh_process, in_turn, peak_memory, row, seconds
+from trainer.smae.masking import IGNORED
 
 ROWS, LENGTH = 32, 128
 SIDES = ("ours", "plain")

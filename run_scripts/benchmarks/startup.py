@@ -6,9 +6,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from run_scripts import common
-from run_scripts.benchmarks import peer as peers
-from run_scripts.benchmarks.measure import in_turn, row, seconds
+from run_scripts.shared import models
+from run_scripts.shared import peer as peers
+from run_scripts.shared.measure import in_turn, row, seconds
 
 OURS = "from modeling_2dmse import TwoDMSEModel as Model; Model.from_pretrained({!r}).encode('a short text')"
 THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model({!r}).encode('a short text')"
@@ -17,9 +17,9 @@ THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model(
 def startup_cost(args) -> list[dict]:
     """Ratio of the time that a fresh process takes, ours over sentence-transformers'."""
     peers.check_installed()
-    name = common.resolve_model(args.model_name_or_path)
+    name = models.resolve_model(args.model_name_or_path)
     with tempfile.TemporaryDirectory() as folder:
-        common.load_encoder(name, args.sizes).save_pretrained(folder)
+        models.load_encoder(name, args.sizes).save_pretrained(folder)
         sides = {
             "ours": partial(seconds, partial(_run, OURS.format(folder))),
             "theirs": partial(seconds, partial(_run, THEIRS.format(name))),

@@ -11,15 +11,15 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from modeling_2dmse import parse_ladder
-from run_scripts import common
-from run_scripts.benchmarks import peer as peers
-from run_scripts.benchmarks.measure import in_turn, row, seconds, wait, write_profile
+from run_scripts.shared import models
+from run_scripts.shared import peer as peers
+from run_scripts.shared.measure import in_turn, row, seconds, wait, write_profile
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.arguments import cpu_has_bf16
 from trainer.data import draw_texts, text_columns
+from trainer.shared.arguments import cpu_has_bf16
 
 BATCH, WARM_UP, STEPS = 64, 2, 8
-# Of recipes/minilm-best.yaml: what it adds to plain `starbucks`.
+# Of recipes/minilm-best.yaml: what it adds to `starbucks`.
 PROJECTIONS = {"exit_projections": True}
 RECIPE = PROJECTIONS | {"teacher": "start", "alignment_weight": 3.0}
 # Neither side evaluates, saves or logs while it is measured.
@@ -40,9 +40,9 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         rows: a checked table of texts without scores.
     """
     peers.check_installed()
-    name, columns = common.resolve_model(args.model_name_or_path), text_columns(rows)
+    name, columns = models.resolve_model(args.model_name_or_path), text_columns(rows)
     head = rows.select(range(BATCH))[:]
-    model, peer = common.to_device(common.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
     peers.check_same_embeddings(model, peer, head[columns[0]], parse_ladder(args.sizes))
     peers.check_same_loss(model, peer, {column: head[column] for column in columns})
     if args.profile:
@@ -57,7 +57,7 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         "theirs-default": partial(theirs, bf16=False, whole=False, batch=8),
         "ours-projections": partial(ours, bf16=False, **PROJECTIONS),
         "ours-recipe": partial(ours, bf16=False, **RECIPE),
-        "ours-plain": partial(ours, bf16=False, plain=True, **RECIPE),
+        "ours-unlabeled": partial(ours, bf16=False, unlabeled=True, **RECIPE),
     }
     if cpu_has_bf16() or model.device.type != "cpu":
         sides |= {"ours-bf16": partial(ours, bf16=True), "theirs-bf16": partial(theirs, bf16=True, whole=True)}
@@ -69,7 +69,7 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         row("train.default", ">= 3", rates["ours-default"], rates["theirs-default"], **more | {"batch": [BATCH, 8]}),
         row("train.projections_cost", "beside it", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
         row("train.recipe_cost", "beside it", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
-        row("train.plain_cost", "beside it", rates["ours"], rates["ours-plain"], batch=BATCH, steps=STEPS),
+        row("train.unlabeled_cost", "beside it", rates["ours"], rates["ours-unlabeled"], batch=BATCH, steps=STEPS),
         ladder_cost(args, rows),
     ]
     if "ours-bf16" in rates:
@@ -125,15 +125,15 @@ def _rate(side: Callable, *args, batch: int = BATCH, **options) -> float:
 
 
 def _ours(
-    args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, plain: bool = False, **options
+    args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, unlabeled: bool = False, **options
 ) -> Trainer:
     rows = _part(rows, batch)
-    model = common.load_encoder(args.model_name_or_path, sizes or args.sizes)
+    model = models.load_encoder(args.model_name_or_path, sizes or args.sizes)
     arguments = TwoDMSETrainingArguments(
         **_shared(batch), sizes=sizes or args.sizes, max_length=args.max_length, **options
     )
-    texts = draw_texts([rows], seed=0, limit=len(rows) * len(text_columns(rows))) if plain else None
-    return TwoDMSETrainer(model=model, args=arguments, train_dataset=rows, plain_texts=texts, callbacks=[clock])
+    texts = draw_texts([rows], seed=0, limit=len(rows) * len(text_columns(rows))) if unlabeled else None
+    return TwoDMSETrainer(model=model, args=arguments, train_dataset=rows, unlabeled_texts=texts, callbacks=[clock])
 
 
 def _theirs(
@@ -143,7 +143,7 @@ def _theirs(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
 
-    peer = peers.load_peer(common.resolve_model(args.model_name_or_path), args.max_length)
+    peer = peers.load_peer(models.resolve_model(args.model_name_or_path), args.max_length)
     each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
     loss = Matryoshka2dLoss(peer, MultipleNegativesRankingLoss(peer), dims, **each)

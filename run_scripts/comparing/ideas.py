@@ -1,4 +1,4 @@
-"""Ideas that were tried towards our recipe and are not part of it; model_cards/lab-notes.md says what each gave.
+"""Ideas that were tried towards our recipe and are not part of it; docs/lab-notes.md says what each gave.
 
 Each is a TwoDMSETrainer with one thing changed, as far as the attribute of the idea's own name says, a number.
 """

@@ -9,10 +9,12 @@ from datasets import Dataset, load_dataset
 from transformers import set_seed
 
 from modeling_2dmse import Size, parse_ladder
-from run_scripts import common, finetune, pretrain
-from run_scripts.benchmarks import peer as peers
+from run_scripts import finetune, pretrain
+from run_scripts.shared import cli, models
+from run_scripts.shared import peer as peers
 from trainer import TwoDMSETrainingArguments
-from trainer.data import check_table, draw_rows, read_table
+from trainer.data import check_table
+from trainer.shared.tables import draw_rows, read_table
 
 from .store import claim
 
@@ -28,7 +30,7 @@ FLAGS = {
 }
 METHODS = (UNTRAINED, *FLAGS, PEER, BEST)
 # A run of the comparison is evaluated afterwards, on all tasks at once.
-QUIET = ("--eval_rows", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
+QUIET = ("--max_eval_samples", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
 QUIET += ("--report_to", "none")
 
 
@@ -38,11 +40,11 @@ class Budget:
 
     Args:
         recipe: of finetune.py: backbone, ladder, loss, batch, epochs, schedule.
-        train_file: rows to train on, of which each seed draws `max_train_rows`; or the Hub dataset named by
+        train_file: rows to train on, of which each seed draws `max_train_samples`; or the Hub dataset named by
             dataset_name and dataset_config.
         best_recipe: of finetune.py, for the method `best`.
         pretrain_recipe, pretrain_file: of pretrain.py, for `smae-starbucks`.
-        plain_file: texts without labels, for `best`.
+        unlabeled_file: texts without labels, for `best`.
         num_train_epochs, loss_scale: of all methods; None for what the recipes say.
         bf16: mixed precision for all; None for what recipes and machine say.
         folder: where models are written; beside it, the one that SMAE has pre-trained.
@@ -52,11 +54,11 @@ class Budget:
     train_file: str | None
     dataset_name: str | None
     dataset_config: str | None
-    max_train_rows: int | None
+    max_train_samples: int | None
     best_recipe: str
     pretrain_recipe: str
     pretrain_file: str | None
-    plain_file: str | None
+    unlabeled_file: str | None
     num_train_epochs: float | None
     loss_scale: float | None
     bf16: bool | None
@@ -64,7 +66,7 @@ class Budget:
 
     def arguments(self) -> tuple[finetune.ModelArguments, TwoDMSETrainingArguments]:
         """What the shared recipe says."""
-        parser = common.Parser((finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments))
+        parser = cli.Parser((finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments))
         model, _, args = parser.parse([self.recipe, *self.flags, "--output_dir", str(self.folder)])
         return model, args
 
@@ -87,7 +89,7 @@ class Budget:
         else:
             table = load_dataset(self.dataset_name, self.dataset_config, split="train")
             table = check_table(table, "dataset_name")
-        return draw_rows(table, self.max_train_rows, seed)
+        return draw_rows(table, self.max_train_samples, seed)
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ def train(unit: Unit, rate: float, seed: int, budget: Budget) -> str:
 
 def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str) -> None:
     flags = [budget.best_recipe if unit.method == BEST else budget.recipe]
-    for name in ("train_file", "dataset_name", "dataset_config", "max_train_rows"):
+    for name in ("train_file", "dataset_name", "dataset_config", "max_train_samples"):
         value = getattr(budget, name)
         flags += [] if value is None else [f"--{name}", str(value)]
     flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.flags, "--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
-    if unit.method == BEST and budget.plain_file is not None:
-        flags += ["--plain_file", budget.plain_file]
+    if unit.method == BEST and budget.unlabeled_file is not None:
+        flags += ["--unlabeled_file", budget.unlabeled_file]
     if unit.method == SMAE:
         flags += ["--model_name_or_path", _pretrained(budget)]
     finetune.main([*flags, "--output_dir", folder])
@@ -161,7 +163,7 @@ def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
 
     model, args = budget.arguments()
     set_seed(seed)
-    peer = peers.load_peer(common.resolve_model(model.model_name_or_path), args.max_length)
+    peer = peers.load_peer(models.resolve_model(model.model_name_or_path), args.max_length)
     rows = budget.rows(seed)
     loss_class = losses.CoSENTLoss if "score" in rows.column_names else losses.MultipleNegativesRankingLoss
     inner = loss_class(peer, scale=args.loss_scale)

@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows: one process at a time
     fcntl = None
 
-from run_scripts import common
+from run_scripts.shared import output
 
 # Entries of a row that say which run it is.
 KEYS = ("train", "method", "size", "learning_rate", "seed")
@@ -76,7 +76,7 @@ class Store:
 
     def _write(self, content: dict) -> None:
         os.makedirs(self.path.parent, exist_ok=True)
-        common.write_json(self.path, content)
+        output.write_json(self.path, content)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from torch import nn
 
 from modeling_franca import FrancaModel, RasaProjector, grid_positions
 from modeling_franca.rasa import METHODS
-from trainer.image_evaluation import position_r2
+from trainer.franca.evaluation import position_r2
 
 
 def features_with_position(images: int = 60, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from modeling_m3 import (
     visual_output,
 )
 from modeling_m3.costs import kv_cache_bytes, prefill_flops, sequence_length
-from run_scripts.digits import QUESTION
+from run_scripts.digits_m3 import QUESTION
 
 TEXTS = [f"user : <image> {QUESTION} assistant :", "user : <image> this assistant : two user : <image> is ?"]
 POSITIONS = ("after_projector", "before_projector")

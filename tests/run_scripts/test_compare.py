@@ -42,7 +42,7 @@ def flags(*more: str) -> list[str]:
     return [
         *("--train_file", "t.csv", "--eval_file", "dev.csv", "--sts_files", "one.csv", "two.csv"),
         *("--recipe", "recipe.yaml", "--best_recipe", "best.yaml", "--pretrain_recipe", "smae.yaml"),
-        *("--pretrain_file", "plain.txt", "--max_train_rows", "8", "--seeds", "0", "1", "--learning_rates", *RATES),
+        *("--pretrain_file", "plain.txt", "--max_train_samples", "8", "--seeds", "0", "1", "--learning_rates", *RATES),
         *("--output_dir", "out", "--results_file", "results.json", *more),
     ]
 
@@ -95,11 +95,11 @@ def make_budget(folder, num_train_epochs=None, loss_scale=None, bf16=None) -> Bu
         train_file="t.csv",
         dataset_name=None,
         dataset_config=None,
-        max_train_rows=8,
+        max_train_samples=8,
         best_recipe="best.yaml",
         pretrain_recipe="smae.yaml",
         pretrain_file=None,
-        plain_file=None,
+        unlabeled_file=None,
         num_train_epochs=num_train_epochs,
         loss_scale=loss_scale,
         bf16=bf16,
@@ -109,12 +109,22 @@ def make_budget(folder, num_train_epochs=None, loss_scale=None, bf16=None) -> Bu
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
     budget = make_budget(folder)
-    parser = finetune.common.Parser(
+    parser = finetune.cli.Parser(
         (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
     )
     drawn = []
     for seed in ("0", "1"):
-        given = ["recipe.yaml", "--train_file", "t.csv", "--max_train_rows", "8", "--eval_rows", "0", "--seed", seed]
+        given = [
+            "recipe.yaml",
+            "--train_file",
+            "t.csv",
+            "--max_train_samples",
+            "8",
+            "--max_eval_samples",
+            "0",
+            "--seed",
+            seed,
+        ]
         _, data, args = parser.parse([*given, "--output_dir", "x"])
         (ours,), _ = finetune._load_tables(data, args)
         assert budget.rows(int(seed))["anchor"][:] == ours["anchor"][:]
@@ -223,12 +233,14 @@ def test_results_of_another_budget_are_refused(folder):
         Store("results.json", lock, "nli", {"rows": 8})
 
 
-def test_plain_texts_are_for_the_best_recipe_alone(folder):
-    compare.main(flags("--methods", "starbucks-score_kl", "best", "--learning_rates", "1e-2", "--plain_file", "t.csv"))
+def test_unlabeled_texts_are_for_the_best_recipe_alone(folder):
+    compare.main(
+        flags("--methods", "starbucks-score_kl", "best", "--learning_rates", "1e-2", "--unlabeled_file", "t.csv")
+    )
     cards = {path.parent.name: path.read_text() for path in folder.glob("out/nli/*/README.md")}
-    told = {name: "weight on plain texts" in card for name, card in cards.items()}
+    told = {name: "weight on unlabeled texts" in card for name, card in cards.items()}
     assert told == {f"{name}-0.01-{s}": name == "best" for name in ("starbucks-score_kl", "best") for s in (0, 1)}
-    assert json.loads((folder / "results.json").read_text())["settings"]["nli"]["plain_file"] == "t.csv"
+    assert json.loads((folder / "results.json").read_text())["settings"]["nli"]["unlabeled_file"] == "t.csv"
 
 
 def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
@@ -248,7 +260,7 @@ def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
         (["--learning_rates", "0"], "learning_rates: [0.0] is not allowed"),
         (["--pretrain_file", "none.txt"], "pretrain_file: none.txt is not a file"),
         (["--best_recipe", "none.yaml"], "best_recipe: none.yaml is not a file"),
-        (["--plain_file", "none.txt"], "plain_file: none.txt is not a file"),
+        (["--unlabeled_file", "none.txt"], "unlabeled_file: none.txt is not a file"),
         (["--recipe", "none.yaml"], "none.yaml is not a file"),
         (["--train_file", "none.csv"], "none.csv"),
         (["--dataset_name", "org/data"], "either --train_file or --dataset_name"),
@@ -262,12 +274,12 @@ def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, 
     assert not (folder / "results.json").exists()
 
 
-@pytest.mark.parametrize("path", sorted(compare.common.RECIPES.glob("compare-*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(compare.cli.RECIPES.glob("compare-*.yaml")), ids=lambda path: path.name)
 def test_recipes_name_recipes_and_the_data_they_do_not_ask_for(path):
     needed = ["--eval_file", "dev.csv", "--sts_files", "one.csv"]
-    (args,) = compare.common.Parser((compare.ComparisonArguments,)).parse([str(path), *needed])
+    (args,) = compare.cli.Parser((compare.ComparisonArguments,)).parse([str(path), *needed])
     for recipe in (args.recipe, args.best_recipe, args.pretrain_recipe):
-        assert (compare.common.RECIPES / recipe.split("/")[-1]).is_file()
+        assert (compare.cli.RECIPES / recipe.split("/")[-1]).is_file()
     if args.dataset_name:
         compare._check_pretraining(args)
     else:

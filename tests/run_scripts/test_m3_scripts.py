@@ -8,10 +8,12 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, MatryoshkaLlavaProcessor
-from run_scripts import common, digits, evaluate_m3, train_m3
-from trainer.m3 import M3TrainingArguments
+from run_scripts import digits_m3 as digits
+from run_scripts import evaluate_m3, train_m3
+from run_scripts.shared import cli
+from trainer.m3.trainer import M3TrainingArguments
 
-RECIPE = common.RECIPES / "m3-digits.yaml"
+RECIPE = cli.RECIPES / "m3-digits.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_nothing_is_overwritten_unasked(settings, task, tmp_path, capsys):
 
 
 def test_the_recipe_is_understood(tmp_path):
-    parser = common.Parser((train_m3.ModelArguments, train_m3.DataArguments, M3TrainingArguments))
+    parser = cli.Parser((train_m3.ModelArguments, train_m3.DataArguments, M3TrainingArguments))
     model, data, args = parser.parse([str(RECIPE), "--output_dir", str(tmp_path), "--bf16", "false"])
     recipe = yaml.safe_load(RECIPE.read_text())
     assert args.visual_token_sizes == recipe["visual_token_sizes"]

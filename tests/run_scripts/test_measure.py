@@ -2,7 +2,7 @@
 
 import torch
 
-from run_scripts.benchmarks.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row
+from run_scripts.shared.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row
 
 
 def test_allocations_are_counted_at_their_peak():

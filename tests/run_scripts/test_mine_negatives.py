@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts.mine_negatives import FORMATS, main
-from trainer.data import check_table, read_table
+from trainer.data import check_table
+from trainer.shared.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 

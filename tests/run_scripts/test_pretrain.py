@@ -10,8 +10,9 @@ from conftest import LADDER, SENTENCES
 from datasets import Dataset
 
 from modeling_2dmse import StarbucksForMaskedAutoencoding, TwoDMSEModel
-from run_scripts import common, finetune, pretrain
-from trainer.arguments import SmaeTrainingArguments
+from run_scripts import finetune, pretrain
+from run_scripts.shared import cli
+from trainer.smae.arguments import SmaeTrainingArguments
 
 RECIPES = Path(pretrain.__file__).parent / "recipes"
 
@@ -135,7 +136,7 @@ def test_a_backbone_that_cannot_mask_is_refused(settings, backbone_path, tokeniz
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("smae-*.yaml")), ids=lambda p: p.name)
 def test_recipes_are_understood(path, tmp_path):
-    parser = common.Parser((pretrain.ModelArguments, pretrain.DataArguments, SmaeTrainingArguments))
+    parser = cli.Parser((pretrain.ModelArguments, pretrain.DataArguments, SmaeTrainingArguments))
     _, _, args = parser.parse([str(path), "--output_dir", str(tmp_path), "--bf16", "false"])
     recipe = yaml.safe_load(path.read_text())
     assert args.sizes == recipe["sizes"]

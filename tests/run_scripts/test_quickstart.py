@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from run_scripts import quickstart
+from run_scripts.shared import quickstart
 
 
 def test_the_weights_are_checked(tmp_path, monkeypatch):

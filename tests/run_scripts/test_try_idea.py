@@ -136,7 +136,7 @@ def test_a_run_writes_what_finetune_writes(backbone_path, tmp_path):
     )
     (tmp_path / "r.yaml").write_text(f"model_name_or_path: {backbone_path('bert')}\nsizes: [1x8, 4x32]\n")
     shared = ["--train_file", str(tmp_path / "t.csv"), "--per_device_train_batch_size", "4", "--max_steps", "2"]
-    shared += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--eval_rows", "0"]
+    shared += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_eval_samples", "0"]
     try_idea.main(
         [str(tmp_path / "r.yaml"), "--idea", "largest_loss=2", *shared, "--output_dir", str(tmp_path / "out")]
     )

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from trainer.arguments import SmaeTrainingArguments, TwoDMSETrainingArguments
-from trainer.classification import ClassifierTrainingArguments
-from trainer.franca import FrancaTrainingArguments
-from trainer.m3 import M3TrainingArguments
+from trainer.arguments import TwoDMSETrainingArguments
+from trainer.franca.trainer import FrancaTrainingArguments
+from trainer.m3.trainer import M3TrainingArguments
+from trainer.mrl.trainer import ClassifierTrainingArguments
+from trainer.smae.arguments import SmaeTrainingArguments
 
 KINDS = [
     ClassifierTrainingArguments,

@@ -7,16 +7,8 @@ import torch
 from conftest import SENTENCES
 from datasets import Dataset
 
-from trainer.data import (
-    PairCollator,
-    add_plain_texts,
-    check_table,
-    hold_out,
-    join_tables,
-    read_table,
-    text_columns,
-    texts_to_fit,
-)
+from trainer.data import PairCollator, add_unlabeled_texts, check_table, join_tables, text_columns, texts_to_fit
+from trainer.shared.tables import hold_out, read_table
 
 ROWS = {"anchor": ["one, two", "None"], "positive": ['a "quoted" text', "NA"]}
 
@@ -115,36 +107,36 @@ def test_collator_lays_out_columns_one_after_another(tokenizer):
     assert torch.equal(batch["scores"], torch.tensor([0.0, 1.0]))
 
 
-def test_plain_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
+def test_unlabeled_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
     rows = Dataset.from_dict({"anchor": SENTENCES[:7], "positive": SENTENCES[7:14], "negative_1": ["x", *[None] * 6]})
-    table = add_plain_texts(rows, SENTENCES[14:17], seed=1, batch=3)
-    assert table.remove_columns("plain")[:] == rows[:]
-    plain = table["plain"][:]
+    table = add_unlabeled_texts(rows, SENTENCES[14:17], seed=1, batch=3)
+    assert table.remove_columns("unlabeled")[:] == rows[:]
+    plain = table["unlabeled"][:]
     assert set(plain) == set(plain[:3]) == set(SENTENCES[14:17]), "each once, and then again"
-    assert plain == add_plain_texts(rows, SENTENCES[14:17], seed=1, batch=3)["plain"][:]
-    orders = {tuple(add_plain_texts(rows, SENTENCES, seed=seed, batch=3)["plain"]) for seed in range(3)}
+    assert plain == add_unlabeled_texts(rows, SENTENCES[14:17], seed=1, batch=3)["unlabeled"][:]
+    orders = {tuple(add_unlabeled_texts(rows, SENTENCES, seed=seed, batch=3)["unlabeled"]) for seed in range(3)}
     assert len(orders) == 3, "the seed decides"
-    batch = PairCollator(tokenizer, ["anchor", "positive", "negative_1", "plain"], 16)([table[0], table[1]])
-    assert (batch["counts"], batch["plain"], len(batch["input_ids"])) == ((2, 2, 1), 2, 7)
+    batch = PairCollator(tokenizer, ["anchor", "positive", "negative_1", "unlabeled"], 16)([table[0], table[1]])
+    assert (batch["counts"], batch["unlabeled"], len(batch["input_ids"])) == ((2, 2, 1), 2, 7)
     assert tokenizer.decode(batch["input_ids"][-1], skip_special_tokens=True) == plain[1]
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["one"], "plain_texts: 1 are fewer than one batch of 2"),
-        (["one", " "], "plain_texts: item 1 is empty"),
+        (["one"], "unlabeled_texts: 1 are fewer than one batch of 2"),
+        (["one", " "], "unlabeled_texts: item 1 is empty"),
         (["one", 2], "texts: item 1 is a int"),
     ],
 )
-def test_plain_texts_that_are_none(texts, message):
+def test_unlabeled_texts_that_are_none(texts, message):
     with pytest.raises(ValueError, match=message):
-        add_plain_texts(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), texts, seed=0, batch=2)
+        add_unlabeled_texts(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), texts, seed=0, batch=2)
 
 
 def test_projections_are_fitted_to_texts_of_every_table_and_to_plain_ones():
     tables = [Dataset.from_dict({"anchor": SENTENCES[i : i + 3], "positive": SENTENCES[i + 3 : i + 6]}) for i in (0, 6)]
     joined = join_tables(tables)
     assert sorted(texts_to_fit(tables, joined, seed=0)) == sorted(SENTENCES[:12])
-    joined = add_plain_texts(joined, SENTENCES[12:18], seed=0, batch=3)
+    joined = add_unlabeled_texts(joined, SENTENCES[12:18], seed=0, batch=3)
     assert sorted(texts_to_fit(tables, joined, seed=0)) == sorted(SENTENCES[:18])

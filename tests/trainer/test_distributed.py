@@ -17,12 +17,13 @@ from transformers import TrainerCallback
 
 from modeling_2dmse import modeling_2dmse
 from modeling_2dmse.encoding import even_groups
-from run_scripts import common
-from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, checkpoints
-from trainer.checkpoints import as_defined
+from run_scripts.shared import runs
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.distributed import shard_by_layers
 from trainer.losses import Rows
 from trainer.objectives import OBJECTIVES, plan_loss
+from trainer.shared import checkpoints
+from trainer.shared.checkpoints import as_defined
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
@@ -35,7 +36,7 @@ CASES = [
 CASES += [(objective, None, loss) for objective in OBJECTIVES for loss in ("cosent", "angle", "cosine_mse")]
 
 
-def make_trainer(model, folder, objective, alignment, loss, plain_texts=None, **kwargs) -> TwoDMSETrainer:
+def make_trainer(model, folder, objective, alignment, loss, unlabeled_texts=None, **kwargs) -> TwoDMSETrainer:
     args = TwoDMSETrainingArguments(
         output_dir=str(folder),
         sizes=LADDER,
@@ -53,7 +54,7 @@ def make_trainer(model, folder, objective, alignment, loss, plain_texts=None, **
     )
     rows = TRIPLETS if loss == "infonce" else SCORED
     rows = Dataset.from_dict(rows)
-    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, plain_texts=plain_texts)
+    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, unlabeled_texts=unlabeled_texts)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -160,15 +161,15 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         loss = trainer.training_step(wrapped, batch_of(trainer, own)).item()
         ours = gradients(wrapped)
         inputs = batch_of(trainer, range(sum(counts)))
-        rows = Rows(inputs.pop("counts"), plain=inputs.pop("plain"))
+        rows = Rows(inputs.pop("counts"), unlabeled=inputs.pop("unlabeled"))
         plan = trainer.objective.plan(random.Random(0))
         with torch.no_grad():
             taught = trainer._start(**inputs, layers=(4,)).layer_embeddings[0]
         states = model(**inputs, layers=plan.layers).layer_embeddings
         expected, parts = plan_loss(plan, states, rows, "infonce", start=taught)
         assert parts["alignment/4x32"] > 1e-3
-        assert parts["plain/4x32"] > 1e-3
-        assert rows.plain == sum(counts)
+        assert parts["unlabeled/4x32"] > 1e-3
+        assert rows.unlabeled == sum(counts)
         expected.backward()
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
         assert_same(ours, gradients(model))
@@ -247,7 +248,7 @@ def check_resume(start: str, folder: str) -> None:
     args = TwoDMSETrainingArguments(output_dir=folder, resume_from_checkpoint="true", use_cpu=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "find_checkpoint", lambda folder, world_size: f"checkpoint-{rank}")
-        assert common.find_checkpoint(args) == "checkpoint-0"
+        assert runs.find_checkpoint(args) == "checkpoint-0"
     (Path(folder) / f"equal-{rank}").touch()
 
 
@@ -335,7 +336,9 @@ def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_pa
     assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
 
 
-@pytest.mark.parametrize("extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start", "plain"])
+@pytest.mark.parametrize(
+    "extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start", "unlabeled"]
+)
 def test_the_cache_works_with(extra, tiny_model, tmp_path):
     """A run of some steps with the cache gives the weights of the run without it."""
     from peft import LoraConfig, get_peft_model
@@ -347,9 +350,9 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
         "bf16": {"bf16": True},
         "projections": {},
         "start": {"teacher": "start", "alignment_weight": 3.0},
-        "plain": {"plain_weight": 2.0},
+        "unlabeled": {"unlabeled_weight": 2.0},
     }[extra]
-    plain_texts = SENTENCES if extra == "plain" else None
+    unlabeled_texts = SENTENCES if extra == "unlabeled" else None
     results = []
     for chunk in (None, 2):
         torch.manual_seed(0)
@@ -375,7 +378,7 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
             **({"bf16": False} | settings),
         )
         rows = Dataset.from_dict(TRIPLETS)
-        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, plain_texts=plain_texts)
+        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, unlabeled_texts=unlabeled_texts)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         moved = [after.detach() - old for after, old in zip(model.parameters(), before, strict=True)]

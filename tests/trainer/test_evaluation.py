@@ -12,7 +12,6 @@ from datasets import Dataset
 
 from modeling_2dmse import parse_ladder
 from trainer.evaluation import (
-    EmbeddingSimilarity,
     RetrievalData,
     StsData,
     evaluate_retrieval,
@@ -24,6 +23,7 @@ from trainer.evaluation import (
     mean_scores,
     retrieval_from_pairs,
 )
+from trainer.metrics import EmbeddingSimilarity
 from trainer.ranking import merge_top, ranking_metrics, top_documents
 
 LADDER_SIZES = parse_ladder(LADDER)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import trainer.mining as mining
 from modeling_2dmse import Size
-from trainer.data import check_table, read_table
+from trainer.data import check_table
 from trainer.mining import (
     NegativeSelection,
     choose_negatives,
@@ -24,6 +24,7 @@ from trainer.mining import (
     text_key,
     top_candidates,
 )
+from trainer.shared.tables import read_table
 
 
 def whole_numbers(rows, dim=3, seed=0):

@@ -203,7 +203,7 @@ def test_crossed_sizes_train_both_sides():
 @pytest.mark.parametrize("name", ["starbucks", "2dmse", "espresso"])
 @pytest.mark.parametrize("with_start", [False, True])
 def test_plain_rows_are_aligned_and_do_nothing_else(name, with_start):
-    """The loss is that of the labelled rows, and beside it the alignments of the plain rows among themselves."""
+    """The loss is that of the labelled rows, and beside it the alignments of the unlabeled rows among themselves."""
     generator = torch.Generator().manual_seed(2)
     plain_states = torch.randn(N, 5, H, generator=generator, dtype=torch.float64)
     starts = torch.randn(12, H, generator=generator), torch.randn(5, H, generator=generator)
@@ -214,25 +214,25 @@ def test_plain_rows_are_aligned_and_do_nothing_else(name, with_start):
         plan = spec.plan(random.Random(3))._replace(**change)
         return plan_loss(plan, states[[n - 1 for n in plan.layers]], rows, "infonce", start=start)
 
-    spec = objective(name, alignment_weight=2.0, cross_size_weight=0.5, plain_weight=0.3, **settings)
+    spec = objective(name, alignment_weight=2.0, cross_size_weight=0.5, unlabeled_weight=0.3, **settings)
     both = torch.cat((STATES, plain_states), dim=1)
-    total, parts = run(spec, both, Rows((4, 4, 4), plain=5), start(*starts))
+    total, parts = run(spec, both, Rows((4, 4, 4), unlabeled=5), start(*starts))
     usual = objective(name, alignment_weight=2.0, cross_size_weight=0.5, **settings)
     labelled, labelled_parts = run(usual, STATES, TRIPLETS, start(starts[0]))
     alone = objective(name, alignment_weight=0.3, **settings)
     plain, plain_parts = run(alone, plain_states, Rows((5,)), start(starts[1]), terms=())
     assert total.item() == pytest.approx(labelled.item() + plain.item(), rel=1e-5)
     assert plain.item() > 0.01
-    expected = labelled_parts | {name.replace("alignment/", "plain/"): value for name, value in plain_parts.items()}
+    expected = labelled_parts | {name.replace("alignment/", "unlabeled/"): value for name, value in plain_parts.items()}
     assert set(parts) == set(expected)
     for part, value in expected.items():
         assert parts[part].item() == pytest.approx(value.item(), rel=1e-5), part
 
 
 def test_plain_rows_in_loops():
-    """starbucks: KL from the largest size's softmax over all other plain rows to each smaller size's."""
+    """starbucks: KL from the largest size's softmax over all other unlabeled rows to each smaller size's."""
     states = torch.cat((STATES, STATES[:, :5] + 0.5), dim=1)
-    _, parts = compute(objective("starbucks", plain_weight=1.0), states=states, rows=Rows((4, 4, 4), plain=5))
+    _, parts = compute(objective("starbucks", unlabeled_weight=1.0), states=states, rows=Rows((4, 4, 4), unlabeled=5))
     for n, d in ((1, 8), (2, 16)):
         student, teacher, expected = emb(n, d, states)[12:], emb(4, 32, states)[12:], 0.0
         for i in range(5):
@@ -240,4 +240,4 @@ def test_plain_rows_in_loops():
             sides = [[math.exp(20 * (e[i] @ e[j]).item()) for j in others] for e in (teacher, student)]
             p, q = ([value / sum(side) for value in side] for side in sides)
             expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 5
-        assert parts[f"plain/{n}x{d}"].item() == pytest.approx(expected, rel=1e-5)
+        assert parts[f"unlabeled/{n}x{d}"].item() == pytest.approx(expected, rel=1e-5)

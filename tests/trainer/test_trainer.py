@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.arguments import cpu_has_bf16
+from trainer.shared.arguments import cpu_has_bf16
 
 PAIRS = Dataset.from_dict({"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]})
 TRIPLETS = Dataset.from_dict(
@@ -85,35 +85,38 @@ def test_crossed_sizes_are_trained_and_logged(tiny_model, tmp_path):
         TwoDMSETrainer(model=tiny_model(), args=args, train_dataset=TRIPLETS)
 
 
-def test_plain_texts_are_trained_on_and_logged(tiny_model, tmp_path):
+def test_unlabeled_texts_are_trained_on_and_logged(tiny_model, tmp_path):
     """With a weight so large that nothing else counts, small sizes say of these texts what the full size says."""
     far = {}
     for weight in (1e-9, 1e3):
         model = tiny_model()
-        args = arguments(tmp_path / str(weight), plain_weight=weight, max_steps=40, learning_rate=3e-3)
-        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=TRIPLETS, plain_texts=SENTENCES[:8])
+        args = arguments(tmp_path / str(weight), unlabeled_weight=weight, max_steps=40, learning_rate=3e-3)
+        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=TRIPLETS, unlabeled_texts=SENTENCES[:8])
         trainer.train()
         small, full = (torch.from_numpy(model.encode(SENTENCES[:8], n, d)) for n, d in ((1, 8), (4, 32)))
         far[weight] = (small @ small.T - full @ full.T).abs().mean().item()
     assert far[1e3] < 0.5 * far[1e-9]
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert {"plain/1x8", "plain/2x16", "alignment/1x8"} < set(entry)
-    assert trainer.describe()["weight on plain texts"] == 1e3
-    assert "weight on plain texts" not in train(tiny_model(), tmp_path / "usual").describe()
+    assert {"unlabeled/1x8", "unlabeled/2x16", "alignment/1x8"} < set(entry)
+    assert trainer.describe()["weight on unlabeled texts"] == 1e3
+    assert "weight on unlabeled texts" not in train(tiny_model(), tmp_path / "usual").describe()
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alignment": "none"}, "plain_texts: starbucks learns nothing from them with the alignment none and plain_we"),
-        ({"plain_weight": 0.0}, "with the alignment score_kl and plain_weight 0"),
-        ({"objective": "separate"}, "plain_texts: separate learns nothing from them"),
-        ({"per_device_train_batch_size": 64}, "plain_texts: 20 are fewer than one batch of 64"),
+        (
+            {"alignment": "none"},
+            "unlabeled_texts: starbucks learns nothing from them with the alignment none and plain_we",
+        ),
+        ({"unlabeled_weight": 0.0}, "with the alignment score_kl and unlabeled_weight 0"),
+        ({"objective": "separate"}, "unlabeled_texts: separate learns nothing from them"),
+        ({"per_device_train_batch_size": 64}, "unlabeled_texts: 20 are fewer than one batch of 64"),
     ],
 )
-def test_plain_texts_that_teach_nothing_are_refused(kwargs, message, tiny_model, tmp_path):
+def test_unlabeled_texts_that_teach_nothing_are_refused(kwargs, message, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
-        TwoDMSETrainer(tiny_model(), arguments(tmp_path, **kwargs), TRIPLETS, plain_texts=SENTENCES)
+        TwoDMSETrainer(tiny_model(), arguments(tmp_path, **kwargs), TRIPLETS, unlabeled_texts=SENTENCES)
 
 
 def test_all_columns_go_through_one_call_of_the_wrapped_model(tiny_model, tmp_path):

@@ -1,0 +1,1 @@
+"""What the scripts share, and no command: command line, run lifecycle, models, output, pictures."""

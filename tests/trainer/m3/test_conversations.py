@@ -1,0 +1,162 @@
+"""Rows of images and conversations: every notation, the labels, one text a level, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from trainer.m3.conversations import (
+    IGNORED,
+    ConversationCollator,
+    check_conversations,
+    encode_conversation,
+    read_conversations,
+)
+
+ASKED = {"role": "user", "content": "<image>which digit is this ?"}
+ROW = [ASKED, {"role": "assistant", "content": "two"}]
+LLAVA = [{"from": "human", "value": "<image>\nwhich digit is this ?"}, {"from": "gpt", "value": "two"}]
+PARTS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which digit is this ?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+]
+BARE = [{"role": "user", "content": "which digit is this ?"}, {"role": "assistant", "content": "two"}]
+PLAIN_WORDS = "user : <image> which digit is this ? assistant : two </s>"
+
+
+def picture(shade: int = 7) -> Image.Image:
+    return Image.new("RGB", (8, 8), (shade, 2 * shade, 3 * shade))
+
+
+@pytest.mark.parametrize("turns", [ROW, PARTS, BARE], ids=["string", "parts", "no placeholder"])
+def test_notations_give_the_same_tokens(turns, llava_processor):
+    table = check_conversations(Dataset.from_list([{"image": picture(), "messages": turns}]))
+    ids, labels = encode_conversation(llava_processor, table[0]["messages"], num_images=1)
+    words = llava_processor.tokenizer.convert_ids_to_tokens(ids)
+    assert " ".join(words) == PLAIN_WORDS
+    assert labels.tolist() == [IGNORED] * 10 + ids[-2:].tolist()
+
+
+def test_llava_files_are_read(llava_processor, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    picture().save(tmp_path / "pictures" / "a.png")
+    rows = [
+        {"id": 1, "image": "pictures/a.png", "conversations": LLAVA},
+        {"id": 2, "conversations": [{"from": "human", "value": "which digit ?"}, {"from": "gpt", "value": "two"}]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("rows.json", "rows.jsonl"):
+        table = read_conversations(str(tmp_path / name))
+        ids, _ = encode_conversation(llava_processor, table[0]["messages"], 1)
+        assert " ".join(llava_processor.tokenizer.convert_ids_to_tokens(ids)) == PLAIN_WORDS
+        assert table[0]["images"][0].getpixel((0, 0)) == (7, 14, 21)
+        assert table[1]["images"] == []
+    batch = ConversationCollator(llava_processor, [9])([table[0], table[1]])
+    assert batch["pixel_values"].shape == (1, 3, 24, 24)
+    assert (batch["levels"][9]["input_ids"] == 4).sum(dim=1).tolist() == [9, 0]
+    assert "pixel_values" not in ConversationCollator(llava_processor, [9])([table[1]])
+
+
+def test_several_images_and_turns(llava_processor):
+    turns = [
+        {"role": "user", "content": "<image><image>which is this ?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "digit ?"},
+        {"role": "assistant", "content": "six"},
+    ]
+    table = check_conversations(Dataset.from_list([{"images": [picture(), picture(9)], "messages": turns}]))
+    ids, labels = encode_conversation(llava_processor, table[0]["messages"], 2)
+    learnt = llava_processor.tokenizer.convert_ids_to_tokens(ids[labels != IGNORED])
+    assert learnt == ["two", "six", "</s>"]
+    assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+    with pytest.raises(ValueError, match="messages: 2 image placeholders do not match 1 images"):
+        encode_conversation(llava_processor, table[0]["messages"], 1)
+
+
+def test_batches_hold_every_level(llava_processor):
+    turns = [ROW, [{"role": "user", "content": "<image>which ?"}, {"role": "assistant", "content": "six"}]]
+    rows = [{"image": picture(i), "messages": messages} for i, messages in enumerate(turns)]
+    table = check_conversations(Dataset.from_list(rows))
+    batch = ConversationCollator(llava_processor, [1, 9, 36])([table[0], table[1]])
+    texts = [PLAIN_WORDS, "user : <image> which ? assistant : six </s>"]
+    for size, level in batch["levels"].items():
+        # the processor itself, on the same texts, is another way to the same tensors
+        expected = llava_processor(
+            images=[row["images"][0] for row in table],
+            text=texts,
+            num_visual_tokens=size,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(level[name], expected[name])
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"])
+        answers = level["labels"] != IGNORED
+        assert answers.sum(dim=1).tolist() == [2, 2]
+        assert torch.equal(level["labels"][answers], level["input_ids"][answers])
+        assert not (level["labels"] == 4).any()
+
+
+def test_long_texts_are_cut(llava_processor):
+    table = check_conversations(Dataset.from_list([{"image": picture(), "messages": ROW}]))
+    level = ConversationCollator(llava_processor, [9], max_length=11)([table[0]])["levels"][9]
+    assert level["input_ids"].shape == (1, 19)
+    assert (level["labels"] != IGNORED).sum() == 1
+    with pytest.raises(ValueError, match="max_length: no answer of the batch lies within 5 tokens"):
+        ConversationCollator(llava_processor, [9], max_length=5)([table[0]])
+
+
+WRONG_ROWS = {
+    "no image column": (
+        [{"messages": ROW}],
+        r"columns \(messages\) lack one of image, images or one of messages, conv",
+    ),
+    "no text column": ([{"image": "a.png", "text": "x"}], "lack one of image"),
+    "no rows": ([], "there are no rows"),
+    "no answer": ([{"image": "here.png", "messages": [ASKED]}], "row 1 has no answer of the assistant"),
+    "no such role": (
+        [{"image": "here.png", "messages": [{"role": "robot", "content": "x"}]}],
+        "row 1 has a turn of 'robot'; use system, user, human, assistant, gpt",
+    ),
+    "no such file": (
+        [{"image": "here.png", "messages": ROW}, {"image": "absent.png", "messages": ROW}],
+        r"row 2: there is no image .*absent\.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ROWS)
+def test_wrong_rows_are_refused(name, tmp_path):
+    picture().save(tmp_path / "here.png")
+    rows, message = WRONG_ROWS[name]
+    table = Dataset.from_list(rows) if rows else Dataset.from_dict({"image": [], "messages": []})
+    with pytest.raises(ValueError, match=rf"train_dataset: .*{message}|train_dataset: {message}"):
+        check_conversations(table, str(tmp_path))
+
+
+def test_wrong_files_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.json").write_text("{")
+    for name, message in (
+        ("absent.json", "absent.json is not a file"),
+        ("rows.csv", "rows.csv has an unknown format; use one of .json, .jsonl, .parquet"),
+        ("rows.json", "rows.json could not be read"),
+    ):
+        with pytest.raises(ValueError, match=f"eval_file: .*{message}"):
+            read_conversations(str(tmp_path / name), argument="eval_file")
+
+
+def test_a_processor_without_a_template_is_refused(llava_processor):
+    processor = copy.copy(llava_processor)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="chat_template: the processor has none"):
+        ConversationCollator(processor, [1])
+    processor.chat_template = "{{ messages | length }}" + llava_processor.chat_template
+    table = check_conversations(Dataset.from_list([{"image": picture(), "messages": ROW}]))
+    with pytest.raises(ValueError, match="chat_template: a conversation's beginning does not stay as it is"):
+        encode_conversation(processor, table[0]["messages"], 1)

@@ -1,0 +1,240 @@
+"""Nothing is lost: kills at random moments, signals, a full disk, checkpoints that were cut off."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from run_scripts import finetune
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.shared.checkpoints import STAGING, SaveError, find_checkpoint, find_fault
+
+ROOT = Path(__file__).resolve().parents[3]
+PAIRS = {"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}
+STEPS = 22
+
+
+def make_trainer(model, folder, evaluation=None, **kwargs) -> TwoDMSETrainer:
+    defaults = {
+        "output_dir": str(folder),
+        "sizes": LADDER,
+        "objective": "2dmse",
+        "per_device_train_batch_size": 4,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    args = TwoDMSETrainingArguments(**(defaults | kwargs))
+    return TwoDMSETrainer(model=model, args=args, train_dataset=Dataset.from_dict(PAIRS), eval_dataset=evaluation)
+
+
+def train_in_a_process(start: str, folder: str) -> None:
+    """What the tests run and kill: goes on from the newest complete checkpoint, slowly enough to be hit."""
+    from transformers import TrainerCallback
+
+    from modeling_2dmse import TwoDMSEModel
+
+    class Slow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                print("step", state.global_step, flush=True)
+            time.sleep(0.02)
+
+    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = make_trainer(TwoDMSEModel.from_pretrained(start), folder, per_device_train_batch_size=batch)
+    trainer.add_callback(Slow())
+    trainer.train(resume_from_checkpoint=find_checkpoint(folder, trainer.args.world_size))
+    trainer.save_model()
+
+
+def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
+    call = f"t.train_in_a_process({str(tmp_path / 'start')!r}, {str(folder)!r})"
+    (tmp_path / "run.py").write_text(f"import test_checkpoints as t; {call}{LEAVE}")
+    environment = cpu_environment(ROOT, ROOT / "tests", ROOT / "tests" / "trainer")
+    command = [sys.executable, str(tmp_path / "run.py")]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *torchrun, str(tmp_path / "run.py")]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the process and all that it started; torchrun's workers have process groups of their own."""
+    launcher = psutil.Process(process.pid)
+    launcher.suspend()  # it starts no more
+    every = [launcher, *launcher.children(recursive=True)]
+    for one in every:
+        one.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(every[1:], timeout=60)
+    assert not alive, "a process survived its SIGKILL and would train on beside the next one"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_five_times_and_resumed_equals_uninterrupted_bit_for_bit(processes, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    whole = launch(tmp_path, tmp_path / "whole", processes)
+    _, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors[-2000:]
+    rng, cut_while_writing = random.Random(processes), 0
+    for attempt in range(5):
+        process = launch(tmp_path, tmp_path / "killed", processes)
+        staging = tmp_path / "killed" / STAGING
+        target = rng.randint(3, 4)  # steps of its own before it dies
+        seen = 0
+        for line in process.stdout:
+            if line.startswith("step"):
+                seen += 1
+            if seen >= target:
+                break
+        if attempt % 2:  # these die while a checkpoint is being written
+            while not staging.exists() and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(rng.random() * 0.01)
+            cut_while_writing += staging.exists()
+        else:
+            time.sleep(rng.random() * 0.05)
+        kill(process)
+        newest = find_checkpoint(str(tmp_path / "killed"))
+        assert newest is None or find_fault(newest) is None
+    assert cut_while_writing, "no kill hit a checkpoint while it was written"
+    last = launch(tmp_path, tmp_path / "killed", processes)
+    output, errors = last.communicate(timeout=200)
+    assert last.returncode == 0, errors[-2000:]
+    assert int(output.split()[1]) > 1, "it did not begin anew"
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    start = load_file(tmp_path / "start" / "model.safetensors")
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    Dataset.from_dict({name: values * 4 for name, values in PAIRS.items()}).to_csv(tmp_path / "pairs.csv", index=False)
+    return str(tmp_path / "pairs.csv")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number, tiny_model, tmp_path, pairs_file):
+    tiny_model().save_pretrained(tmp_path / "start")
+    flags = ["--model_name_or_path", str(tmp_path / "start"), "--train_file", pairs_file, "--max_steps", "5000"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--use_cpu", "true", "--max_eval_samples", "0"]
+    flags += ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
+    command = [sys.executable, str(ROOT / "run_scripts" / "finetune.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors[-2000:]
+    assert f"Stopped by {number.name} after step" in output
+    assert "--resume_from_checkpoint true" in output
+    step = int(output.split("after step ")[1].split(";")[0])
+    assert find_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / f"checkpoint-{step}")
+    finetune.main([*flags, "--max_steps", str(step + 1), "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def _full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_full_disk_gives_one_line_and_keeps_the_previous_checkpoint(part, tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model(), tmp_path)
+    trainer.train()
+    kept = find_checkpoint(str(tmp_path))
+    name = {"model": "_save", "optimizer": "_save_optimizer_and_scheduler"}[part]
+    monkeypatch.setattr(trainer, name, _full)
+    trainer.state.global_step += 1
+    message = r"checkpoint-23 could not be written to .*: no space is left on the disk; checkpoint-22 is intact"
+    with pytest.raises(SaveError, match=message):
+        trainer._save_checkpoint(trainer.model, None)
+    assert find_checkpoint(str(tmp_path)) == kept
+    assert not (tmp_path / STAGING).exists()
+
+
+def test_a_really_full_disk(tiny_model, tmp_path, pairs_file, capsys):
+    """On a file system of a size that the first checkpoint fits into, the second does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let us mount a small file system")
+    try:
+        tiny_model().save_pretrained(tmp_path / "start")
+        flags = ["--model_name_or_path", str(tmp_path / "start"), "--train_file", pairs_file, "--max_steps", "4"]
+        flags += ["--output_dir", str(disk / "out"), "--bf16", "false", "--use_cpu", "true", "--max_eval_samples", "0"]
+        flags += ["--per_device_train_batch_size", "4", "--save_steps", "1", "--disable_tqdm", "true"]
+        with pytest.raises(SystemExit, match="2"):
+            finetune.main(flags)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "no space is left on the disk; checkpoint-1 is intact" in line
+        assert find_checkpoint(str(disk / "out")) == str(disk / "out" / "checkpoint-1")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # some file of it may still be mapped
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_warning(name, damage, finished_run, tmp_path, caplog):
+    shutil.copytree(finished_run, tmp_path / "out")
+    assert find_checkpoint(str(tmp_path / "out")).endswith("checkpoint-22")
+    path = tmp_path / "out" / "checkpoint-22" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with caplog.at_level("WARNING"):
+        found = find_checkpoint(str(tmp_path / "out"))
+    assert found.endswith("checkpoint-20")
+    assert find_fault(str(tmp_path / "out" / "checkpoint-22")) is not None
+    assert find_fault(found, world_size=2) == "random states of 1 processes are there"
+
+
+@pytest.fixture(scope="module")
+def finished_run(backbone_path, tmp_path_factory):
+    from modeling_2dmse import TwoDMSEModel
+
+    folder = tmp_path_factory.mktemp("finished")
+    make_trainer(TwoDMSEModel.from_backbone(backbone_path("bert"), sizes=LADDER), folder).train()
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-22"}
+    return folder
+
+
+def test_the_best_checkpoint_is_kept_and_named_by_its_own_path(tiny_model, tmp_path):
+    scored = Dataset.from_dict(
+        {"sentence1": SENTENCES[::2], "sentence2": SENTENCES[1::2], "score": [0.1 * i for i in range(10)]}
+    )
+    args = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = make_trainer(tiny_model(), tmp_path, scored, learning_rate=5e-3, **args)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_metric"] == trainer.state.best_metric
+    assert STAGING not in json.dumps(state)

@@ -1,0 +1,1 @@
+"""Training nested clustering of images (Franca), and evaluating it."""

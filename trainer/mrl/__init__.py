@@ -1,0 +1,1 @@
+"""Training and evaluating nested classifiers (MRL)."""

@@ -1,0 +1,1 @@
+"""What all trainings use: base arguments, tables, sampling, checkpoints, callbacks, the Hub."""

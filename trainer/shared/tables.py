@@ -1,0 +1,82 @@
+"""Reading tables of any accepted format, checking their texts, and drawing and holding out rows."""
+
+import os
+import re
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+FORMATS = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def read_table(path: str, argument: str = "train_file") -> Dataset:
+    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming the argument for anything else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{argument}: {path} is not a file")
+    suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{argument}: {path} is empty")
+    try:
+        table = _load(path, suffix)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        if "corresponds to no data" in cause:  # what datasets says of a header without rows
+            raise ValueError(f"{argument}: {path} has no rows") from error
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
+    if len(table) == 0:
+        raise ValueError(f"{argument}: {path} has no rows")
+    return table
+
+
+def _load(path: str, suffix: str) -> Dataset:
+    if suffix == ".parquet" and path.lower().endswith(".gz"):  # the one format that datasets does not unpack
+        with pa.input_stream(path, compression="gzip") as stream:
+            return Dataset(pq.read_table(pa.BufferReader(stream.read())))
+    builder, options = FORMATS[suffix]
+    return datasets.load_dataset(builder, data_files=path, split="train", **options)
+
+
+def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
+    """`limit` rows of a table, drawn by the seed; all of them, in their order, where there are no more or no limit."""
+    return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
+
+
+def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
+    first = np.asarray(table[table.column_names[0]], dtype=object)
+    _, group = np.unique(first.astype(str), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(group.max() + 1)
+    sizes = np.bincount(group)[order].cumsum()
+    chosen = np.zeros(group.max() + 1, dtype=bool)
+    chosen[order[: max(1, int(np.searchsorted(sizes, rows, side="right")))]] = True
+    held = chosen[group]
+    return table.select(np.flatnonzero(~held)), table.select(np.flatnonzero(held))
+
+
+def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
+    """ValueError naming the column where it does not hold texts, or empty ones that are not optional."""
+    column = table.with_format("arrow")[:][name]
+    if optional and str(column.type) == "null":
+        return
+    if str(column.type) not in ("string", "large_string"):
+        raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
+    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
+    count = pc.sum(empty).as_py()
+    if count and not optional:
+        row = pc.index(empty, True).as_py()
+        raise ValueError(
+            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows"
+        )

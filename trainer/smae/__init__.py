@@ -1,0 +1,1 @@
+"""Pre-training every size as a masked autoencoder (SMAE)."""

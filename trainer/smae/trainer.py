@@ -1,0 +1,131 @@
+"""SmaeTrainer: transformers' Trainer for masked-autoencoder pre-training, measured at every size."""
+
+from collections.abc import Iterator
+
+import torch
+from datasets import IterableDataset
+from transformers import Trainer
+
+from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
+
+from ..shared.callbacks import StopSignals, TellEpoch
+from ..shared.checkpoints import CheckpointMixin
+from ..shared.part_log import PartLogMixin
+from ..shared.sampling import ResumableOrderMixin
+from .arguments import SmaeTrainingArguments
+from .masking import IGNORED, MaskingCollator
+
+PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
+
+
+class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
+    """
+    Pre-trains a [`StarbucksForMaskedAutoencoding`].
+
+    Args:
+        model: the model.
+        args: [`SmaeTrainingArguments`].
+        train_dataset, eval_dataset: texts (column `text`) or packed blocks of `corpus.pack`; the training
+            texts may be an `IterableDataset`, which needs `max_steps`.
+        kwargs: passed to `Trainer`.
+
+    Raises:
+        ValueError: the tokenizer cannot mask, or a stream comes without `max_steps`.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: StarbucksForMaskedAutoencoding,
+        args: SmaeTrainingArguments,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        tokenizer = model.encoder.tokenizer
+        collator = MaskingCollator(
+            tokenizer,
+            min(args.max_length, model.encoder.max_length),
+            args.mlm_probability,
+            args.decoder_mlm_probability,
+            args.seed,
+            args.process_index,
+        )
+        if isinstance(train_dataset, IterableDataset):
+            if args.max_steps < 1:
+                raise ValueError("max_steps: a stream has no length; name the optimizer steps with --max_steps")
+            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be dispatched
+        if eval_dataset is None:
+            args.eval_strategy = "no"
+        self.stop_signals = StopSignals()
+        self.ladder = [str(size) for size in model.ladder]
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
+            **kwargs,
+        )
+        if self.is_fsdp_enabled:  # the loss multiplies by the word embeddings' whole weights
+            raise ValueError("fsdp: masked-autoencoder pre-training needs whole weights; use DDP")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; every size's parts are logged."""
+        output: StarbucksOutput = model(**inputs)
+        parts = {f"{part}/{size}": value for part in PARTS for size, value in self._by_size(output[part])}
+        self.record(output.loss.detach(), parts)
+        return (output.loss, output) if return_outputs else output.loss
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Score every size on texts whose masks are the same each time and hide every token that is asked for.
+
+        Returns:
+            `eval_loss`, and for each size `eval_loss_mlm_1x32`, `eval_loss_mae_1x32`, `eval_accuracy_mlm_1x32`,
+            `eval_accuracy_mae_1x32`, means over all masked tokens; `eval_unigram_mlm` and `eval_unigram_mae`, what
+            always naming the most frequent of the masked tokens would score.
+        """
+        collator = self.data_collator
+        epoch, collator.epoch, collator.hides_all = collator.epoch, 0, True
+        training = self.model.training
+        self.model.eval()
+        totals = dict.fromkeys(PARTS, 0.0)
+        words = {
+            kind: torch.zeros(self.model.config.head["vocab_size"], dtype=torch.float64) for kind in ("mlm", "mae")
+        }
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                output = self.model(**inputs)
+            for kind, labels in (("mlm", inputs["labels"]), ("mae", inputs["decoder_labels"])):
+                labels = labels[labels != IGNORED]
+                words[kind] += labels.bincount(minlength=len(words[kind])).cpu()
+                for part in (f"loss_{kind}", f"accuracy_{kind}"):
+                    totals[part] += output[part].double().cpu() * len(labels)
+        self.model.train(training)
+        collator.epoch, collator.hides_all = epoch, False
+        metrics = self._metrics(totals, words, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _metrics(self, totals: dict, words: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+        words = {kind: self._sum(count) for kind, count in words.items()}
+        means = {part: self._sum(total) / words[part[-3:]].sum() for part, total in totals.items()}
+        metrics = {f"{prefix}_loss": ((means["loss_mlm"] + means["loss_mae"]) / 2).mean().item()}
+        for part, values in means.items():
+            metrics |= {f"{prefix}_{part}_{size}": value.item() for size, value in self._by_size(values)}
+        return metrics | {
+            f"{prefix}_unigram_{kind}": (count.max() / count.sum()).item() for kind, count in words.items()
+        }
+
+    def _by_size(self, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(self.ladder, values, strict=True)
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        return self.accelerator.reduce(value.float().to(self.args.device), "sum").double().cpu()
