@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
 # Texts that are embedded one at a time for the latency, and together for the throughput.
 _ALONE, _TOGETHER = 16, 128
 BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
@@ -170,6 +168,8 @@ def _rest(limits: Limits) -> str:
 
 
 def _seconds(function: Callable[[], object], device) -> float:
+    import torch  # here, so that a script may read BYTES and Limits without it
+
     start = time.perf_counter()
     function()
     if torch.device(device).type != "cpu":

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from modeling_2dmse import Size, TwoDMSEModel
 
 from .evaluation import RetrievalData, load_beir
 from .ranking import Top, merge_top, top_documents
+from .selection import NegativeSelection
 from .shared.tables import read_table
 
-SAMPLINGS = ("top", "random")
 # Texts whose states, at the full hidden size, are held at once.
 _ENCODE_CHUNK = 50_000
 # The cosines held at once: a block of anchors by a chunk of documents, 17 MB.
@@ -25,75 +25,6 @@ _QUERY_CHUNK, _CORPUS_CHUNK = 256, 16_384
 # Rows that choose their negatives at once: an anchor of the block may stand in any number of rows.
 _ROW_CHUNK = 4096
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class NegativeSelection:
-    """Which candidates of a row become its negatives.
-
-    Ranks count an anchor's candidates from 1, nearest first: the corpus without the anchor's positives and own text.
-    """
-
-    num_negatives: int = field(default=1, metadata={"help": "Negatives a row; rows with fewer left are dropped."})
-    range_min: int = field(
-        default=10, metadata={"help": "How many of the best ranks to skip: the likeliest to be unmarked positives."}
-    )
-    range_max: int = field(default=100, metadata={"help": "Deepest rank that is considered."})
-    margin: float | None = field(
-        default=None, metadata={"help": "A negative's cosine is at most the positive's minus this. Default: off."}
-    )
-    relative_margin: float | None = field(
-        default=None,
-        metadata={"help": "A negative's cosine is at most the positive's minus this share of it. Default: off."},
-    )
-    max_score: float | None = field(default=None, metadata={"help": "Highest cosine of a negative. Default: off."})
-    sampling: str = field(
-        default="top", metadata={"help": "top: the best ranked of what is left; random: any of what is left."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the random sampling."})
-
-    def __post_init__(self):
-        faults = []
-        for name, lowest in (("num_negatives", 1), ("range_min", 0), ("seed", 0)):
-            if getattr(self, name) < lowest:
-                faults.append(f"{name}: {getattr(self, name)} is not allowed; use a whole number from {lowest}")
-        if self.range_max < self.range_min + self.num_negatives:
-            faults.append(
-                f"range_max: {self.range_max} must be at least range_min + num_negatives, "
-                f"{self.range_min} + {self.num_negatives}"
-            )
-        for name, lowest, highest in (("margin", 0, 2), ("relative_margin", 0, 1), ("max_score", -1, 1)):
-            value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest:
-                faults.append(f"{name}: {value} is not allowed; use a number from {lowest} to {highest}")
-        if self.sampling not in SAMPLINGS:
-            faults.append(f"sampling: {self.sampling!r} is unknown; choose one of {', '.join(SAMPLINGS)}")
-        if faults:
-            raise ValueError("; ".join(faults))
-
-    def __str__(self) -> str:
-        """The filters in words, for messages.
-
-        >>> str(NegativeSelection(margin=0.1))
-        'range_min 10, range_max 100, margin 0.1'
-        """
-        names = ("range_min", "range_max", "margin", "relative_margin", "max_score")
-        return ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
-
-    def highest_cosine(self, positives: torch.Tensor) -> torch.Tensor:
-        """The cosine that a negative may have at most, for each positive's cosine; both (rows,).
-
-        A share is taken of the absolute value, so that the limit lies below the positive where that is negative, too.
-
-        >>> NegativeSelection(margin=0.125, relative_margin=0.5).highest_cosine(torch.tensor([0.5, 0.125, -0.5]))
-        tensor([ 0.2500,  0.0000, -0.7500])
-        """
-        highest = torch.full_like(positives, math.inf if self.max_score is None else self.max_score)
-        if self.margin is not None:
-            highest = torch.minimum(highest, positives - self.margin)
-        if self.relative_margin is not None:
-            highest = torch.minimum(highest, positives - self.relative_margin * positives.abs())
-        return highest
 
 
 @dataclass(frozen=True)
