@@ -1,1 +1,1 @@
-"""What the scripts share, and no command: command line, run lifecycle, models, output, pictures."""
+"""What the scripts share: command line, run lifecycle, models, output, images. No file here is a command."""

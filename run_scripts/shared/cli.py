@@ -1,40 +1,112 @@
 """The command line of all scripts: recipes, flags, and errors in one line."""
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
+from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# Flags that had another name: an old command or recipe is told the new one.
+RENAMED = {
+    "plain_file": "unlabeled_file",
+    "plain_weight": "unlabeled_weight",
+    "max_train_rows": "max_train_samples",
+    "eval_rows": "max_eval_samples",
+}
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with a YAML recipe as the first argument; flags override the recipe."""
+    """HfArgumentParser with a YAML recipe as the first argument and a help that is easy to read.
+
+    Flags override the recipe. With a subclass of transformers' TrainingArguments among the dataclasses, --help shows
+    the flags in groups (`help_text.GROUPS`), and --help_all also those that only transformers defines.
+    """
 
     def __init__(self, dataclass_types, default_recipe: str | None = None, **kwargs):
         kwargs.setdefault("usage", "%(prog)s [RECIPE.yaml] [--flag value ...]")
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.default_recipe = default_recipe
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=Formatter, **kwargs)
+        self.default_recipe, self.shows_all = default_recipe, False
+        self.transformers_flags = transformers_flags(self.dataclass_types)
+        if self.transformers_flags:
+            self.epilog = "--help_all also shows the other flags of transformers.TrainingArguments."
+            self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show all flags and exit")
+        clean(self)
 
-    def parse(self, argv: Sequence[str] | None = None) -> tuple:
-        """The dataclasses, filled from recipe and flags; without any argument, from the default recipe."""
+    def parse(self, argv: Sequence[str] | None = None, check: Callable[..., None] | None = None) -> tuple:
+        """
+        The dataclasses, filled from the recipe and the flags; without any argument, from the default recipe.
+
+        Args:
+            argv: the arguments; those of the process if None.
+            check: called with all dataclasses but the last before the last is made. Making TrainingArguments takes
+                seconds, and what `check` refuses with a ValueError is refused before.
+
+        Raises:
+            ValueError: the recipe cannot be read, or a flag is unknown or has a new name.
+        """
         argv = list(sys.argv[1:] if argv is None else argv)
         recipe = self.default_recipe if not argv else None
         if argv and not argv[0].startswith("-"):
             recipe = argv.pop(0)
         flags = [*(recipe_flags(recipe) if recipe else []), *argv]
-        *parsed, unknown = self.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+        self._refuse_renamed(flags)
+        values, unknown = self.parse_known_args(flags)
         if unknown:
-            raise ValueError(f"flags: {' '.join(unknown)} is unknown; --help lists what there is")
+            raise ValueError(f"flags: {' '.join(unknown)} is unknown; --help lists the flags")
+        parsed: list = []
+        for number, kind in enumerate(self.dataclass_types, 1):
+            if check is not None and number == len(self.dataclass_types):
+                check(*parsed)
+            names = [field.name for field in dataclasses.fields(kind) if field.init]
+            parsed.append(kind(**{name: getattr(values, name) for name in names}))
         return tuple(parsed)
+
+    def _refuse_renamed(self, flags: Sequence[str]) -> None:
+        for flag in flags:
+            old = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+            new = RENAMED.get(old) if flag.startswith("--") else None
+            if new is not None and f"--{new}" in self._option_string_actions:
+                raise ValueError(f"flags: --{old} is now --{new}")
 
     def error(self, message):
         fail(message)
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, actions in sections(self).items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if not self.shows_all:
+            formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
+class _HelpAll(argparse.Action):
+    """The help with the flags of transformers."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def exactly_one(args, first: str, second: str, what: str) -> None:
+    """ValueError unless exactly one of two flags, which both name `what`, is given."""
+    if (getattr(args, first) is None) == (getattr(args, second) is None):
+        raise ValueError(f"{first}: name {what} with either --{first} or --{second}")
 
 
 def fail(message) -> None:
@@ -47,7 +119,7 @@ def fail(message) -> None:
 
 @contextlib.contextmanager
 def user_errors():
-    """Around the work before training starts: wrong input ends in one line, not in a traceback."""
+    """For the checks before the work starts: wrong input ends the program with one line instead of a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -55,7 +127,7 @@ def user_errors():
 
 
 def recipe_flags(path: str) -> list[str]:
-    """The flags that a YAML recipe stands for."""
+    """The flags that a YAML recipe sets."""
     if not os.path.isfile(path):
         raise ValueError(f"recipe: {path} is not a file")
     try:
@@ -64,7 +136,7 @@ def recipe_flags(path: str) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(f"recipe: {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"recipe: {path} must hold `name: value` lines")
+        raise ValueError(f"recipe: {path} must contain `name: value` lines")
     flags = []
     for name, value in recipe.items():
         if value is None:

@@ -1,4 +1,4 @@
-"""Measuring: sides in turn, ratios of what they took, and memory."""
+"""Measuring time and memory of several sides in turn, and the ratios between them."""
 
 import multiprocessing
 import statistics
@@ -12,7 +12,7 @@ from run_scripts.shared.peak import process_peak
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes, the GPU's work included."""
+    """The seconds that a call takes, including the work on the GPU."""
     wait()
     start = time.perf_counter()
     function()
@@ -21,7 +21,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def in_turn(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each side reports, one side after the other, `runs` times over, so that a slow minute meets them all."""
+    """The figures of each side, measured in turn and `runs` times, so that a slow minute affects all of them."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, side in sides.items():
@@ -31,27 +31,27 @@ def in_turn(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[
 
 
 def row(id: str, target: str, above: list[float], below: list[float], **more) -> dict:
-    """A line of benchmark.json: the median, lowest and highest of the ratios of two sides' figures, run by run."""
+    """A row of benchmark.json: median, lowest and highest ratio of the figures of two sides, run by run."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     spread = {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     return {"id": id, **spread, "target": target, "runs": len(ratios), **more}
 
 
 def wait() -> None:
-    """Until the GPU, where there is one, has done what it was given."""
+    """Wait until the GPU, if any, has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def peak_memory() -> float:
-    """Most memory that this process has held, in GB: the GPU's tensors, or all of the process where there is none."""
+    """The peak memory of this process in GB: of the tensors on the GPU or, without one, of the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return process_peak()
 
 
 def allocated_at_peak(function) -> int:
-    """Most bytes of tensors that a function holds at once, by torch's own account of each allocation."""
+    """The peak bytes of tensors during a call, from torch's record of each allocation."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -63,7 +63,7 @@ def allocated_at_peak(function) -> int:
 
 
 def in_a_fresh_process(function, *args) -> float:
-    """What a function sends through a pipe, from a process of its own."""
+    """The value that a function sends through a pipe, run in its own process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(*args, theirs))
@@ -76,7 +76,7 @@ def in_a_fresh_process(function, *args) -> float:
 
 
 def write_profile(function: Callable[[], object], path: Path) -> None:
-    """A table of the operations that a call spends its time in."""
+    """Write a table of the operations that take the time of a call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

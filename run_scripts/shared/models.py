@@ -7,24 +7,20 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
-
-from .quickstart import MODEL_NAME, minilm_path
+from run_scripts.shared import checks
+from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The folder or Hub name of a model; ValueError for what looks like a folder and holds no model."""
+    """The folder or Hub name of a model; ValueError for a path that is not the folder of a model."""
     if name_or_path == MODEL_NAME:
         name_or_path = minilm_path()
-    looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
-    if looks_like_a_path and not os.path.isdir(name_or_path):
-        raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
-        raise ValueError(f"model_name_or_path: {name_or_path} holds no config.json, so it is not a model")
+    checks.check_model(name_or_path)
     return name_or_path
 
 
 def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
-    """A TwoDMSE folder or repository as it is, any other text encoder as the backbone of a new elastic model."""
+    """Load a TwoDMSE model, or any other text encoder as the backbone of a new elastic model."""
     name_or_path = resolve_model(name_or_path)
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
         return load_adapter(name_or_path)
@@ -40,19 +36,19 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
 
 
 def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    """The configuration of a model; ValueError where there is none."""
+    """The configuration of a model; ValueError if it cannot be found."""
     hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     try:
         return AutoConfig.from_pretrained(name_or_path, **hub)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model_name_or_path: {name_or_path} is no folder, and the Hub does not give it: {reason}"
+            f"model_name_or_path: {name_or_path} is not a folder, and the Hub does not have it: {reason}"
         ) from error
 
 
 def fingerprint(model: TwoDMSEModel) -> int:
-    """A checksum of the weights: another one after any further training."""
+    """A checksum of the weights, which any further training changes."""
     value = 0
     for tensor in model.state_dict().values():
         value = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
@@ -60,12 +56,12 @@ def fingerprint(model: TwoDMSEModel) -> int:
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:
-    """The model on the GPU, where there is one: for scripts that no Trainer places it for."""
+    """The model on the GPU, if there is one: for scripts without a Trainer, which would place it."""
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 def load_adapter(folder: str) -> TwoDMSEModel:
-    """The model of a LoRA checkpoint, its adapter merged into the weights of the model that it adapts."""
+    """The model of a LoRA checkpoint, with the adapter merged into the weights."""
     from peft import PeftConfig, PeftModel
 
     config = TwoDMSEConfig.from_pretrained(folder)

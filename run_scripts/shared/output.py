@@ -4,19 +4,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modeling_2dmse import Size
-from trainer.evaluation import main_scores
+if TYPE_CHECKING:
+    from modeling_2dmse import Size
 
 
 def say(line: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, in the main process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(line, flush=True)
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write atomically: a reader sees the old file or the whole new one."""
+    """Write atomically: a reader sees either the old file or the complete new one."""
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
@@ -24,21 +25,23 @@ def write_json(path: str | Path, content) -> None:
     os.replace(partial, path)
 
 
-def score_table(columns: dict[str, dict[str, float]], sizes: Sequence[Size], header: str) -> str:
-    """A text table, a row a size: `columns` maps a title to {size: score}."""
+def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], header: str) -> str:
+    """A text table with a row per size: `columns` maps a title to {size: score}."""
     lines = [f"{header:<10}" + "".join(f"{title:>14}" for title in columns)]
     for size in sizes:
         lines.append(f"{size!s:<10}" + "".join(f"{column[str(size)]:>14.4f}" for column in columns.values()))
     return "\n".join(lines)
 
 
-def save_heatmap(results: dict, sizes: Sequence[Size], path: str | Path) -> None:
-    """A picture of every task's main metric: layers down, dims across."""
+def save_heatmap(results: dict, sizes: Sequence["Size"], path: str | Path) -> None:
+    """A picture of the main metric of every task, with a row per layer and a column per dim."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+
+    from trainer.evaluation import main_scores
 
     scores = main_scores(results)
     layers, dims = sorted({s.num_layers for s in sizes}), sorted({s.dim for s in sizes})

@@ -1,4 +1,4 @@
-"""The memory of a process that searches an index and does nothing else, torch not even loaded.
+"""The memory of a process that only searches an index, without torch.
 
 `python -m run_scripts.shared.peak INDEX QUERIES.npy STAGES K` prints GB.
 """
@@ -14,16 +14,16 @@ from retrieval import FunnelIndex, parse_stages
 
 
 def process_peak() -> float:
-    """Most memory that this process has held, in GB, pages of mapped files among it."""
+    """The peak memory of this process in GB, including pages of mapped files."""
     status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this peak does not begin with that of the process that started us
+    if status.exists():  # getrusage's peak starts at that of the parent process
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def main(path: str, queries: str, stages: str, k: str) -> None:
-    """Search one query after the other, then all at once."""
+    """Search the queries one after another, then all at once."""
     index, asked = FunnelIndex.open(path), np.load(queries)
     for query in [*asked, asked]:
         index.search(query, int(k), parse_stages(stages))

@@ -1,4 +1,4 @@
-"""sentence-transformers, the way its own documentation calls it, and whether it does the same work as we do."""
+"""sentence-transformers as its documentation uses it, and checks that it does the same work as this project."""
 
 import copy
 import importlib.util
@@ -8,18 +8,18 @@ import torch
 from modeling_2dmse import Size, TwoDMSEModel
 from trainer.losses import Rows, base_loss
 
-# Largest difference between two embeddings, or two losses, that rounding explains.
+# The largest difference of two embeddings or losses that rounding can cause.
 ROUNDING = 1e-4
 
 
 def check_installed() -> None:
-    """ValueError where sentence-transformers is missing."""
+    """ValueError if sentence-transformers is missing."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ValueError('benchmark: sentence-transformers is missing; pip install -e ".[benchmark]"')
 
 
 def load_peer(folder: str, max_length: int):
-    """A plain model of the folder as a SentenceTransformer, on the CPU or the GPU as it chooses itself."""
+    """The model of a folder as a SentenceTransformer, on the device that it selects itself."""
     from sentence_transformers import SentenceTransformer
 
     peer = SentenceTransformer(folder)
@@ -28,7 +28,7 @@ def load_peer(folder: str, max_length: int):
 
 
 def cut_layers(peer, num_layers: int):
-    """A copy with the first `num_layers` layers, as sentence-transformers' guide to layer-cut models does it."""
+    """A copy with the first `num_layers` layers, cut as in the sentence-transformers documentation."""
     peer = copy.deepcopy(peer)
     backbone = peer[0].auto_model
     backbone.encoder.layer = backbone.encoder.layer[:num_layers]
@@ -36,7 +36,7 @@ def cut_layers(peer, num_layers: int):
 
 
 def check_same_embeddings(model: TwoDMSEModel, peer, texts: list[str], sizes: list[Size]) -> None:
-    """ValueError where the two sides embed the texts differently at one of the sizes."""
+    """ValueError if the two sides embed the texts differently at one of the sizes."""
     for size in sizes:
         ours = model.encode(texts, num_layers=size.num_layers, dim=size.dim, max_length=peer.max_seq_length)
         theirs = cut_layers(peer, size.num_layers).encode(texts, truncate_dim=size.dim, normalize_embeddings=True)
@@ -47,7 +47,7 @@ def check_same_embeddings(model: TwoDMSEModel, peer, texts: list[str], sizes: li
 
 @torch.no_grad()
 def check_same_loss(model: TwoDMSEModel, peer, columns: dict[str, list[str]]) -> None:
-    """ValueError where the inner losses of the two sides differ on a batch of anchors, positives and negatives."""
+    """ValueError if the inner losses of the two sides differ on a batch of anchors, positives and negatives."""
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     texts = [text for column in columns.values() for text in column]

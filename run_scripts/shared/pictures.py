@@ -1,8 +1,11 @@
-"""Reading pictures for the scripts: a folder, or a dataset of the Hub."""
+"""Reading images for the scripts, from a folder or a dataset of the Hub."""
 
+import argparse
 import os
 
 import datasets
+
+from run_scripts.shared import cli
 
 
 def read_pictures(
@@ -17,18 +20,20 @@ def read_pictures(
     """
     Args:
         role: `train` or `test`, for messages, which name the argument `ROLE_dir`.
-        folder: of pictures, or of a folder a class.
-        dataset_name, config, split: of the Hub, in place of a folder.
-        image_column: its pictures; `label_column`: its classes, when they are needed.
+        folder: folder of images, or of one folder of images per class.
+        dataset_name, config, split: dataset of the Hub, instead of a folder.
+        image_column: column of the images.
+        label_column: column of the classes, if they are needed; with a folder, any name.
 
     Returns:
-        the columns `image`, `index`, and `label` where it is asked for.
+        a table with the columns `image`, `index` and, with a `label_column`, `label`.
 
     Raises:
-        ValueError: both or neither are named, nothing is there, or a column is missing or no picture.
+        ValueError: both or neither are named, the folder does not exist or cannot be read, a column is missing, or the
+            image column has no images.
     """
-    if (folder is None) == (dataset_name is None):
-        raise ValueError(f"{role}_dir: name the pictures with either --{role}_dir or --dataset_name")
+    named = argparse.Namespace(**{f"{role}_dir": folder, "dataset_name": dataset_name})
+    cli.exactly_one(named, f"{role}_dir", "dataset_name", "the images")
     if folder is None:
         table, source = datasets.load_dataset(dataset_name, config, split=split), dataset_name
     else:
@@ -40,7 +45,7 @@ def read_pictures(
         if name not in table.column_names:
             raise ValueError(f"{role}_dir: {source} has no column {name} among {', '.join(table.column_names)}")
     if not isinstance(table.features[image_column], datasets.Image):
-        raise ValueError(f"image_column: {image_column} of {source} holds no pictures")
+        raise ValueError(f"image_column: {image_column} of {source} has no images")
     table = table.select_columns(wanted)
     names = dict(zip(wanted, ("image", "label"), strict=False))
     table = table.rename_columns({old: new for old, new in names.items() if old != new})
@@ -49,9 +54,9 @@ def read_pictures(
 
 def _read_folder(folder: str, role: str) -> datasets.Dataset:
     if not os.path.isdir(folder):
-        raise ValueError(f"{role}_dir: {folder} is no folder")
+        raise ValueError(f"{role}_dir: {folder} is not a folder")
     try:
         return datasets.load_dataset("imagefolder", data_files={role: os.path.join(folder, "**")}, split=role)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{role}_dir: {folder} cannot be read as pictures: {reason}") from error
+        raise ValueError(f"{role}_dir: {folder} cannot be read as images: {reason}") from error

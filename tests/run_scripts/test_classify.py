@@ -1,4 +1,4 @@
-"""classify.py as a user runs it: train, fit-cascade, eval on texts and images, and every wrong input in one line."""
+"""classify.py as a user runs it: train, fit-cascade, eval on texts and images; wrong input ends in one line."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SIZES = ["1x8", "2x4", "4x32"]
 
 
 def write_pairs(path, texts) -> None:
-    """Two rows a premise, one of each class, that a model can tell apart by one word."""
+    """Two rows per premise, one of each class, which differ in one word."""
     rows = [(text, f"{word} {text}", name) for text in texts for word, name in (("a", "no"), ("the", "yes"))]
     Dataset.from_dict(
         {"premise": [r[0] for r in rows], "hypothesis": [r[1] for r in rows], "label": [r[2] for r in rows]}
@@ -183,9 +183,9 @@ def test_the_oracle():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--sizes": ["8", "8"]}, "sizes: 8 stands more than once"),
+        ({"--sizes": ["8", "8"]}, "sizes: 8 appears more than once"),
         ({"--sizes": ["5x8"]}, "sizes: 5x8 asks for 5 layers; the backbone has 1 to 4"),
-        ({"--loss_weights": ["1", "nan", "1"]}, "loss_weights: [1.0, nan, 1.0] must hold finite numbers alone"),
+        ({"--loss_weights": ["1", "nan", "1"]}, "loss_weights: [1.0, nan, 1.0] must have only finite numbers"),
         ({"--head_type": ["both"]}, "head_type: 'both' is unknown"),
         ({"--text_column": ["sentence"]}, "has no column sentence; its columns are premise, hypothesis, label"),
         ({"--label_column": ["premise"], "--eval_file": ["TEST"]}, "eval_file: the model has no class"),
@@ -220,7 +220,7 @@ def test_other_wrong_input(files, tmp_path, backbone_path, capsys):
         (["fit-cascade", *model, "--fit_file", str(tmp_path / "half.csv")], "fit_file: the label in row 1 is 1.5"),
         (
             ["eval", "--model_name_or_path", backbone_path("bert"), "--eval_file", "x", *results],
-            "holds no classify.json",
+            "has no classify.json",
         ),
         (["eval", *model, "--eval_file", "x.csv", "--timing_runs", "1", *results], "timing_runs: there is no cascade"),
         (["fit-cascade", *model, "--fit_file", "x.csv", "--batch_size", "0"], "batch_size: 0 is not allowed"),

@@ -1,4 +1,4 @@
-"""finetune.py and evaluate.py as a user runs them: end to end, and every wrong input in one line."""
+"""finetune.py and evaluate.py as a user runs them: end to end, and every wrong input ends in one line."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_end_to_end(files, tmp_path, capsys):
     assert str(tmp_path) not in card.content
     model = TwoDMSEModel.from_pretrained(out, num_layers=1)
     assert model.config.sizes == ["1x8"]
-    # evaluate.py on the folder gives the same numbers
+    # evaluate.py gives the same numbers on the folder
     sts = ["--sts_files", str(tmp_path / "scored.csv"), "--output_dir", str(tmp_path / "r")]
     evaluate.main(["--model_name_or_path", str(out), "--sizes", "grid", *sts])
     again = json.loads((tmp_path / "r" / "results.json").read_text())
@@ -185,7 +185,7 @@ def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     assert json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
     resumed = (out / "model.safetensors").read_bytes()
     assert resumed != marker
-    # a failing run with --overwrite costs nothing
+    # a run with --overwrite that fails loses nothing
     for wrong in ({"--sizes": ["9x8"]}, {"--loss": ["cosent"]}):
         with pytest.raises(SystemExit, match="2"):
             finetune.main(flags(files | {"--overwrite": ["true"]} | wrong))
@@ -214,24 +214,24 @@ def wrong_inputs():
         "few rows": ({"--per_device_train_batch_size": ["64"]}, "fewer than one batch of 64"),
         "layers": ({"--sizes": ["5x8"]}, "5x8 asks for 5 layers, but the backbone has 1 to 4"),
         "dims": ({"--sizes": ["1x33"]}, "1x33 asks for 33 dimensions, but the backbone has 1 to 32"),
-        "duplicate": ({"--sizes": ["1x8", "1x8"]}, "1x8 stands more than once"),
+        "duplicate": ({"--sizes": ["1x8", "1x8"]}, "1x8 appears more than once"),
         "malformed": ({"--sizes": ["8"]}, "'8' is not a size; write LAYERSxDIM"),
         "empty ladder": ({"--sizes": []}, "sizes"),
         "objective": ({"--objective": ["magic"]}, "objective: 'magic' is unknown; choose one of 2dmse, starbucks"),
         "loss": ({"--loss": ["magic"]}, "loss: 'magic' is unknown; choose one of infonce"),
         "loss and columns": ({"--loss": ["cosent"]}, "loss: cosent does not fit the columns (anchor, positive)"),
         "no model": ({"--model_name_or_path": ["./absent"]}, "model_name_or_path: ./absent does not exist"),
-        "not a model": ({"--model_name_or_path": ["{tmp}"]}, "holds no config.json"),
+        "not a model": ({"--model_name_or_path": ["{tmp}"]}, "has no config.json"),
         "not on the Hub": (
             {"--model_name_or_path": ["absent"]},
-            "model_name_or_path: absent is no folder, and the Hub",
+            "model_name_or_path: absent is not a folder, and the Hub",
         ),
         "no data": ({"--dataset_name": ["python-docs"]}, "either --train_file or --dataset_name"),
         "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
-        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "holds no complete checkpoint"),
+        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "has no complete checkpoint"),
         "duplicates": (
             {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--max_eval_samples": ["0"]},
-            "batch_sampler: no_duplicates is impossible: one text stands in 8 rows, but there are 2 batches of 4",
+            "batch_sampler: no_duplicates is impossible: one text appears in 8 rows, but there are 2 batches of 4",
         ),
         "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
@@ -306,7 +306,7 @@ def test_recipes_parse_and_flags_override_them():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold `name: value` lines")])
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must contain `name: value` lines")])
 def test_broken_recipes(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""pretrain_franca.py and evaluate_franca.py as a user runs them: end to end, and every wrong input in one line."""
+"""pretrain_franca.py and evaluate_franca.py as a user runs them, and every wrong input ends in one line."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def flags(settings: dict) -> list[str]:
     return [word for name, values in settings.items() for word in (name, *values)]
 
 
-def test_pretraining_ends_resumes_and_goes_on(settings, tmp_path, capsys):
+def test_pretraining_ends_resumes_and_continues(settings, tmp_path, capsys):
     pretrain_franca.main(flags(settings))
     out = tmp_path / "out"
     assert f"--model_name_or_path {out}" in capsys.readouterr().out
@@ -74,9 +74,9 @@ def test_pretraining_ends_resumes_and_goes_on(settings, tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), resumed.parameters(), strict=True))
     kept = {name: value for name, value in settings.items() if not name.startswith(("--head", "--nest", "--num"))}
     del kept["--backbone_config"]
-    for source, name in ((out, "more"), (out / "backbone", "anew")):
+    for source, name in ((out, "more"), (out / "backbone", "new")):
         more = kept | {"--model_name_or_path": [str(source)], "--output_dir": [str(tmp_path / name)]}
-        if name == "anew":
+        if name == "new":
             more |= {key: settings[key] for key in ("--nesting_sizes", "--num_prototypes")}
         pretrain_franca.main(flags(more))
         trained = FrancaForPretraining.from_pretrained(tmp_path / name)
@@ -110,7 +110,7 @@ def test_evaluation_tells_colours_apart(evaluation, tmp_path):
 
 
 WRONG_TRAINING = {
-    "no pictures": ({"--train_dir": ["./absent"]}, "train_dir: ./absent is no folder"),
+    "no pictures": ({"--train_dir": ["./absent"]}, "train_dir: ./absent is not a folder"),
     "no backbone": ({"--backbone_config": ["{"]}, "backbone_config: { is not JSON"),
     "no family": ({"--backbone_config": ["[1]"]}, 'backbone_config: [1] must be like {"model_type": "dinov2"'),
     "an unknown family": (
@@ -129,7 +129,7 @@ WRONG_TRAINING = {
     "mask": ({"--mask_ratio": ["1"]}, "mask_ratio: 1.0 is not allowed"),
     "crop": ({"--global_crop_size": ["15"]}, "global_crop_size: 15 is not allowed; use a multiple of the patch size 4"),
     "batch of 1": ({"--per_device_train_batch_size": ["1"]}, "koleo_weight: a batch of 1 has no nearest neighbour"),
-    "large batch": ({"--per_device_train_batch_size": ["99"]}, "a step takes 99 pictures, but there are 12"),
+    "large batch": ({"--per_device_train_batch_size": ["99"]}, "a step takes 99 images, but there are 12"),
 }
 
 
@@ -149,11 +149,11 @@ def test_wrong_training_input_ends_in_one_line(name, settings, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_run_brings_its_settings(settings, tmp_path, capsys):
+def test_a_finished_run_has_its_own_settings(settings, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "made")
     del settings["--backbone_config"]
     settings["--model_name_or_path"] = [str(tmp_path / "made")]
-    check_one_line(pretrain_franca.main, flags(settings), "brings its own settings; leave --nesting_sizes out", capsys)
+    check_one_line(pretrain_franca.main, flags(settings), "has its own settings; leave --nesting_sizes out", capsys)
 
 
 WRONG_EVALUATION = {
@@ -162,8 +162,8 @@ WRONG_EVALUATION = {
     "method": ({"--rasa_method": ["x"]}, "rasa_method: 'x' is unknown; choose one of gradient, ridge, covariance"),
     "nothing to save": ({"--rasa_images": ["0"], "--save_rasa": ["true"]}, "save_rasa: there is nothing to fold in"),
     "no model": ({"--model_name_or_path": ["./absent"]}, "model_name_or_path: ./absent does not exist"),
-    "no test": ({"--test_dir": ["./absent"]}, "test_dir: ./absent is no folder"),
-    "both": ({"--dataset_name": ["x/y"]}, "train_dir: name the pictures with either --train_dir or --dataset_name"),
+    "no test": ({"--test_dir": ["./absent"]}, "test_dir: ./absent is not a folder"),
+    "both": ({"--dataset_name": ["x/y"]}, "train_dir: name the images with either --train_dir or --dataset_name"),
 }
 
 

@@ -1,4 +1,4 @@
-"""digits.py, train_m3.py and evaluate_m3.py: from nothing to a table, and what they refuse."""
+"""digits_m3.py, train_m3.py and evaluate_m3.py: from nothing to a table, and the input that they refuse."""
 
 import json
 
@@ -18,7 +18,7 @@ RECIPE = cli.RECIPES / "m3-digits.yaml"
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """What digits.py writes, with few rows."""
+    """The output of digits_m3.py, with few rows."""
     folder = tmp_path_factory.mktemp("task")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "SPLITS", {"train": 24, "valid": 7, "test": 9})
@@ -85,13 +85,13 @@ def test_every_weight_learns_and_a_frozen_tower_does_not(settings, task, tmp_pat
         run(settings | {"--freeze_vision_tower": [frozen], "--output_dir": [str(tmp_path / frozen)]})
         trained = MatryoshkaLlavaForConditionalGeneration.from_pretrained(tmp_path / frozen).state_dict()
         same = {name for name in start if torch.equal(start[name], trained[name])}
-        # LLaVA reads the last tower layer but one: what stands behind it takes no part.
+        # LLaVA reads the last but one layer of the tower: what comes after it takes no part.
         unread = {name for name in start if "vision_tower.encoder.layers.1" in name or "post_layernorm" in name}
         tower = {name for name in start if "vision_tower" in name}
         assert same == (tower if frozen == "true" else unread)
 
 
-def test_goes_on_from_a_checkpoint(settings, tmp_path):
+def test_resumes_from_a_checkpoint(settings, tmp_path):
     run(settings)
     first = MatryoshkaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
     (tmp_path / "out" / "model.safetensors").unlink()
@@ -139,7 +139,7 @@ def test_another_kind_of_model_and_lost_weights_are_refused(settings, backbone_p
     model.save_pretrained(tmp_path / "lost", state_dict=state)
     with pytest.raises(SystemExit, match="2"):
         run(settings | {"--model_name_or_path": [str(tmp_path / "lost")]})
-    assert "lost lack 4 tensors, as model.multi_modal_projector.linear_1.bias" in capsys.readouterr().err
+    assert "lost lack 4 tensors, for example model.multi_modal_projector.linear_1.bias" in capsys.readouterr().err
 
 
 EVALUATION = {

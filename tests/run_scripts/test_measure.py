@@ -1,4 +1,4 @@
-"""Measures measure what they say; apart from the benchmarks, since each fresh process imports this file."""
+"""The measures of time and memory; apart from test_benchmark.py, since each fresh process imports this file."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""pretrain.py as a user runs it: end to end, on to fine-tuning, and every wrong input in one line."""
+"""pretrain.py as a user runs it: end to end and on to fine-tuning, and every wrong input ends in one line."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_end_to_end_and_on_to_fine_tuning(settings, tmp_path, capsys):
     assert f"is a pre-training model; use {out}/encoder" in capsys.readouterr().err
 
 
-def test_goes_on_from_a_checkpoint_and_from_a_finished_run(settings, tmp_path):
+def test_resumes_from_a_checkpoint_and_starts_from_a_finished_run(settings, tmp_path):
     run(settings)
     first = StarbucksForMaskedAutoencoding.from_pretrained(tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()

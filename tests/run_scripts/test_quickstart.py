@@ -1,4 +1,4 @@
-"""The quickstart's model and data."""
+"""The model and data of the quickstart."""
 
 import sys
 import types
@@ -29,12 +29,12 @@ def test_split_docstring():
     assert kept.endswith("Done.")
     for left_out in ("Args", "Returns", "Copy a whole folder."):
         assert left_out not in kept
-    assert quickstart.split_docstring(f"Copy.\n\n{body}") is None  # a summary that says nothing
+    assert quickstart.split_docstring(f"Copy.\n\n{body}") is None  # a summary that is too short
     assert quickstart.split_docstring("Copy a whole folder.\n\nArgs:") is None
     assert quickstart.split_docstring("Copy a whole folder.") is None
 
 
-def test_no_module_stands_on_both_sides(tmp_path, monkeypatch):
+def test_no_module_is_on_both_sides(tmp_path, monkeypatch):
     text = '"""Summary number {n} of this module.\n\n' + "word{n} " * 15 + '"""\n'
     paths = []
     for n in range(60):

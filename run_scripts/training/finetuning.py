@@ -1,0 +1,208 @@
+"""The steps of finetune.py: load, save, evaluate, write the card, push."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+import datasets
+from datasets import Dataset
+
+from modeling_2dmse import TwoDMSEModel, parse_ladder
+from run_scripts.shared import models, output
+from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
+from trainer.data import check_table, draw_texts, join_tables
+from trainer.evaluation import RetrievalData, StsData, grid_sizes, main_scores, mean_scores, task_from_table
+from trainer.projections import fit_exit_projections
+from trainer.shared.hub import find_token, stage, upload
+from trainer.shared.tables import draw_rows, hold_out, read_table
+from trainer.unlabeled import read_unlabeled_texts
+
+if TYPE_CHECKING:
+    from run_scripts.finetune import DataArguments, ModelArguments
+
+# The number of texts that the encoding times of the card are measured on.
+_COST_ROWS = 64
+
+
+def make_trainer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TwoDMSETrainingArguments,
+    trainer_class: type[TwoDMSETrainer] | None = None,
+) -> tuple[TwoDMSETrainer, list[StsData | RetrievalData]]:
+    """The trainer and what it is evaluated on; ValueError for anything that cannot be trained."""
+    train, evaluation = load_tables(data_args, args)
+    rows = sum(map(len, train))
+    _check_batches(args, rows)
+    encoder = _load_model(model_args, args)
+    unlabeled = None
+    if data_args.unlabeled_file is not None:
+        # With the seed of the rows, the same ones would be drawn if both come from one file.
+        unlabeled = read_unlabeled_texts(data_args.unlabeled_file, rows, args.seed + 1)
+    model = _add_adapters(encoder, model_args, args, train, unlabeled)
+    name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
+    tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
+    trainer = (trainer_class or TwoDMSETrainer)(
+        model=model, args=args, train_dataset=train, eval_dataset=tasks, unlabeled_texts=unlabeled
+    )
+    return trainer, tasks
+
+
+def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[list[Dataset], Dataset | None]:
+    """The checked training tables, and the one to evaluate on or None."""
+    evaluation = None
+    if data.dataset_name == DATASET_NAME:
+        with args.main_process_first(desc="reading the Python documentation"):
+            train, evaluation = python_docs()
+        evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.max_eval_samples, len(evaluation))))
+        tables = [train]
+    elif data.dataset_name is not None:
+        tables = [datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)]
+        if data.eval_split is not None:
+            evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
+    else:
+        tables = [read_table(path) for path in data.train_file or []]
+    if data.eval_file is not None:
+        evaluation = read_table(data.eval_file, "eval_file")
+    tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
+    if evaluation is not None:
+        evaluation = check_table(evaluation, "eval_file") if data.max_eval_samples else None
+    elif data.max_eval_samples and min(map(len, tables)) > 1:
+        share = data.max_eval_samples // len(tables)
+        pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
+        tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
+        output.say(
+            f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
+        )
+    return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
+
+
+def save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
+    """Write the model folder; adapters are merged into the weights first."""
+    if not model_args.lora_r:
+        trainer.save_model()
+        return trainer.encoder
+    merged = trainer.model.merge_and_unload()
+    if trainer.args.should_save:
+        merged.save_pretrained(trainer.args.output_dir)
+    trainer.encoder = merged
+    return merged
+
+
+def evaluate(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict) -> dict:
+    """Score the whole grid, write results.json and heatmap.png, print the ladder before and after; the results."""
+    folder = trainer.args.output_dir
+    results: dict = {"model": folder}
+    if not tasks:
+        return results
+    sizes = grid_sizes(encoder.num_layers, [size.dim for size in trainer.ladder])
+    results |= trainer.results(tasks, sizes)
+    results["before"] = before
+    if trainer.is_world_process_zero():
+        output.write_json(os.path.join(folder, "results.json"), results)
+        output.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
+        old, new = mean_scores(before), mean_scores(results)
+        gain = {size: new[size] - old[size] for size in old}
+        metric = "Spearman" if "sts" in results else "nDCG@10"
+        print(f"\n{metric} on {', '.join(main_scores(results))}, untrained and trained:\n")
+        print(output.score_table({"before": old, "after": new, "gain": gain}, trainer.ladder, "size"))
+        print(f"\nEvery layer by every dim: {os.path.join(folder, 'heatmap.png')}")
+    return results
+
+
+def write_card(
+    trainer: TwoDMSETrainer,
+    encoder: TwoDMSEModel,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    results: dict,
+) -> None:
+    """The card of the run, with the cost of each size on texts of the training data."""
+    backbone, folder = model_args.model_name_or_path, trainer.args.output_dir
+    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
+    texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
+    # The saved model: under FSDP, a single process cannot run the trainer's.
+    saved = TwoDMSEModel.from_pretrained(folder).to(trainer.args.device)
+    data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
+    on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
+    source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
+    run = model_card.Run(
+        name=os.path.basename(os.path.normpath(folder)),
+        settings=source | trainer.describe(),
+        results=results,
+        costs=model_card.measure_costs(saved, trainer.ladder, texts, trainer.args.max_length) if texts else {},
+        command=_command(),
+        base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
+        datasets=[data_args.dataset_name] if on_the_hub else [],
+        license=model_args.license or ("apache-2.0" if is_minilm else None),
+    )
+    model_card.write_card(folder, model_card.build_card(encoder, trainer.objective, run))
+
+
+def push(trainer: TwoDMSETrainer) -> None:
+    """With --push_to_hub, upload the folder as it is now: merged weights, card, results and heat map."""
+    args = trainer.args
+    if args.push_to_hub:
+        with tempfile.TemporaryDirectory() as staged:
+            stage(args.output_dir, trainer.hub_model_id, staged)
+            token = find_token(args.hub_token)
+            print(upload(staged, trainer.hub_model_id, token, bool(args.hub_private_repo), args.hub_revision))
+
+
+def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+    encoder = models.load_encoder(model_args.model_name_or_path, args.sizes, model_args.pooling)
+    sizes = args.sizes if args.sizes is not None else encoder.config.sizes
+    if sizes is None:
+        raise ValueError("sizes: name the sizes to train, for example --sizes 1x32 2x64 3x128 6x384")
+    largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
+    if args.objective == "separate":
+        # The small model trained separately: nothing above its size exists, in training or on disk.
+        args.sizes = [str(largest)]
+        return encoder.truncate(*largest)
+    if args.objective == "starbucks" and largest.num_layers < encoder.num_layers:
+        output.say(
+            f"the ladder ends at {largest}: the layers above {largest.num_layers} are dropped, they would not train"
+        )
+        return encoder.truncate(largest.num_layers)
+    return encoder
+
+
+def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDMSETrainingArguments, tables, unlabeled):
+    if not model_args.lora_r:
+        return encoder
+    from peft import LoraConfig, get_peft_model
+
+    if args.exit_projections and encoder.exit_projections is None:
+        # Adapters wrap whole modules, so the projections must exist before them.
+        tables = [*tables, Dataset.from_dict({"text": unlabeled or []})]
+        fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
+    # All weights of the projections are trained, and the adapter's checkpoints contain them: its base model has none.
+    projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]
+    config = LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        target_modules=model_args.lora_target_modules or "all-linear",
+        modules_to_save=projections or None,
+        exclude_modules=projections or None,
+    )
+    return get_peft_model(encoder, config)
+
+
+def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
+    batch = args.per_device_train_batch_size
+    if rows < batch:
+        raise ValueError(
+            f"train_file: {rows} rows are fewer than one batch of {batch}; "
+            "add rows or lower --per_device_train_batch_size"
+        )
+
+
+def _command() -> str:
+    """The command line of this run, without the folders of this machine."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["accelerate launch run_scripts/finetune.py", *map(shlex.quote, words)])
