@@ -1,4 +1,4 @@
-"""Make embeddings of encode.py searchable: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
+"""Build an index from encode.py's output: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,19 +12,22 @@ from run_scripts.shared import cli
 
 @dataclass
 class IndexArguments:
-    """What is indexed, and for which first stages."""
+    """What is indexed, and which first stages a search may use."""
 
-    embeddings: str = field(metadata={"help": "Folder that encode.py wrote, in float32 or float16."})
+    embeddings: str = field(metadata={"help": "Folder that encode.py has written, in float32 or float16."})
     output_dir: str = field(metadata={"help": "Folder for the index."})
-    size: str | None = field(default=None, metadata={"help": "Which of its sizes. Default: the largest."})
+    size: str | None = field(default=None, metadata={"help": "One of the sizes in that folder. Default: the largest."})
     prefixes: list[str] = field(
         default_factory=list,
-        metadata={"help": "What first stages of a search will read, DIM or DIM:int8 or DIM:binary."},
+        metadata={
+            "help": "What the first stages of a search will read: DIM, DIM:int8 or DIM:binary ... Default: none."
+        },
     )
     approximate: str | None = field(
-        default=None, metadata={"help": "A FAISS graph for an approximate first stage, as in 64:HNSW32."}
+        default=None,
+        metadata={"help": "FAISS graph for an approximate first stage, DIM:NAME, for example 64:HNSW32."},
     )
-    with_texts: bool = field(default=True, metadata={"help": "Keep the texts, which search.py shows."})
+    with_texts: bool = field(default=True, metadata={"help": "Keep the texts, so that search.py can show them."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the index in output_dir."})
 
 
@@ -34,7 +37,7 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((IndexArguments,)).parse(argv)
         folder = Path(args.embeddings)
         if not (folder / SUMMARY).is_file():
-            raise ValueError(f"embeddings: {folder} holds no {SUMMARY}; run encode.py to its end first")
+            raise ValueError(f"embeddings: {folder} has no {SUMMARY}; let encode.py finish first")
         made = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         if made["precision"] not in ("float32", "float16"):
             raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
@@ -44,7 +47,7 @@ def main(argv=None) -> None:
         if args.approximate:
             dim, _, spec = args.approximate.partition(":")
             if not dim.isdigit() or not spec:
-                raise ValueError(f"approximate: {args.approximate!r} is not DIM:NAME, as in 64:HNSW32")
+                raise ValueError(f"approximate: {args.approximate!r} is not DIM:NAME, for example 64:HNSW32")
             approximate = (int(dim), spec)
         ids: list[str] = []
 
@@ -68,16 +71,16 @@ def main(argv=None) -> None:
 
 
 def describe(made: dict, size: str) -> dict:
-    """What queries must be embedded with."""
+    """How queries must be embedded."""
     num_layers, dim = map(int, size.split("x"))
     names = {"name": made["model_name_or_path"], "weights": made["weights"], "max_length": made["max_length"]}
     return names | {"num_layers": num_layers, "dim": dim}
 
 
 def _texts(made: dict, ids: list[str]):
-    """The texts behind the ids, read when the vectors, and so the ids, are there."""
+    """The texts of the ids, which are read after the vectors, when all ids are known."""
     if made["input"] == STDIN:
-        raise ValueError("with_texts: standard input cannot be read again; pass --with_texts false")
+        raise ValueError("with_texts: standard input cannot be read twice; pass --with_texts false")
     texts = read_texts(made["input"], made["text_column"], made["id_column"])
 
     def each():
@@ -93,7 +96,7 @@ def _texts(made: dict, ids: list[str]):
 def _prefix(text: str) -> tuple[int, str]:
     dim, _, precision = text.partition(":")
     if not dim.isdigit():
-        raise ValueError(f"prefixes: {text!r} is not DIM or DIM:PRECISION, as in 32 or 384:binary")
+        raise ValueError(f"prefixes: {text!r} is not DIM or DIM:PRECISION, for example 32 or 384:binary")
     return int(dim), precision or "float32"
 
 

@@ -1,24 +1,26 @@
 """Write a small task and a tiny random LLaVA that learns it: `python run_scripts/digits_m3.py --output_dir out/digits`.
 
-The pictures are scikit-learn's 1,797 handwritten digits, so that nothing is downloaded: OUT/train.parquet,
-OUT/valid.parquet, OUT/test.parquet hold rows of a picture and a question with its answer, OUT/model the model.
+The pictures are scikit-learn's 1,797 handwritten digits, so that nothing is downloaded. OUT/train.parquet,
+OUT/valid.parquet and OUT/test.parquet hold rows of a picture and a question with its answer, OUT/model the model.
 """
+
+from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-
-import datasets
-import numpy as np
-import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, TokenizersBackend
+from typing import TYPE_CHECKING
 
 from run_scripts.shared import cli
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+    from modeling_m3 import MatryoshkaLlavaProcessor
+
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 QUESTION = "which digit is this ?"
-# Rows of the splits, after shuffling.
+# Number of rows of each split, after shuffling.
 SPLITS = {"train": 1100, "valid": 297, "test": 400}
 GRID, PATCH = 6, 4
 TEMPLATE = (
@@ -55,7 +57,10 @@ def main(argv=None) -> None:
 
 
 def digit_tables() -> dict[str, Dataset]:
-    """Rows of (image, messages) for `train`, `valid` and `test`; ValueError without it."""
+    """Rows of (image, messages) for `train`, `valid` and `test`; ValueError if a package is missing."""
+    import datasets
+    import numpy as np
+
     try:
         from PIL import Image
         from sklearn.datasets import load_digits
@@ -71,7 +76,7 @@ def digit_tables() -> dict[str, Dataset]:
             for target in digits.target
         ],
     }
-    table = Dataset.from_dict(rows).cast_column("image", datasets.Image()).shuffle(seed=0)
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).shuffle(seed=0)
     tables, start = {}, 0
     for split, count in SPLITS.items():
         tables[split] = table.select(range(start, start + count))
@@ -79,34 +84,22 @@ def digit_tables() -> dict[str, Dataset]:
     return tables
 
 
-def tiny_llava(seed: int) -> tuple[LlavaForConditionalGeneration, object]:
-    """A stock LLaVA with random weights and 36 visual tokens an image, and its processor; without torchvision."""
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-    from modeling_m3 import MatryoshkaLlavaProcessor
+def tiny_llava(seed: int) -> tuple[LlavaForConditionalGeneration, MatryoshkaLlavaProcessor]:
+    """A stock LLaVA with random weights and 36 visual tokens per image, and its processor; without torchvision."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     words = [*special, "user", "assistant", ":", *QUESTION.split(), *WORDS]
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), special, strict=False))
-    tokenizer = TokenizersBackend(tokenizer_object=raw, **named, extra_special_tokens={"image_token": "<image>"})
-    side = GRID * PATCH
-    images = LlavaImageProcessorPil(
-        size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    processor = MatryoshkaLlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
     shape = {"num_attention_heads": 4}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=2, image_size=side, patch_size=PATCH, **shape
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            image_size=GRID * PATCH,
+            patch_size=PATCH,
+            **shape,
         ),
         text_config=LlamaConfig(
             vocab_size=len(words),
@@ -124,7 +117,36 @@ def tiny_llava(seed: int) -> tuple[LlavaForConditionalGeneration, object]:
         image_seq_length=GRID**2,
     )
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config), processor
+    return LlavaForConditionalGeneration(config), _processor(_tokenizer(words, special))
+
+
+def _tokenizer(words: list[str], special: list[str]) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import TokenizersBackend
+
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), special, strict=False))
+    return TokenizersBackend(tokenizer_object=raw, **named, extra_special_tokens={"image_token": "<image>"})
+
+
+def _processor(tokenizer: PreTrainedTokenizerBase) -> MatryoshkaLlavaProcessor:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    from modeling_m3 import MatryoshkaLlavaProcessor
+
+    side = GRID * PATCH
+    images = LlavaImageProcessorPil(
+        size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return MatryoshkaLlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
 
 
 if __name__ == "__main__":

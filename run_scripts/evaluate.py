@@ -1,12 +1,16 @@
 """Evaluate an elastic encoder at every size: `python run_scripts/evaluate.py --model_name_or_path M --sts_files F`."""
 
+from __future__ import annotations
+
 import os
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
-from run_scripts.shared import cli, models, output
-from trainer.evaluation import evaluate_tasks, grid_sizes, load_beir, load_sts, main_scores, mean_scores
+from run_scripts.shared import checks, cli
+
+if TYPE_CHECKING:
+    from modeling_2dmse import Size, TwoDMSEModel
 
 
 @dataclass
@@ -19,17 +23,17 @@ class EvaluationArguments:
         default=None, metadata={"help": "Tables (sentence1, sentence2, score): csv, tsv, jsonl, parquet, also .gz."}
     )
     beir_dirs: list[str] | None = field(default=None, metadata={"help": "Folders in BEIR layout."})
-    split: str = field(default="test", metadata={"help": "Which qrels of the BEIR folders."})
+    split: str = field(default="test", metadata={"help": "Split of the qrels in the BEIR folders."})
     sizes: list[str] = field(
         default_factory=lambda: ["ladder"],
         metadata={"help": "ladder (the model's own), grid (every layer by every dim of the ladder), or LAYERSxDIM ..."},
     )
     cross_sizes: bool = field(
         default=False,
-        metadata={"help": "For retrieval, also nDCG@10 of queries at each size against documents at each other."},
+        metadata={"help": "For retrieval, also nDCG@10 of queries at each size against documents at each other size."},
     )
-    pooling: str | None = field(default=None, metadata={"help": "Pooling, for a model that does not say."})
-    batch_size: int = field(default=32, metadata={"help": "Texts a batch."})
+    pooling: str | None = field(default=None, metadata={"help": "Pooling, for a model whose folder does not set it."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
 
@@ -38,14 +42,11 @@ def main(argv=None) -> None:
     """Parse, load, evaluate, write."""
     with cli.user_errors():
         (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
-        if not args.sts_files and not args.beir_dirs:
-            raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
-        if args.batch_size < 1:
-            raise ValueError(f"batch_size: {args.batch_size} is not allowed; use a whole number from 1")
-        if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
-            raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
-        if args.cross_sizes and not args.beir_dirs:
-            raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
+        check(args)
+
+        from run_scripts.shared import models, output
+        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores
+
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
         model = models.to_device(models.load_encoder(args.model_name_or_path, pooling=args.pooling))
@@ -68,8 +69,25 @@ def main(argv=None) -> None:
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 
+def check(args: EvaluationArguments) -> None:
+    """ValueError for a flag that is not allowed."""
+    if not args.sts_files and not args.beir_dirs:
+        raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
+    checks.check_at_least("batch_size", args.batch_size, 1)
+    checks.check_no_results(args.output_dir, args.overwrite)
+    if args.cross_sizes and not args.beir_dirs:
+        raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
+    checks.check_chosen_sizes(args.sizes)
+    checks.check_files("sts_files", *(args.sts_files or []))
+    checks.check_beir_dirs("beir_dirs", args.beir_dirs or [], args.split)
+    checks.check_model(args.model_name_or_path)
+
+
 def choose_sizes(model: TwoDMSEModel, names: list[str]) -> list[Size]:
     """The sizes that `ladder`, `grid` or a list of LAYERSxDIM stands for."""
+    from modeling_2dmse import parse_ladder
+    from trainer.evaluation import grid_sizes
+
     if names == ["ladder"]:
         return model.config.ladder
     if names == ["grid"]:

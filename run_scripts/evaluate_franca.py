@@ -2,19 +2,19 @@
 `python run_scripts/evaluate_franca.py --model_name_or_path SLICE FLAT PROJECTION --train_dir D --test_dir D ...`.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-from datasets import Dataset
-from transformers import AutoImageProcessor, set_seed
+from run_scripts.shared import checks, cli
 
-from modeling_franca import FrancaConfig, FrancaModel, RasaProjector
-from modeling_franca.rasa import METHODS
-from run_scripts.shared import cli, models, output
-from run_scripts.shared.pictures import read_pictures
-from trainer.franca.evaluation import knn_by_size, measure_position, patch_features, patch_grid, pca_maps
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from modeling_franca import FrancaModel, RasaProjector
 
 RANDOM = "random"
 
@@ -24,33 +24,39 @@ class EvaluationArguments:
     """What is evaluated on what."""
 
     model_name_or_path: list[str] = field(
-        metadata={"help": "Folders or Hub names: outputs of pretrain_franca.py, or any vision transformer. A column "
-                  "each, under the folder's name."},
+        metadata={"help": "Folders or Hub names: outputs of pretrain_franca.py, or any vision transformers. Each is a "
+                  "column, named after its folder."},
     )  # fmt: skip
     output_dir: str = field(metadata={"help": "Folder for results.json and pca.png."})
-    train_dir: str | None = field(default=None, metadata={"help": "Pictures, a folder a class: neighbours and RASA."})
-    test_dir: str | None = field(default=None, metadata={"help": "Pictures that are classified, in such folders."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, in place of the two folders."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Pictures in a folder per class, for neighbours and RASA."}
+    )
+    test_dir: str | None = field(default=None, metadata={"help": "Pictures in such folders that are classified."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of the two folders."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Its split of neighbours."})
-    test_split: str = field(default="test", metadata={"help": "Its split that is classified."})
-    image_column: str = field(default="image", metadata={"help": "Its column of pictures."})
-    label_column: str = field(default="label", metadata={"help": "Its column of classes."})
+    train_split: str = field(default="train", metadata={"help": "Split of the Hub dataset with the neighbours."})
+    test_split: str = field(default="test", metadata={"help": "Split of the Hub dataset that is classified."})
+    image_column: str = field(default="image", metadata={"help": "Column of the Hub dataset with the pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column of the Hub dataset with the classes."})
     sizes: list[int] | None = field(
         default=None, metadata={"help": "Dimensions that are measured. Default: the models' nesting sizes."}
     )
-    k: int = field(default=20, metadata={"help": "Neighbours that vote."})
+    k: int = field(default=20, metadata={"help": "Number of neighbours that vote."})
     random_init: bool = field(
-        default=False, metadata={"help": "Add the first model's architecture with random weights, as a column."}
+        default=False, metadata={"help": "Add a column for the first model's architecture with random weights."}
     )
-    rasa_method: str = field(default="covariance", metadata={"help": f"How RASA finds position: {', '.join(METHODS)}."})
-    rasa_iterations: int = field(default=1, metadata={"help": "How often; each removes two directions."})
-    rasa_images: int = field(default=500, metadata={"help": "Pictures of each kind for RASA; 0 leaves it out."})
+    rasa_method: str = field(
+        default="covariance", metadata={"help": f"How RASA finds position: {', '.join(checks.RASA_METHODS)}."}
+    )
+    rasa_iterations: int = field(default=1, metadata={"help": "RASA iterations; each removes two directions."})
+    rasa_images: int = field(
+        default=500, metadata={"help": "Pictures for RASA, of the neighbours and of the classified; 0 for no RASA."}
+    )
     save_rasa: bool = field(
         default=False, metadata={"help": "Save the first model with RASA folded in, to OUTPUT_DIR/rasa."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Pictures a batch."})
-    seed: int = field(default=0, metadata={"help": "Of the random weights and of the pictures for RASA."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures per batch."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random weights and of RASA's pictures."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
 
 
@@ -58,7 +64,11 @@ def main(argv=None) -> None:
     """Parse, load, evaluate, write."""
     with cli.user_errors():
         (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
-        _check(args)
+        check(args)
+
+        from run_scripts.shared import output
+        from trainer.franca.evaluation import knn_by_size
+
         train, test = _read(args, "train"), _read(args, "test")
         if train.features["label"] != test.features["label"]:
             raise ValueError("test_dir: its classes are not those of train_dir")
@@ -78,22 +88,29 @@ def main(argv=None) -> None:
     print(f"\nwritten to {args.output_dir}")
 
 
-def _check(args: EvaluationArguments) -> None:
+def check(args: EvaluationArguments) -> None:
+    """ValueError for a flag that is not allowed."""
     names = list(map(_name, args.model_name_or_path))
     if len(set(names)) < len(names) or RANDOM in names:
         raise ValueError(f"model_name_or_path: {', '.join(names)} must differ from each other and from {RANDOM}")
-    for name, least in (("k", 1), ("batch_size", 1), ("rasa_iterations", 1), ("rasa_images", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"{name}: {getattr(args, name)} is not allowed; use a whole number from {least}")
-    if args.rasa_method not in METHODS:
-        raise ValueError(f"rasa_method: {args.rasa_method!r} is unknown; choose one of {', '.join(METHODS)}")
+    for name, lowest in (("k", 1), ("batch_size", 1), ("rasa_iterations", 1), ("rasa_images", 0)):
+        checks.check_at_least(name, getattr(args, name), lowest)
+    checks.check_choice("rasa_method", args.rasa_method, checks.RASA_METHODS)
     if args.save_rasa and not args.rasa_images:
         raise ValueError("save_rasa: there is nothing to fold in with --rasa_images 0")
-    if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
-        raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
+    checks.check_no_results(args.output_dir, args.overwrite)
+    for name in ("train_dir", "test_dir"):
+        cli.exactly_one(args, name, "dataset_name", "the pictures")
+        folder = getattr(args, name)
+        if folder is not None and not os.path.isdir(folder):
+            raise ValueError(f"{name}: {folder} is not a folder")
+    for path in args.model_name_or_path:
+        checks.check_model(path)
 
 
 def _read(args: EvaluationArguments, role: str) -> Dataset:
+    from run_scripts.shared.pictures import read_pictures
+
     return read_pictures(
         role,
         getattr(args, f"{role}_dir"),
@@ -110,6 +127,11 @@ def _name(path: str) -> str:
 
 
 def _load(path: str) -> FrancaModel:
+    from transformers import AutoImageProcessor
+
+    from modeling_franca import FrancaConfig, FrancaModel
+    from run_scripts.shared import models
+
     path = models.resolve_model(path)
     is_ours = models.read_config(path).model_type == FrancaConfig.model_type
     model = FrancaModel.from_pretrained(path) if is_ours else FrancaModel.from_backbone(path)
@@ -126,6 +148,11 @@ def _choose_sizes(sizes: list[int] | None, models: Sequence[FrancaModel]) -> lis
 
 
 def _random_twin(model: FrancaModel, seed: int) -> FrancaModel:
+    from transformers import set_seed
+
+    from modeling_franca import FrancaConfig, FrancaModel
+    from run_scripts.shared import models
+
     set_seed(seed)
     config = FrancaConfig(model.config.backbone_config, nesting_sizes=model.config.nesting_sizes)
     twin = models.to_device(FrancaModel(config)).eval()
@@ -134,7 +161,10 @@ def _random_twin(model: FrancaModel, seed: int) -> FrancaModel:
 
 
 def _rasa(args: EvaluationArguments, models: dict[str, FrancaModel], train: Dataset, test: Dataset) -> dict:
-    """R^2 of position before and after, the picture, and the folded model."""
+    """R^2 of position before and after RASA, as `results.json` has it; also prints it, draws it and saves the model."""
+    from run_scripts.shared import output
+    from trainer.franca.evaluation import measure_position
+
     few = [
         table.shuffle(seed=args.seed).select(range(min(args.rasa_images, len(table))))["image"][:]
         for table in (train, test)
@@ -154,8 +184,11 @@ def _rasa(args: EvaluationArguments, models: dict[str, FrancaModel], train: Data
 
 
 def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, path: str) -> None:
-    """A picture of pictures: above the picture, then its patches' principal components before and after RASA."""
+    """Draw each picture, and below it the principal components of its patches before and after RASA."""
     import matplotlib
+    import numpy as np
+
+    from trainer.franca.evaluation import patch_features, patch_grid, pca_maps
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

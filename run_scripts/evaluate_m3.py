@@ -7,15 +7,7 @@ cascade that goes to the next level while the answer is not confident.
 import os
 from dataclasses import dataclass, field
 
-from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
-from modeling_m3.visual_tokens import check_token_sizes
-from run_scripts.shared import cli, models, output
-from run_scripts.shared.llava import load_llava
-from trainer.m3.conversations import ConversationCollator, read_conversations
-from trainer.m3.levels import join_scores, level_table, score_batch
+from run_scripts.shared import checks, cli
 
 
 @dataclass
@@ -24,8 +16,8 @@ class EvaluationArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a LLaVA, stock or nested."})
     data_file: str = field(
-        metadata={"help": "Rows of an image (image, images) and a conversation (messages, or LLaVA's conversations): "
-                  "json, jsonl, parquet. A row is right if greedy decoding gives its answers word for word."},
+        metadata={"help": "Rows with an image (image, images) and a conversation (messages, or LLaVA's conversations): "
+                  "json, jsonl, parquet. A row is right if greedy decoding gives its answers."},
     )  # fmt: skip
     output_dir: str = field(metadata={"help": "Folder for results.json."})
     visual_token_sizes: list[int] | None = field(
@@ -39,9 +31,9 @@ class EvaluationArguments:
                   "token reaches this. Default: none."},
     )  # fmt: skip
     image_dir: str | None = field(
-        default=None, metadata={"help": "Folder that image paths start at. Default: that of the file."}
+        default=None, metadata={"help": "Folder that image paths start at. Default: the folder of the file."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Rows a batch."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per batch."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
 
 
@@ -49,12 +41,23 @@ def main(argv=None) -> None:
     """Parse, load, score, write."""
     with cli.user_errors():
         (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
-        _check(args)
+        check(args)
+
+        from accelerate.utils import send_to_device
+        from torch.utils.data import DataLoader
+        from tqdm.auto import tqdm
+
+        from modeling_m3.visual_tokens import check_token_sizes
+        from run_scripts.shared import models, output
+        from run_scripts.shared.llava import load_llava
+        from trainer.m3.conversations import ConversationCollator, read_conversations
+        from trainer.m3.levels import join_scores, level_table, score_batch
+
         rows = read_conversations(args.data_file, args.image_dir, "data_file")
         model, processor = load_llava(args.model_name_or_path)
         sizes = check_token_sizes(args.visual_token_sizes or model.config.visual_token_sizes, model.config.grid_side)
         collator = ConversationCollator(processor, sizes)
-        collator([rows[0]])  # what does not fit the processor's template shows here
+        collator([rows[0]])  # shows here what does not fit the processor's template
     model = models.to_device(model).eval()
     batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
     levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
@@ -68,10 +71,20 @@ def main(argv=None) -> None:
     print(f"\n{len(rows)} rows; tokens and costs are means over their prompts; written to {args.output_dir}")
 
 
+def check(args: EvaluationArguments) -> None:
+    """ValueError for a flag that is not allowed."""
+    checks.check_at_least("batch_size", args.batch_size, 1)
+    if args.cascade_threshold is not None and not 0 < args.cascade_threshold <= 1:
+        raise ValueError(f"cascade_threshold: {args.cascade_threshold} is not allowed; use a probability up to 1")
+    checks.check_no_results(args.output_dir, args.overwrite)
+    checks.check_files("data_file", args.data_file)
+    checks.check_model(args.model_name_or_path)
+
+
 def format_table(table: dict[str, dict[str, float]]) -> str:
-    """The scores and costs as markdown, a row a level."""
+    """The scores and costs as markdown, a row per level."""
     lines = [
-        "| visual tokens | accuracy | loss | tokens an image | prompt | prefill GFLOPs | KV cache KB |",
+        "| visual tokens | accuracy | loss | tokens per image | prompt | prefill GFLOPs | KV cache KB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in table.items():
@@ -82,15 +95,6 @@ def format_table(table: dict[str, dict[str, float]]) -> str:
             f"| {row['prefill_flops'] / 1e9:.4g} | {row['kv_cache_bytes'] / 1e3:.4g} |"
         )
     return "\n".join(lines)
-
-
-def _check(args: EvaluationArguments) -> None:
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size: {args.batch_size} is not allowed; use a whole number from 1")
-    if args.cascade_threshold is not None and not 0 < args.cascade_threshold <= 1:
-        raise ValueError(f"cascade_threshold: {args.cascade_threshold} is not allowed; use a probability up to 1")
-    if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite:
-        raise ValueError(f"output_dir: {args.output_dir} holds results; choose another or pass --overwrite")
 
 
 if __name__ == "__main__":

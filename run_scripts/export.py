@@ -1,19 +1,21 @@
-"""Write one size as a small model of its own: `python run_scripts/export.py --model_name_or_path M --num_layers 2
---dim 64 --output_dir SMALL`."""
+"""Write one size as a small model: `python run_scripts/export.py --model_name_or_path M --num_layers 2 --dim 64
+--output_dir SMALL`."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from transformers import AutoTokenizer
+from run_scripts.shared import checks, cli
 
-from modeling_2dmse import TwoDMSEModel
-from modeling_2dmse.export import check_export
-from run_scripts.shared import cli, models
-from trainer.evaluation import StsData, correlations, load_sts
+if TYPE_CHECKING:
+    import numpy as np
+
+    from modeling_2dmse import TwoDMSEModel
+    from trainer.evaluation import StsData
 
 
 @dataclass
@@ -33,7 +35,8 @@ class ExportArguments:
         metadata={"help": "float32, float16 or bfloat16 weights; for onnx float32 or int8 (dynamic quantisation)."},
     )
     sts_files: list[str] | None = field(
-        default=None, metadata={"help": "Scored pairs; Spearman of what was written is printed beside the model's own."}
+        default=None,
+        metadata={"help": "Scored pairs; prints the Spearman of what was written and of the model itself."},
     )
 
 
@@ -41,6 +44,12 @@ def main(argv=None) -> None:
     """Parse, check, write, report."""
     with cli.user_errors():
         (args,) = cli.Parser((ExportArguments,)).parse(argv)
+        check(args)
+
+        from modeling_2dmse.export import check_export
+        from run_scripts.shared import models
+        from trainer.evaluation import load_sts
+
         check_export(args.output_dir, args.format, args.dtype)
         tasks = [load_sts(path) for path in args.sts_files or []]
         model = models.load_encoder(args.model_name_or_path)
@@ -57,15 +66,31 @@ def main(argv=None) -> None:
         print(f"{task.name}: Spearman {after:.4f}, in the model {before:.4f} ({after - before:+.4f})")
 
 
+def check(args: ExportArguments) -> None:
+    """ValueError for a flag that is not allowed."""
+    checks.check_choice("format", args.format, tuple(checks.EXPORT_DTYPES))
+    dtypes = checks.EXPORT_DTYPES[args.format]
+    if args.dtype not in dtypes:
+        raise ValueError(f"dtype: {args.dtype!r} is not allowed for {args.format}; choose one of {', '.join(dtypes)}")
+    if os.path.isfile(args.output_dir) or (os.path.isdir(args.output_dir) and os.listdir(args.output_dir)):
+        raise ValueError(f"output_dir: {args.output_dir} is not empty; choose another folder")
+    checks.check_files("sts_files", *(args.sts_files or []))
+    checks.check_model(args.model_name_or_path)
+
+
 def plain_encoder(folder: str, small: TwoDMSEModel) -> Callable[[Sequence[str]], np.ndarray]:
-    """What the written backbone gives, loaded anew."""
+    """A function from texts to the embeddings of the written backbone, loaded from its folder."""
+    from modeling_2dmse import TwoDMSEModel
+
     model = TwoDMSEModel.from_backbone(folder, pooling=small.config.pooling)
     return lambda texts: model.encode(texts, dim=small.config.dim)
 
 
 def onnx_encoder(folder: str, batch_size: int = 32) -> Callable[[Sequence[str]], np.ndarray]:
-    """What stock onnxruntime and the saved tokenizer give."""
+    """A function from texts to the embeddings that stock onnxruntime and the saved tokenizer give."""
+    import numpy as np
     import onnxruntime
+    from transformers import AutoTokenizer
 
     session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"), providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -85,6 +110,11 @@ def onnx_encoder(folder: str, batch_size: int = 32) -> Callable[[Sequence[str]],
 
 def spearman(task: StsData, encode: Callable[[Sequence[str]], np.ndarray]) -> float:
     """Spearman of the cosine similarity of the pairs."""
+    import numpy as np
+    import torch
+
+    from trainer.evaluation import correlations
+
     left, right = (torch.from_numpy(encode(list(side))).double() for side in (task.sentence1, task.sentence2))
     cosine = torch.nn.functional.cosine_similarity(left, right)
     return correlations(cosine.numpy(), np.asarray(task.score, dtype=np.float64))["spearman"]

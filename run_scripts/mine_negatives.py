@@ -1,6 +1,8 @@
 """Add hard negatives to pairs, mined with a model at a cheap size: `python run_scripts/mine_negatives.py
 --model_name_or_path M --train_file pairs.csv --size 2x64 --output_file triplets.csv.gz`."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import gzip
@@ -8,23 +10,24 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import Dataset
+from run_scripts.shared import checks, cli
+from trainer.selection import NegativeSelection
 
-from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
-from modeling_2dmse.encoding import check_batch_size
-from run_scripts.shared import cli, models
-from trainer.data import check_table
-from trainer.mining import MiningTask, NegativeSelection, embed, mine, prepare, read_beir, read_documents
-from trainer.shared.tables import read_table
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+    from modeling_2dmse import Size, TwoDMSEModel
+    from trainer.mining import MiningTask
 
 FORMATS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass
 class MiningArguments:
-    """What is mined from what, and with what."""
+    """What is mined from what, and with which model."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a TwoDMSE model or any text encoder."})
     output_file: str = field(
@@ -35,20 +38,22 @@ class MiningArguments:
     )
     corpus_file: str | None = field(
         default=None,
-        metadata={"help": "Where negatives come from: a table with a column text, or a corpus.jsonl of BEIR. "
-                  "Default: the positives of the table."},
+        metadata={"help": "Source of the negatives: a table with a column text, or a corpus.jsonl of BEIR. Default: "
+                  "the positives of the table."},
     )  # fmt: skip
     beir_dir: str | None = field(
-        default=None, metadata={"help": "Folder in BEIR layout, in place of a table: a row for each relevant document."}
+        default=None, metadata={"help": "Folder in BEIR layout, instead of a table: one row per relevant document."}
     )
     beir_split: str = field(
         default="train",
-        metadata={"help": "Which qrels become rows; what others call relevant is never a negative either."},
+        metadata={
+            "help": "Split of the qrels to make rows of; what is relevant in another split is no negative either."
+        },
     )
     size: str | None = field(
         default=None, metadata={"help": "LAYERSxDIM to encode and search with. Default: the smallest of the ladder."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Texts a batch."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an output file that exists."})
 
@@ -57,7 +62,11 @@ def main(argv=None) -> None:
     """Parse, read, encode, mine, write."""
     with cli.user_errors():
         args, selection = cli.Parser((MiningArguments, NegativeSelection)).parse(argv)
-        check_arguments(args)
+        check(args)
+
+        from run_scripts.shared import models
+        from trainer.mining import embed, mine
+
         task = read_task(args, selection)
         model = models.to_device(models.load_encoder(args.model_name_or_path))
         size = choose_size(model, args.size)
@@ -76,25 +85,34 @@ def main(argv=None) -> None:
     print(f"{len(table)} rows in {time.perf_counter() - started:.1f} s; written to {args.output_file}")
 
 
-def check_arguments(args: MiningArguments) -> None:
-    """ValueError for what can be told before anything is read."""
-    if (args.train_file is None) == (args.beir_dir is None):
-        raise ValueError("train_file: name the pairs with either --train_file or --beir_dir")
+def check(args: MiningArguments) -> None:
+    """ValueError for a flag that is not allowed."""
+    cli.exactly_one(args, "train_file", "beir_dir", "the pairs")
     if args.beir_dir is not None and args.corpus_file is not None:
-        raise ValueError("corpus_file: the folder of --beir_dir has a corpus of its own; leave one of the two out")
+        raise ValueError("corpus_file: the folder of --beir_dir has its own corpus; leave one of the two out")
     if not args.output_file.lower().endswith(FORMATS):
         raise ValueError(f"output_file: {args.output_file} has an unknown format; use one of {', '.join(FORMATS)}")
     if os.path.isdir(args.output_file):
         raise ValueError(f"output_file: {args.output_file} is a folder")
     if os.path.exists(args.output_file) and not args.overwrite:
         raise ValueError(f"output_file: {args.output_file} exists; choose another or pass --overwrite true")
-    check_batch_size(args.batch_size)
-    if args.max_length is not None and args.max_length < 1:
-        raise ValueError(f"max_length: {args.max_length} is not allowed; use a whole number from 1")
+    for name in ("batch_size", "max_length"):
+        checks.check_at_least(name, getattr(args, name), 1)
+    if args.size is not None:
+        checks.check_sizes([args.size], "size")
+    for name in ("train_file", "corpus_file"):
+        checks.check_files(name, getattr(args, name))
+    if args.beir_dir is not None:
+        checks.check_beir_dirs("beir_dir", [args.beir_dir], args.beir_split)
+    checks.check_model(args.model_name_or_path)
 
 
 def read_task(args: MiningArguments, selection: NegativeSelection) -> MiningTask:
-    """The rows and the corpus that the arguments name; ValueError if no row could ever get its negatives."""
+    """The rows and the corpus that the arguments name; ValueError if no row can get enough negatives."""
+    from trainer.data import check_table
+    from trainer.mining import prepare, read_beir, read_documents
+    from trainer.shared.tables import read_table
+
     if args.beir_dir is not None:
         with named("beir_dir"):
             pairs, corpus, known = read_beir(args.beir_dir, args.beir_split)
@@ -116,7 +134,9 @@ def read_task(args: MiningArguments, selection: NegativeSelection) -> MiningTask
 
 
 def choose_size(model: TwoDMSEModel, text: str | None) -> Size:
-    """The size that is asked for, by default the smallest of the model's ladder."""
+    """The size of `--size`, by default the smallest of the model's ladder."""
+    from modeling_2dmse import parse_ladder
+
     if text is None:
         return model.config.ladder[0]
     with named("size"):
@@ -125,7 +145,7 @@ def choose_size(model: TwoDMSEModel, text: str | None) -> Size:
 
 @contextlib.contextmanager
 def named(argument: str):
-    """Around a reader that names its errors after another script's argument, or not at all: name them after ours."""
+    """Around a function whose errors name another argument or none: they name this argument instead."""
     try:
         yield
     except ValueError as error:
@@ -134,6 +154,8 @@ def named(argument: str):
 
 def build_table(task: MiningTask, negatives: torch.Tensor, selection: NegativeSelection) -> Dataset:
     """The rows that got their negatives, as a training table; ValueError if there are none."""
+    from datasets import Dataset
+
     kept = negatives[:, 0] >= 0
     if not kept.any():
         raise ValueError(
@@ -147,7 +169,7 @@ def build_table(task: MiningTask, negatives: torch.Tensor, selection: NegativeSe
 
 
 def write_table(table: Dataset, path: str) -> None:
-    """Write atomically: a reader sees the old file or the whole new one. The same table gives the same bytes."""
+    """Write atomically: a reader sees the old file or the complete new one. The same table gives the same bytes."""
     partial, name = f"{path}.partial", path.lower()
     with open(partial, "wb") as raw:
         packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if name.endswith(".gz") else contextlib.nullcontext(raw)
@@ -156,7 +178,7 @@ def write_table(table: Dataset, path: str) -> None:
                 table.to_parquet(file)
             elif name.endswith((".jsonl", ".jsonl.gz")):
                 table.to_json(file, force_ascii=False)
-            else:  # all quoted: a bare carriage return inside a text would end its row
+            else:  # all are quoted: a bare carriage return in a text would end its row
                 table.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
     os.replace(partial, path)
 

@@ -7,32 +7,33 @@ from dataclasses import dataclass, field
 from retrieval.planning import BYTES, Cell, Limits, as_rows, choose, pareto, plan
 from retrieval.reading import Text, read_texts
 from run_scripts.evaluate import choose_sizes
-from run_scripts.shared import cli, models, output
-from run_scripts.shared.quickstart import python_docs
-from trainer.evaluation import mean_scores
+from run_scripts.shared import checks, cli
 
 
 @dataclass
 class PlanArguments:
-    """What is measured, and what a size may cost."""
+    """What is measured, and what a size may cost at most."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a TwoDMSE model or any text encoder."})
     results: str | None = field(
         default=None,
-        metadata={"help": "results.json of evaluate.py, for the scores; without it, sizes are costs alone."},
+        metadata={"help": "results.json of evaluate.py, for the scores; without it, sizes only have costs."},
     )
     sizes: list[str] = field(
         default_factory=lambda: ["ladder"],
         metadata={"help": "ladder (the model's own), grid (every layer by every dim of the ladder), or LAYERSxDIM ..."},
     )
     texts: str | None = field(
-        default=None, metadata={"help": "Texts like yours (as for encode.py). Default: Python's documentation."}
+        default=None,
+        metadata={"help": "Texts like yours, in a format that encode.py reads. Default: Python's documentation."},
     )
-    max_ms_per_text: float | None = field(default=None, metadata={"help": "Milliseconds that one text may take."})
-    max_bytes_per_vector: float | None = field(default=None, metadata={"help": "Bytes that a vector may take."})
-    min_score: float | None = field(default=None, metadata={"help": "Score that must be reached."})
-    corpus_size: int | None = field(default=None, metadata={"help": "Texts to embed: shows hours and gigabytes."})
-    precision: str = field(default="float32", metadata={"help": f"Of the stored vectors: {', '.join(BYTES)}."})
+    max_ms_per_text: float | None = field(default=None, metadata={"help": "Most milliseconds that one text may take."})
+    max_bytes_per_vector: float | None = field(default=None, metadata={"help": "Most bytes that a vector may take."})
+    min_score: float | None = field(default=None, metadata={"help": "Lowest score allowed."})
+    corpus_size: int | None = field(default=None, metadata={"help": "Texts to embed; shows hours and gigabytes."})
+    precision: str = field(
+        default="float32", metadata={"help": f"Precision of the stored vectors: {', '.join(BYTES)}."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for plan.json and plan.png."})
 
@@ -42,9 +43,11 @@ def main(argv=None) -> None:
     with cli.user_errors():
         (args,) = cli.Parser((PlanArguments,)).parse(argv)
         limits = Limits(args.max_ms_per_text, args.max_bytes_per_vector, args.min_score)
+        check(args)
+
+        from run_scripts.shared import models, output
+
         scores = read_scores(args.results) if args.results else None
-        if args.min_score is not None and scores is None:
-            raise ValueError("min_score: name the scores with --results")
         model = models.to_device(models.load_encoder(args.model_name_or_path))
         sizes = choose_sizes(model, args.sizes)
         texts = _texts(args.texts)
@@ -61,8 +64,21 @@ def main(argv=None) -> None:
     print(f"Use it: {load}.encode(texts, dim={dim})")
 
 
+def check(args: PlanArguments) -> None:
+    """ValueError for a flag that is not allowed."""
+    if args.min_score is not None and args.results is None:
+        raise ValueError("min_score: name the scores with --results")
+    checks.check_choice("precision", args.precision, tuple(BYTES))
+    checks.check_chosen_sizes(args.sizes)
+    checks.check_files("texts", args.texts)
+    checks.check_files("results", args.results)
+    checks.check_model(args.model_name_or_path)
+
+
 def read_scores(path: str) -> dict[str, float]:
     """The mean over tasks of the main metric, by size."""
+    from trainer.evaluation import mean_scores
+
     try:
         with open(path, encoding="utf-8") as file:
             return mean_scores(json.load(file))
@@ -71,7 +87,7 @@ def read_scores(path: str) -> dict[str, float]:
 
 
 def table(cells: list[Cell], corpus_size: int | None) -> str:
-    """A line a size; those on the Pareto front are marked."""
+    """A line per size; those on the Pareto front are marked."""
     front = pareto(cells)
     titles = ["size", "score", "ms/text", "texts/s", "parameters", "MB", "bytes/vector"]
     titles += ["hours", "GB"] if corpus_size else []
@@ -88,7 +104,7 @@ def table(cells: list[Cell], corpus_size: int | None) -> str:
 
 
 def draw(cells: list[Cell], path: str) -> None:
-    """Score over milliseconds, a point a size, its area by bytes; the front is joined."""
+    """Plot score over milliseconds, a point per size with its area by bytes; a line joins the front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -106,6 +122,8 @@ def draw(cells: list[Cell], path: str) -> None:
 
 def _texts(path: str | None) -> list[str]:
     if path is None:
+        from run_scripts.shared.quickstart import python_docs
+
         return python_docs()[1]["anchor"][:128]
     return [item.text for item in read_texts(path) if isinstance(item, Text)][:128]
 

@@ -15,11 +15,14 @@ class PushArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder of a saved elastic model."})
     repo_id: str = field(metadata={"help": "Name on the Hub, owner/name."})
-    private: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; created where it is missing."})
-    token: str | None = field(default=None, metadata={"help": "Default: HF_TOKEN, or that of `hf auth login`."})
+    private: bool = field(default=False, metadata={"help": "Create a private repository."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; created if it is missing."})
+    token: str | None = field(
+        default=None, metadata={"help": "Access token. Default: HF_TOKEN, or the token of `hf auth login`."}
+    )
     dry_run: str | None = field(
-        default=None, metadata={"help": "Write what would be uploaded to this folder, list it, and upload nothing."}
+        default=None,
+        metadata={"help": "Write what would be uploaded to this folder, list it, and upload nothing."},
     )
 
 

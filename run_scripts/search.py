@@ -1,15 +1,20 @@
-"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`; without a query, it asks."""
+"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`; without a query, it prompts."""
+
+from __future__ import annotations
 
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from modeling_2dmse import TwoDMSEModel
 from retrieval import FunnelIndex, Stage, parse_stages
 from retrieval.stages import check_stages
-from run_scripts.shared import cli, models
+from run_scripts.shared import checks, cli
 
-# Characters of a text that are shown.
+if TYPE_CHECKING:
+    from modeling_2dmse import TwoDMSEModel
+
+# Characters shown of a text.
 _SHOWN = 160
 
 
@@ -17,15 +22,17 @@ _SHOWN = 160
 class SearchArguments:
     """How an index is searched."""
 
-    k: int | None = field(default=None, metadata={"help": "Results of a query. Default: 10, or all where fewer are."})
+    k: int | None = field(
+        default=None, metadata={"help": "Results per query. Default: 10, or all if the index has fewer."}
+    )
     stages: str | None = field(
         default=None,
         metadata={"help": "DIM:KEEP[:PRECISION],... Default: one exact stage at the full width."},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The index's model, where it does not stand where it stood."}
+        default=None, metadata={"help": "The index's model, if it has moved since the index was built."}
     )
-    prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put in front of a query."})
+    prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put before each query."})
 
 
 def main(argv=None) -> None:
@@ -37,17 +44,22 @@ def main(argv=None) -> None:
     with cli.user_errors():
         (args,) = cli.Parser((SearchArguments,), usage='%(prog)s INDEX ["query" ...] [--flag value ...]').parse(argv)
         if not words:
-            raise ValueError("index: name the folder of an index first")
+            raise ValueError("index: name the folder of an index as the first argument")
         index = FunnelIndex.open(words.pop(0))
         made = index.meta["model"]
         if not made:
-            raise ValueError(f"index: {index.path} does not say what model made it; build it with build_index.py")
+            raise ValueError(f"index: {index.path} does not name the model that made it; build it with build_index.py")
         args.k = min(10, len(index)) if args.k is None else args.k
         stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
-        model = models.load_encoder(args.model_name_or_path or made["name"])
+        name = args.model_name_or_path or made["name"]
+        checks.check_model(name)
+
+        from run_scripts.shared import models
+
+        model = models.load_encoder(name)
         if models.fingerprint(model) != made["weights"]:
-            raise ValueError(f"model_name_or_path: the weights are not those that {index.path} was made with")
+            raise ValueError(f"model_name_or_path: the weights are not those that made {index.path}")
         if made["num_layers"] < model.num_layers:
             model = model.truncate(made["num_layers"])
         model = models.to_device(model)
@@ -56,7 +68,7 @@ def main(argv=None) -> None:
 
 
 def ask():
-    """Lines that the user types, until there are no more."""
+    """Yield the lines that the user types, until there are no more."""
     while True:
         try:
             line = input("query> " if sys.stdin.isatty() else "")
@@ -67,7 +79,7 @@ def ask():
 
 
 def answer(index: FunnelIndex, model: TwoDMSEModel, query: str, args: SearchArguments, stages) -> str:
-    """The results of a query, a line each, and what each stage took."""
+    """The results of a query, a line each, and the time that each stage took."""
     made = index.meta["model"]
     start = time.perf_counter()
     vector = model.encode(query, dim=index.width, prompt_name=args.prompt_name, max_length=made["max_length"])

@@ -1,29 +1,52 @@
 """Train with ideas that were tried and dropped: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
 
-It takes finetune.py's arguments besides and writes the same folder; docs/lab-notes.md says what each idea gave.
+It also takes finetune.py's arguments and writes the same folder; docs/lab-notes.md reports the effect of each idea.
 """
 
 import argparse
 
-from run_scripts import finetune
-from run_scripts.comparing.ideas import IDEAS, idea_trainer
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
+
+# Name: what the number changes. The trainers are in comparing/ideas.py.
+IDEAS = {
+    "own_alignment": "the weight with which the largest size learns from the start (`--teacher start`), apart from the "
+    "weight of the other sizes",
+    "largest_loss": "the weight of the base loss at the largest size; it stays 1 at the others",
+    "drawn_sizes": "the number of further sizes per step, of any layer and of 32, 64, ... H dims, that are trained in "
+    "the same way as the ladder's",
+    "shallow_gradient": "a factor on the gradient that shallower exits send into the layers they share; their "
+    "projections get all of it",
+    "layerwise_rates": "a factor from the learning rate of each layer to that of the next one above; embeddings learn "
+    "at the rate of the first layer",
+    "angle_beside": "the weight of AnglE's loss, added to CoSENT",
+    "weakened_directions": "shallow exits are fitted to targets whose directions are divided by their variance to this "
+    "power",
+}
 
 
 def main(argv=None) -> None:
-    """Parse the ideas, and leave the rest to finetune.py."""
+    """Parse the ideas, and leave the other flags to finetune.py."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         usage="%(prog)s RECIPE.yaml --idea NAME=NUMBER [NAME=NUMBER ...] [--flag value ...]",
-        description="All other flags are finetune.py's.",
-        epilog="\n\n".join(f"{name}: {' '.join(idea.__doc__.split())}" for name, idea in IDEAS.items()),
+        description="All other flags are those of finetune.py.",
+        epilog="\n\n".join(f"{name}: {effect}" for name, effect in IDEAS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--idea", nargs="+", required=True, metavar="NAME=NUMBER", help="What to try, how much of it.")
+    parser.error = cli.fail
+    parser.add_argument("--idea", nargs="+", required=True, metavar="NAME=NUMBER", help="What to try, and its number.")
     args, rest = parser.parse_known_args(argv)
     with cli.user_errors():
-        trainer = idea_trainer(dict(map(_parse, args.idea)))
-    finetune.main(rest, trainer)
+        strengths = dict(map(_parse, args.idea))
+        for name in strengths:
+            checks.check_choice("idea", name, tuple(IDEAS))
+        if rest and not rest[0].startswith("-"):
+            checks.check_files("recipe", rest[0])
+
+    from run_scripts import finetune
+    from run_scripts.comparing.ideas import idea_trainer
+
+    finetune.main(rest, idea_trainer(strengths))
 
 
 def _parse(idea: str) -> tuple[str, float]:

@@ -23,7 +23,6 @@ HEADS = {
     "flat": {"nesting_sizes": (WIDTH,)},
     "projection": {"nesting_sizes": SIZES, "head_input": "projection"},
 }
-STEPS = 500
 BATCH = 256
 # The same for all three heads.
 SETTINGS = {
@@ -138,7 +137,7 @@ class DigitViews:
         return view * (torch.rand(view.shape, generator=generator) >= hidden)
 
 
-def train_digits(head: str, seed: int, digits: Digits, steps: int = STEPS) -> FrancaForPretraining:
+def train_digits(head: str, seed: int, digits: Digits, steps: int) -> FrancaForPretraining:
     """Train one kind of head on the digits, without labels."""
     torch.manual_seed(seed)
     model = FrancaForPretraining(FrancaConfig(DigitEncoderConfig(), **SETTINGS, **HEADS[head]))

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_2dmse import Size, TwoDMSEModel
-from modeling_2dmse.encoding import pooled_states
+from modeling_2dmse.batching import pooled_states
 from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds, write_profile

@@ -1,6 +1,6 @@
-"""Ideas that were tried towards our recipe and are not part of it; docs/lab-notes.md says what each gave.
+"""Trainers of the ideas that were tried for our recipe and dropped; docs/lab-notes.md reports the effect of each.
 
-Each is a TwoDMSETrainer with one thing changed, as far as the attribute of the idea's own name says, a number.
+Each is a TwoDMSETrainer that changes one thing. The attribute with the idea's name, a number, sets how much.
 """
 
 import random
@@ -12,24 +12,24 @@ from trainer.data import texts_to_fit
 from trainer.losses import SCORE_LOSSES, angle, cosent
 from trainer.objectives import Plan, Term, geometric_dims
 
-# The narrowest dim that further sizes are drawn at.
+# The narrowest dim of drawn sizes.
 SMALLEST_DRAWN = 32
 
 
 class PlanIdea(TwoDMSETrainer):
-    """Changes what a step computes."""
+    """An idea that changes what a step computes."""
 
     def _step(self, inputs):
         *step, plan = super()._step(inputs)
         return (*step, self.change(plan))
 
     def change(self, plan: Plan) -> Plan:
-        """The plan of the step, made from the objective's."""
+        """The plan of the step, made from the objective's plan."""
         return plan
 
 
 class OwnAlignment(PlanIdea):
-    """The weight with which the largest size learns from the start (`--teacher start`), in place of the others'."""
+    """The largest size learns from the start (`--teacher start`) with its own weight."""
 
     def change(self, plan):
         largest = self.ladder[-1]
@@ -38,7 +38,7 @@ class OwnAlignment(PlanIdea):
 
 
 class LargestLoss(PlanIdea):
-    """The weight of the base loss at the largest size; 1 at the others."""
+    """The base loss has another weight at the largest size than at the others, where it stays 1."""
 
     def change(self, plan):
         terms = [t._replace(weight=self.largest_loss) if t.size == self.ladder[-1] else t for t in plan.terms]
@@ -46,7 +46,7 @@ class LargestLoss(PlanIdea):
 
 
 class DrawnSizes(PlanIdea):
-    """So many further sizes each step, of any layer and of 32, 64, ... H dims, trained as those of the ladder are."""
+    """Each step also trains further sizes, of any layer and of 32, 64, ... H dims, in the same way as the ladder's."""
 
     def change(self, plan):
         rng = random.Random(f"drawn-{self.args.seed}-{self.state.global_step}")
@@ -63,7 +63,7 @@ class DrawnSizes(PlanIdea):
 
 
 class ShallowGradient(TwoDMSETrainer):
-    """A factor on the gradient that shallower exits send into the layers they share; their projections get it whole."""
+    """The gradient that shallower exits send into the layers they share is scaled; their projections get all of it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -74,7 +74,7 @@ class ShallowGradient(TwoDMSETrainer):
 
 
 class LayerwiseRates(TwoDMSETrainer):
-    """A factor on the learning rate from each layer to the next one above; embeddings have that of the first layer."""
+    """Each layer learns at a factor of the rate of the layer below it; embeddings learn at that of the first layer."""
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -90,12 +90,12 @@ class LayerwiseRates(TwoDMSETrainer):
 
 
 class AngleBeside(TwoDMSETrainer):
-    """AnglE's loss with this weight, beside CoSENT."""
+    """AnglE's loss, weighted, is added to CoSENT."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.loss != "cosent":
-            raise ValueError(f"idea: angle_beside goes with the loss cosent, not with {self.args.loss}")
+            raise ValueError(f"idea: angle_beside needs the loss cosent, not {self.args.loss}")
         SCORE_LOSSES["cosent+angle"] = lambda *sides: cosent(*sides) + self.angle_beside * angle(*sides)
         self.args.loss = "cosent+angle"
 
@@ -114,7 +114,7 @@ class WeakenedDirections(TwoDMSETrainer):
             projection.weight.data.mul_(factor[:, None])
 
 
-IDEAS = {
+TRAINERS = {
     "own_alignment": OwnAlignment,
     "largest_loss": LargestLoss,
     "drawn_sizes": DrawnSizes,
@@ -126,8 +126,9 @@ IDEAS = {
 
 
 def idea_trainer(strengths: dict[str, float]) -> type[TwoDMSETrainer]:
-    """The trainer of some ideas at once, by name; ValueError where one is unknown."""
-    unknown = [name for name in strengths if name not in IDEAS]
-    if unknown:
-        raise ValueError(f"idea: {unknown[0]!r} is unknown; choose of {', '.join(IDEAS)}")
-    return type("IdeaTrainer", tuple(IDEAS[name] for name in strengths), dict(strengths))
+    """The trainer of several ideas at once.
+
+    Args:
+        strengths: the number of each idea by its name, a key of TRAINERS.
+    """
+    return type("IdeaTrainer", tuple(TRAINERS[name] for name in strengths), dict(strengths))

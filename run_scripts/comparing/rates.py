@@ -1,15 +1,15 @@
-"""A learning rate for each method, chosen on held-out data."""
+"""Choosing a learning rate for each method on held-out data."""
 
 from collections.abc import Callable, Sequence
 
 
 def choose_rate(rates: Sequence[float], score: Callable[[float], float]) -> float:
     """
-    The rate with the highest score, found by climbing from the middle of the set to the side that is better.
+    The rate with the highest score, found by climbing from the middle of the set towards the better side.
 
     Args:
-        rates: ascending. All of them are tried only where the score goes on rising.
-        score: of a rate; each is asked for at most once.
+        rates: ascending. All on one side are tried only if the score keeps rising.
+        score: gives a rate's score; it is called at most once per rate.
 
     >>> tried = []
     >>> choose_rate([1, 2, 4, 8, 16], lambda rate: tried.append(rate) or -abs(rate - 8))

@@ -9,10 +9,13 @@ from .methods import METHODS
 
 
 def means(rows: list[dict], train: str, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
-    """Mean over tasks of the scores, as {method: {size: {seed: score}}}, methods in their order.
+    """
+    Mean over tasks of the scores, as {method: {size: {seed: score}}}, methods in the order of METHODS.
 
     Args:
-        rows: of the results file; those of `separate` hold one size each.
+        rows: `rows` of the results file; a row of `separate` holds one size.
+        train: name of the training data whose rows are taken.
+        tasks: names of the tasks that are averaged.
     """
     found: dict[str, dict[str, dict[int, float]]] = {method: {} for method in METHODS}
     for row in rows:
@@ -25,7 +28,7 @@ def means(rows: list[dict], train: str, tasks: Sequence[str]) -> dict[str, dict[
 
 
 def table(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size]) -> str:
-    """Markdown: a line a size and one for the ladder's mean, mean and deviation over seeds, times 100."""
+    """Markdown: a line per size and one for the ladder's mean, each the mean and deviation over seeds, times 100."""
     names = [str(size) for size in ladder]
     lines = ["| size | " + " | ".join(scores) + " |", "|---|" + "---:|" * len(scores)]
     for name in names:
@@ -36,7 +39,7 @@ def table(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size]
 
 
 def ladder_means(sizes: dict[str, dict[int, float]], names: Sequence[str]) -> dict[int, float]:
-    """{seed: mean over the ladder}, of the seeds that have a score at every size."""
+    """{seed: mean over the ladder}, for the seeds that have a score at every size."""
     seeds = set.intersection(*(set(sizes.get(name, {})) for name in names))
     return {seed: statistics.fmean(sizes[name][seed] for name in names) for seed in sorted(seeds)}
 
@@ -49,7 +52,7 @@ def _cell(values: list[float]) -> str:
 
 
 def draw(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size], path: str) -> None:
-    """Score over cost (layers run, of all), a line a method; bars are one standard deviation."""
+    """Plot score over cost (share of layers that run), a line per method; bars are one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -13,7 +13,7 @@ except ImportError:  # Windows: one process at a time
 
 from run_scripts.shared import output
 
-# Entries of a row that say which run it is.
+# Entries of a row that identify its run.
 KEYS = ("train", "method", "size", "learning_rate", "seed")
 
 
@@ -23,9 +23,12 @@ class Store:
 
     Args:
         path: of the file.
-        lock: a file that keeps two processes from writing at once.
-        train: name of the training data, under which settings and runs stand.
-        settings: what all runs of this training data share; ValueError where the file's were made with others.
+        lock: a file that keeps two processes from writing at the same time.
+        train: name of the training data, the key of its settings and runs.
+        settings: what all runs of this training data share.
+
+    Raises:
+        ValueError: the file was made with other settings, or is not such a file.
     """
 
     def __init__(self, path: str, lock: Path, train: str, settings: dict):
@@ -43,7 +46,7 @@ class Store:
             self._write(content)
 
     def find(self, kind: str, **key) -> dict | None:
-        """A finished run of `search` or `rows`, None where there is none."""
+        """A finished run of `search` or `rows`, None if there is none."""
         wanted = self._key({"train": self.train, **key})
         return next((row for row in self._read()[kind] if self._key(row) == wanted), None)
 
@@ -52,7 +55,7 @@ class Store:
         return self._read()["rows"]
 
     def add(self, kind: str, row: dict) -> None:
-        """Write a finished run; one of `rows` takes the place of that at a rate that turned out not to be the best."""
+        """Write a finished run; in `rows` it replaces one at another learning rate, which is no longer the best."""
         row = {"train": self.train, **row}
         with claim(self.lock, wait=True):
             content = self._read()
@@ -81,7 +84,7 @@ class Store:
 
 @contextlib.contextmanager
 def claim(path: Path, wait: bool = False):
-    """Whether this process has the file for itself; released in the end, or by the process's death."""
+    """Whether this process holds the file's lock, which is released at the end or when the process dies."""
     os.makedirs(path.parent, exist_ok=True)
     with open(path, "w") as file:
         try:

@@ -1,4 +1,4 @@
-"""compare.py: every method under one budget, each at its own learning rate, going on where it stopped."""
+"""compare.py: every method under one budget, each at its own learning rate, continued where it stopped."""
 
 import json
 import statistics
@@ -9,11 +9,12 @@ from conftest import SENTENCES
 
 from modeling_2dmse import parse_ladder
 from run_scripts import compare, finetune
-from run_scripts.comparing import methods
+from run_scripts.comparing import methods, running
 from run_scripts.comparing.methods import METHODS, Budget, Unit
 from run_scripts.comparing.rates import choose_rate
 from run_scripts.comparing.report import ladder_means, means, table
 from run_scripts.comparing.store import Store, claim
+from run_scripts.training.finetuning import load_tables
 
 LADDER = ["1x8", "4x32"]
 RATES = ("1e-2", "5e-2")
@@ -56,10 +57,10 @@ def test_every_method_is_run_once_and_reported(folder, monkeypatch, capsys):
     for method in METHODS:
         own = [row for row in rows if row["method"] == method]
         sizes = [[size for row in own if row["seed"] == seed for size in row["scores"]["one"]] for seed in (0, 1)]
-        assert sizes == ([LADDER, []] if method == "untrained" else [LADDER, LADDER]), "each size once a seed"
+        assert sizes == ([LADDER, []] if method == "untrained" else [LADDER, LADDER]), "each size once per seed"
     assert all(set(row["scores"]) == {"dev", "one", "two"} for row in rows)
     trained = {str(row["scores"]) for row in rows}
-    assert len(trained) == len(rows), "no two runs are the same model"
+    assert len(trained) == len(rows), "no two runs give the same model"
     assert printed.count("|") > 50
     assert (folder / "results-nli.png").stat().st_size > 5000
     assert (folder / "results-nli.md").read_text() in printed
@@ -70,63 +71,46 @@ def test_every_method_is_run_once_and_reported(folder, monkeypatch, capsys):
         score = {r["learning_rate"]: statistics.fmean(r["scores"]["dev"].values()) for r in mine}
         assert row["learning_rate"] == (max(score, key=score.get) if score else None)
 
-    monkeypatch.setattr(compare, "train", lambda *args: pytest.fail("a finished run was run again"))
+    monkeypatch.setattr(running, "train", lambda *args: pytest.fail("a finished run was run again"))
     compare.main(flags())
     assert (folder / "results.json").read_text() == text
 
 
-def test_a_run_that_is_missing_gives_the_same_scores_again(folder):
+def test_a_missing_run_is_repeated_with_the_same_scores(folder):
     wanted = flags("--methods", "2dmse", "--learning_rates", "5e-2")
     compare.main(wanted)
     before = json.loads((folder / "results.json").read_text())
     lost = {**before, "rows": before["rows"][:1]}
     (folder / "results.json").write_text(json.dumps(lost))
     trained = folder / "out" / "nli" / "2dmse-0.05-1"
-    trained.rename(trained.with_name("2dmse-0.05-1.partial"))  # as if it had been stopped half-way
+    trained.rename(trained.with_name("2dmse-0.05-1.partial"))  # as if it had been stopped halfway
     compare.main(wanted)
     after = json.loads((folder / "results.json").read_text())
     assert after["rows"] == before["rows"]
     assert before["rows"][0]["scores"] != before["rows"][1]["scores"]
 
 
-def make_budget(folder, num_train_epochs=None, loss_scale=None, bf16=None) -> Budget:
+def make_budget(num_train_epochs=None, loss_scale=None, bf16=None) -> Budget:
     return Budget(
         recipe="recipe.yaml",
         train_file="t.csv",
-        dataset_name=None,
-        dataset_config=None,
         max_train_samples=8,
         best_recipe="best.yaml",
         pretrain_recipe="smae.yaml",
-        pretrain_file=None,
-        unlabeled_file=None,
         num_train_epochs=num_train_epochs,
         loss_scale=loss_scale,
         bf16=bf16,
-        folder=folder,
     )
 
 
 def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
-    budget = make_budget(folder)
-    parser = finetune.cli.Parser(
-        (finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments)
-    )
+    budget = make_budget()
+    parser = finetune.cli.Parser((finetune.ModelArguments, finetune.DataArguments, finetune.TwoDMSETrainingArguments))
     drawn = []
     for seed in ("0", "1"):
-        given = [
-            "recipe.yaml",
-            "--train_file",
-            "t.csv",
-            "--max_train_samples",
-            "8",
-            "--max_eval_samples",
-            "0",
-            "--seed",
-            seed,
-        ]
-        _, data, args = parser.parse([*given, "--output_dir", "x"])
-        (ours,), _ = finetune._load_tables(data, args)
+        given = ["recipe.yaml", "--train_file", "t.csv", "--max_train_samples", "8", "--max_eval_samples", "0"]
+        _, data, args = parser.parse([*given, "--seed", seed, "--output_dir", "x"])
+        (ours,), _ = load_tables(data, args)
         assert budget.rows(int(seed))["anchor"][:] == ours["anchor"][:]
         drawn.append(ours["anchor"][:])
     assert drawn[0] != drawn[1]
@@ -134,7 +118,7 @@ def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_climbing_finds_the_best_of_a_hill(count):
+def test_climbing_finds_the_top_of_a_hill(count):
     rates = [2.0**n for n in range(count)]
     for top in rates:
         asked = []
@@ -142,7 +126,7 @@ def test_climbing_finds_the_best_of_a_hill(count):
         assert len(asked) == len(set(asked))
 
 
-def test_the_table_means_over_tasks_then_seeds():
+def test_the_table_shows_means_over_tasks_then_seeds():
     ladder = parse_ladder(["1x8", "4x32"])
     score = {("separate", "1x8"): 0.1, ("separate", "4x32"): 0.3, ("2dmse", "1x8"): 0.2, ("2dmse", "4x32"): 0.5}
     rows = [
@@ -164,7 +148,7 @@ def test_the_table_means_over_tasks_then_seeds():
 TASKS = {"one": 0.0, "two": 0.04}
 
 
-def test_what_another_process_works_on_is_left_to_it(folder, capsys):
+def test_what_another_process_runs_is_left_to_it(folder, capsys):
     with claim(folder / "out" / "nli-2dmse.lock") as ours:
         assert ours
         compare.main(flags("--methods", "2dmse", "untrained"))
@@ -185,14 +169,14 @@ def test_a_better_rate_replaces_the_run_of_the_worse_one(folder):
 
 def test_the_precision_is_that_of_all_methods(folder):
     for bf16, flag in ((None, []), (True, ["--bf16", "True"]), (False, ["--bf16", "False"])):
-        budget = make_budget(folder, bf16=bf16)
+        budget = make_budget(bf16=bf16)
         assert budget.precision == flag
         assert budget.arguments()[1].bf16 is bool(bf16), "the recipe says false"
 
 
 def test_epochs_are_those_of_all_methods(folder):
-    assert make_budget(folder).arguments()[1].num_train_epochs != 7
-    assert make_budget(folder, num_train_epochs=7.0).arguments()[1].num_train_epochs == 7
+    assert make_budget().arguments()[1].num_train_epochs != 7
+    assert make_budget(num_train_epochs=7.0).arguments()[1].num_train_epochs == 7
     compare.main(flags("--methods", "starbucks-score_kl", "--num_train_epochs", "2", "--seeds", "0"))
     trained = next((folder / "out" / "nli").glob("starbucks-score_kl-*"))
     assert torch.load(trained / "training_args.bin", weights_only=False).num_train_epochs == 2
@@ -206,8 +190,8 @@ def test_a_named_scale_is_that_of_all_methods_and_one_in_the_best_recipe_its_own
     monkeypatch.setattr(
         losses, "MultipleNegativesRankingLoss", lambda *a, scale: peers.append(scale) or theirs(*a, scale=scale)
     )
-    assert make_budget(folder).arguments()[1].loss_scale == 20
-    assert make_budget(folder, loss_scale=7.0).arguments()[1].loss_scale == 7
+    assert make_budget().arguments()[1].loss_scale == 20
+    assert make_budget(loss_scale=7.0).arguments()[1].loss_scale == 7
     for given, wanted in (((), {"2dmse": 20, "best": 5}), (("--loss_scale", "7"), {"2dmse": 7, "best": 7})):
         out, results = f"out{len(given)}", f"{len(given)}.json"
         named = flags("--methods", "2dmse", "best", methods.PEER, *given, "--seeds", "0")
@@ -233,7 +217,7 @@ def test_results_of_another_budget_are_refused(folder):
         Store("results.json", lock, "nli", {"rows": 8})
 
 
-def test_unlabeled_texts_are_for_the_best_recipe_alone(folder):
+def test_unlabeled_texts_are_for_the_best_recipe_only(folder):
     compare.main(
         flags("--methods", "starbucks-score_kl", "best", "--learning_rates", "1e-2", "--unlabeled_file", "t.csv")
     )
@@ -267,7 +251,7 @@ def test_runs_of_two_best_recipes_do_not_mix(folder, capsys):
     ],
 )
 def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, more, message):
-    monkeypatch.setattr(methods, "train", lambda *args: pytest.fail("something was trained"))
+    monkeypatch.setattr(running, "train", lambda *args: pytest.fail("something was trained"))
     with pytest.raises(SystemExit):
         compare.main(flags(*more))
     assert message in capsys.readouterr().err
@@ -275,19 +259,19 @@ def test_what_would_fail_after_hours_fails_at_once(folder, capsys, monkeypatch, 
 
 
 @pytest.mark.parametrize("path", sorted(compare.cli.RECIPES.glob("compare-*.yaml")), ids=lambda path: path.name)
-def test_recipes_name_recipes_and_the_data_they_do_not_ask_for(path):
+def test_recipes_name_existing_recipes_and_their_data_unless_it_is_a_flag(path):
     needed = ["--eval_file", "dev.csv", "--sts_files", "one.csv"]
-    (args,) = compare.cli.Parser((compare.ComparisonArguments,)).parse([str(path), *needed])
-    for recipe in (args.recipe, args.best_recipe, args.pretrain_recipe):
+    _, budget = compare.cli.Parser((compare.ComparisonArguments, Budget)).parse([str(path), *needed])
+    for recipe in (budget.recipe, budget.best_recipe, budget.pretrain_recipe):
         assert (compare.cli.RECIPES / recipe.split("/")[-1]).is_file()
-    if args.dataset_name:
-        compare._check_pretraining(args)
+    if budget.dataset_name:
+        compare.check_pretraining(budget)
     else:
         with pytest.raises(ValueError, match="pretrain_file: name plain text"):
-            compare._check_pretraining(args)
+            compare.check_pretraining(budget)
 
 
-def test_units_are_methods_and_separate_once_a_size():
+def test_units_are_methods_and_separate_once_per_size():
     assert list(map(str, methods.units(["2dmse", "separate"], parse_ladder(LADDER)))) == [
         "2dmse", *(f"separate-{size}" for size in LADDER)
     ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from conftest import SENTENCES, cpu_environment
 
 from modeling_2dmse import TwoDMSEModel
-from modeling_2dmse.encoding import quantize
+from modeling_2dmse.formats import quantize
 from retrieval.shards import read_shards
 from run_scripts import encode
 
@@ -145,7 +145,7 @@ def test_wrong_input_ends_in_one_line(start, capsys):
     (start / "mine").mkdir()
     (start / "mine" / "thesis.txt").write_text("years")
     for more, message in (
-        (["--precision", "int8"], "holds embeddings made with precision float32, not int8; choose another folder"),
+        (["--precision", "int8"], "has embeddings made with precision float32, not int8; choose another folder"),
         (["--precision", "int4"], "precision: 'int4' is unknown"),
         (["--format", "csv"], "format: 'csv' is unknown; choose one of npy, parquet"),
         (["--on_error", "cry"], "on_error: 'cry' is unknown; choose one of stop, skip"),

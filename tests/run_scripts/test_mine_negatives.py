@@ -168,7 +168,7 @@ def test_wrong_input_ends_in_one_line(case, files, tmp_path, capsys):
         (["--beir_dir", "{tmp}", "--beir_split", "dev"], "qrels/dev.tsv is missing"),
         (["--beir_dir", "{tmp}"], "has no relevant document in its split train"),
         (["--beir_dir", "{tmp}/broken"], "error: beir_dir: Expecting value: line 1"),
-        (["--beir_dir", "{tmp}", "--corpus_file", "x"], "corpus_file: the folder of --beir_dir has a corpus"),
+        (["--beir_dir", "{tmp}", "--corpus_file", "x"], "corpus_file: the folder of --beir_dir has its own corpus"),
     ],
 )
 def test_wrong_beir_folders(change, message, files, tmp_path, capsys):

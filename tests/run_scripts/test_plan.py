@@ -27,7 +27,7 @@ def test_a_choice_with_its_reason(folder, capsys):
     more = ["--results", str(folder / "results.json"), "--corpus_size", "1000000", "--max_bytes_per_vector", "64"]
     plan.main(flags(folder, *more, "--output_dir", str(folder / "out")))
     out = capsys.readouterr().out
-    assert "2x16: the best of 2 sizes within at most 64 bytes a vector" in out
+    assert "2x16: the best of 2 sizes within at most 64 bytes per vector" in out
     assert "num_layers=2).encode(texts, dim=16)" in out
     line = next(line for line in out.splitlines() if line.split()[:1] == ["4x32"])
     assert line.split()[1] == "0.7000"
@@ -44,7 +44,7 @@ def test_wrong_input_ends_in_one_line(folder, capsys):
     (folder / "other.json").write_text("[]")
     for more, message in (
         (["--min_score", "0.5"], "min_score: name the scores with --results"),
-        (["--results", str(folder / "none.json")], "is not a results.json of evaluate.py"),
+        (["--results", str(folder / "none.json")], "none.json is not a file"),
         (["--results", str(folder / "other.json")], "is not a results.json of evaluate.py"),
         (["--max_ms_per_text", "-1"], "max_ms_per_text: -1.0 is not allowed"),
         (["--precision", "int4"], "precision: 'int4' is unknown"),

@@ -177,8 +177,8 @@ def test_no_token(model_folder, hub):
 
 def test_wrong_input(model_folder, tmp_path, capsys):
     for folder, repo, message in (
-        (model_folder, "not a name", "repo_id: 'not a name' is not a name of the Hub; write owner/name"),
-        (model_folder, "name", "repo_id: 'name' is not a name of the Hub"),
+        (model_folder, "not a name", "repo_id: 'not a name' is not a valid Hub name; use the form owner/name"),
+        (model_folder, "name", "repo_id: 'name' is not a valid Hub name"),
         (tmp_path, "org/name", "is not a saved elastic model: config.json"),
         (tmp_path / "absent", "org/name", "is not a folder"),
     ):

@@ -1,4 +1,4 @@
-"""Ideas that the lab notes try: each changes what it says it does, and nothing else."""
+"""The ideas of the lab notes: each changes what it claims to change, and nothing else."""
 
 import json
 
@@ -9,7 +9,8 @@ from datasets import Dataset
 
 from modeling_2dmse import Size
 from run_scripts import try_idea
-from run_scripts.comparing.ideas import IDEAS, idea_trainer
+from run_scripts.comparing.ideas import TRAINERS, idea_trainer
+from run_scripts.try_idea import IDEAS
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.losses import SCORE_LOSSES
 
@@ -68,7 +69,7 @@ def test_drawn_sizes_come_on_top_and_change_from_step_to_step(make):
     assert seen == {Size(1, 32), Size(2, 32), Size(3, 32)}
 
 
-def test_shallow_gradients_are_scaled_before_the_layers_alone(make):
+def test_shallow_gradients_are_scaled_only_in_the_layers(make):
     (loss, none), (_, half), (_, whole) = (loss_and_gradients(make({"shallow_gradient": f})) for f in (0.0, 0.5, 1.0))
     assert loss == pytest.approx(loss_and_gradients(make({}))[0], rel=1e-6)
     alone = loss_and_gradients(make({}, sizes=[str(LARGEST)], alignment="none"))[1]
@@ -101,7 +102,7 @@ def test_rates_fall_from_layer_to_layer(make):
     trainer.train()
 
 
-def test_angle_stands_beside_cosent(make, monkeypatch):
+def test_angle_is_added_to_cosent(make, monkeypatch):
     monkeypatch.setitem(SCORE_LOSSES, "cosent+angle", None)  # so that it is gone afterwards
     losses = {
         loss: loss_and_gradients(make({}, SCORED, loss=loss, alignment="none"))[0] for loss in ("cosent", "angle")
@@ -125,7 +126,7 @@ def test_weakened_directions(make):
     variance = full.square().mean(dim=0)
     expected = (variance / variance.mean()).clamp(min=0.01) ** -0.5
     for factor in factors[:-1]:
-        strong = factor[:8]  # weak directions' weights are rounding alone
+        strong = factor[:8]  # the weights of weak directions are only rounding
         assert torch.allclose(strong, expected[:8, None].expand_as(strong), rtol=1e-3)
     assert expected[0] < 0.9 < 1.1 < expected[7]
 
@@ -147,7 +148,7 @@ def test_a_run_writes_what_finetune_writes(backbone_path, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--idea", "magic=1"], f"idea: 'magic' is unknown; choose of {', '.join(IDEAS)}"),
+        (["--idea", "magic=1"], f"idea: 'magic' is unknown; choose one of {', '.join(IDEAS)}"),
         (["--idea", "largest_loss"], "idea: 'largest_loss' is not NAME=NUMBER, for example shallow_gradient=0.3"),
     ],
 )
@@ -158,8 +159,12 @@ def test_wrong_input_ends_in_one_line(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_every_idea_is_described_and_has_a_trainer():
+    assert list(IDEAS) == list(TRAINERS)
+
+
 def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match="shallow_gradient needs exits with projections"):
         make({"shallow_gradient": 0.5}, projected=False)
-    with pytest.raises(ValueError, match="angle_beside goes with the loss cosent, not with infonce"):
+    with pytest.raises(ValueError, match="angle_beside needs the loss cosent, not infonce"):
         make({"angle_beside": 1.0})

@@ -1,0 +1,71 @@
+"""Checks of flags that need no torch, so that a script refuses wrong input before it loads the libraries it works with.
+
+What the libraries check again is stated here a second time; tests/run_scripts/test_fast_refusals.py compares the two.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+
+# modeling_2dmse.formats.PRECISIONS, modeling_2dmse.export.DTYPES and modeling_franca.rasa.METHODS.
+PRECISIONS = ("float32", "float16", "int8", "binary")
+EXPORT_DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
+RASA_METHODS = ("gradient", "ridge", "covariance")
+
+
+def check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
+    """ValueError if the value is not one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{argument}: {value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def check_at_least(argument: str, value: int | None, lowest: int) -> None:
+    """ValueError if the number is below the lowest allowed one; None is a flag that was not given."""
+    if value is not None and value < lowest:
+        raise ValueError(f"{argument}: {value} is not allowed; use a whole number from {lowest}")
+
+
+def check_sizes(sizes: Sequence[str], argument: str = "sizes") -> None:
+    """ValueError if one of the sizes is not written LAYERSxDIM. Whether a model has them is checked with the model."""
+    for size in sizes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size.strip()):
+            raise ValueError(
+                f"{argument}: {size!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
+            )
+
+
+def check_chosen_sizes(sizes: Sequence[str]) -> None:
+    """ValueError unless the sizes are `ladder`, `grid` or a list of LAYERSxDIM."""
+    if list(sizes) not in (["ladder"], ["grid"]):
+        check_sizes(sizes)
+
+
+def check_files(argument: str, *paths: str | None) -> None:
+    """ValueError if one of the paths is not a file; None is a flag that was not given."""
+    for path in paths:
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(f"{argument}: {path} is not a file")
+
+
+def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
+    """ValueError if one of the folders lacks corpus.jsonl, queries.jsonl or qrels/SPLIT.tsv."""
+    for folder in folders:
+        for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"):
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                raise ValueError(f"{argument}: {folder} is not in BEIR layout: {path} is missing")
+
+
+def check_model(name_or_path: str) -> None:
+    """ValueError for what looks like a folder and is not that of a model; any other name may be one of the Hub."""
+    looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
+    if looks_like_a_path and not os.path.isdir(name_or_path):
+        raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise ValueError(f"model_name_or_path: {name_or_path} has no config.json, so it is not a model")
+
+
+def check_no_results(output_dir: str, overwrite: bool) -> None:
+    """ValueError if the folder has the results of an earlier evaluation."""
+    if os.path.exists(os.path.join(output_dir, "results.json")) and not overwrite:
+        raise ValueError(f"output_dir: {output_dir} has results; choose another folder or pass --overwrite")

@@ -1,0 +1,212 @@
+"""Scripts answer --help and refuse wrong input before they load the libraries that take seconds."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from modeling_2dmse import export, parse_size
+from modeling_2dmse.formats import PRECISIONS
+from modeling_franca import rasa
+from retrieval.planning import BYTES
+from run_scripts import benchmark
+from run_scripts.benchmarks import registry
+from run_scripts.shared import checks
+from trainer.shared.tables import read_table
+from twodmse.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+# The training scripts need transformers' TrainingArguments, and so torch, to know their flags.
+TRAINING = ("classify", "finetune", "pretrain", "pretrain_franca", "train_m3")
+SCRIPTS = sorted(path.stem for path in (ROOT / "run_scripts").glob("*.py") if path.stem not in ("__init__", *TRAINING))
+NEVER_YET = {"datasets", "matplotlib", "sentence_transformers", "peft", "evaluate"}
+NOT_YET = {*NEVER_YET, "torch", "scipy", "pandas", "accelerate", "modeling_2dmse", "modeling_franca", "modeling_m3"}
+# A script must start within 3 s on an idle machine; the rest is for a machine with other work.
+LIMIT = 30
+
+MODEL = ("--model_name_or_path", "./absent")
+OUT = ("--output_dir", "out")
+WRONG = {
+    "benchmark: name": ("benchmark", ["nothing"], "benchmark: 'nothing' is unknown"),
+    "benchmark: model": ("benchmark", ["grid", *MODEL], "model_name_or_path: ./absent does not exist"),
+    "benchmark: sizes": ("benchmark", ["grid", "--sizes", "6"], "sizes: '6' is not a size; write LAYERSxDIM"),
+    "compare: method": (
+        "compare",
+        ["--eval_file", "x", "--sts_files", "x", "--methods", "y"],
+        "methods: 'y' is unknown",
+    ),
+    "encode: model": ("encode", [*MODEL, *OUT, "--input", "x"], "model_name_or_path: ./absent does not exist"),
+    "encode: precision": ("encode", [*MODEL, *OUT, "--input", "x", "--precision", "int4"], "precision: 'int4' is unk"),
+    "encode: input": ("encode", ["--model_name_or_path", "a", *OUT, "--input", "x.txt"], "input: x.txt is not a file"),
+    "evaluate: file": ("evaluate", [*MODEL, *OUT, "--sts_files", "x.csv"], "sts_files: x.csv is not a file"),
+    "evaluate: folder": ("evaluate", [*MODEL, *OUT, "--beir_dirs", "x"], "x/corpus.jsonl is missing"),
+    "evaluate: sizes": (
+        "evaluate",
+        [*MODEL, *OUT, "--sts_files", "x", "--sizes", "6by9"],
+        "sizes: '6by9' is not a size",
+    ),
+    "evaluate_franca: method": ("evaluate_franca", [*MODEL, *OUT, "--rasa_method", "x"], "rasa_method: 'x' is unknown"),
+    "evaluate_franca: folder": ("evaluate_franca", [*MODEL, *OUT, "--train_dir", "x"], "train_dir: x is not a folder"),
+    "evaluate_m3: file": ("evaluate_m3", [*MODEL, *OUT, "--data_file", "x"], "data_file: x is not a file"),
+    "export: dtype": ("export", [*MODEL, *OUT, "--dtype", "int8"], "dtype: 'int8' is not allowed for transformers"),
+    "export: model": ("export", [*MODEL, *OUT], "model_name_or_path: ./absent does not exist"),
+    "mine_negatives: size": (
+        "mine_negatives",
+        [*MODEL, "--output_file", "x.csv", "--train_file", "x.csv", "--size", "8"],
+        "size: '8' is not a size",
+    ),
+    "mine_negatives: margin": (
+        "mine_negatives",
+        [*MODEL, "--output_file", "x.csv", "--train_file", "x.csv", "--margin", "3"],
+        "margin: 3.0 is not allowed",
+    ),
+    "plan: limit": ("plan", [*MODEL, "--max_ms_per_text", "0"], "max_ms_per_text: 0.0 is not allowed"),
+    "plan: scores": ("plan", [*MODEL, "--results", "x.json"], "results: x.json is not a file"),
+    "push_to_hub: name": (
+        "push_to_hub",
+        ["--model_name_or_path", ".", "--repo_id", "x"],
+        "is not a saved elastic model",
+    ),
+    "search: index": ("search", ["index", "query"], "index"),
+    "build_index: folder": ("build_index", ["--embeddings", "x", *OUT], "embeddings: x has no embeddings.json"),
+    "digits_franca: steps": ("digits_franca", ["--steps", "0"], "steps: 0 with 3 seeds is nothing to train"),
+}
+
+
+# Runs a script several times as `python run_scripts/NAME.py FLAGS` does, and prints what happened.
+RUNNER = """
+import contextlib, io, json, os, runpy, sys
+script, cases = sys.argv[1], json.loads(sys.argv[2])
+sys.path[0] = os.path.dirname(script)
+outcomes = []
+for flags in cases:
+    sys.argv, out, err = [script, *flags], io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as stopped:
+        outcomes.append([stopped.code, out.getvalue(), err.getvalue(), sorted(sys.modules), os.listdir()])
+print(json.dumps(outcomes))
+"""
+
+
+class Outcome(NamedTuple):
+    """Of a run: the exit code, what was printed, and the modules and files that were there at its end."""
+
+    code: int
+    out: str
+    err: str
+    modules: list[str]
+    files: list[str]
+
+
+def cases(name: str) -> list[list[str]]:
+    """The flags of each run of a script: help, an unknown flag, and its entries of WRONG."""
+    needed = {"search": ["index"], "benchmark": ["train"], "try_idea": ["--idea", "magic=1"]}.get(name, [])
+    return [["--help"], [*needed, "--nonsense", "1"], *(flags for script, flags, _ in WRONG.values() if script == name)]
+
+
+@functools.cache
+def run(name: str) -> list[Outcome]:
+    """The outcomes of all cases of a script, in one process of its own, in an empty working directory."""
+    command = [sys.executable, "-c", RUNNER, str(ROOT / "run_scripts" / f"{name}.py"), json.dumps(cases(name))]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < LIMIT
+    return [Outcome(*outcome) for outcome in json.loads(done.stdout)]
+
+
+def check_refusal(outcome: Outcome, name: str, message: str) -> None:
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"{name}.py: error: ")
+    assert outcome.err.count("\n") == 1
+    assert message in outcome.err
+    assert outcome.out == ""
+    assert not outcome.files, "nothing is written"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_an_unknown_flag(name):
+    answered, refused = run(name)[:2]
+    assert not NOT_YET.intersection(refused.modules)
+    assert (answered.code or 0, answered.err) == (0, "")
+    assert answered.out.startswith(f"usage: {name}.py ")
+    flags = re.split(r"^  (?=-)", answered.out, flags=re.MULTILINE)[1:]
+    assert len(flags) > 1
+    for flag in flags:
+        assert len(help_lines(f"  {flag}")) <= 2, flag
+    required = "the following arguments are required: --"
+    message = "magic" if name == "try_idea" else required if required in refused.err else "--nonsense"
+    check_refusal(refused, name, message)
+
+
+def help_lines(flag: str) -> list[str]:
+    """The lines of a flag's help text, which starts at column 24."""
+    lines = flag.partition("\n\n")[0].splitlines()
+    return [line[24:] for line in lines if line[22:24] == "  " and line[24:].strip()]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_scripts_load_no_more_than_their_flags_need(name):
+    answered, refused = run(name)
+    assert not NEVER_YET.intersection(refused.modules)
+    assert (answered.code or 0, answered.err) == (0, "")
+    check_refusal(refused, name, "")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    name, flags, message = WRONG[case]
+    outcome = run(name)[cases(name).index(flags)]
+    assert not NOT_YET.intersection(outcome.modules)
+    check_refusal(outcome, name, message)
+
+
+def test_the_other_two_ways_to_start_a_script(tmp_path):
+    """From another working directory: `python -m run_scripts.x` and `twodmse x`."""
+    for module, words, usage in (("run_scripts.search", [], "search.py"), ("twodmse", ["search"], "twodmse search")):
+        command = [sys.executable, "-m", module, *words, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: {usage} INDEX")
+    assert set(COMMANDS) <= {*SCRIPTS, *TRAINING}
+
+
+def test_choices_are_those_of_the_libraries():
+    assert checks.PRECISIONS == PRECISIONS == tuple(BYTES)
+    assert checks.EXPORT_DTYPES == export.DTYPES
+    assert tuple(checks.EXPORT_DTYPES) == export.FORMATS
+    assert checks.RASA_METHODS == rasa.METHODS
+    assert list(registry.MEASURES) == list(benchmark.BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    "size", ["6x128", " 1x8 ", "0x8", "6x0", "x8", "6x", "6X8", "06x8", "6x8x2", "-1x8", "", "six"]
+)
+def test_sizes_are_refused_as_the_library_refuses_them(size):
+    assert reason(checks.check_sizes, [size]) == reason(parse_size, size)
+
+
+def test_files_are_refused_as_the_library_refuses_them():
+    assert reason(checks.check_files, "train_file", "none.csv") == reason(read_table, "none.csv") is not None
+
+
+def reason(function, *args) -> str | None:
+    """The message with which a function refuses its arguments."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return None
