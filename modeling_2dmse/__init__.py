@@ -4,8 +4,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from .configuration_2dmse import Size, TwoDMSEConfig, parse_ladder, parse_size
 from .configuration_smae import StarbucksConfig
-from .modeling_2dmse import TwoDMSEModel, TwoDMSEOutput
-from .modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
+from .modeling_2dmse import TwoDMSEModel
+from .modeling_smae import StarbucksForMaskedAutoencoding
+from .outputs import StarbucksOutput, TwoDMSEOutput
 
 AutoConfig.register(TwoDMSEConfig.model_type, TwoDMSEConfig, exist_ok=True)
 AutoModel.register(TwoDMSEConfig, TwoDMSEModel, exist_ok=True)

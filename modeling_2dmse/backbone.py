@@ -4,6 +4,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,14 +17,19 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The backbone itself, with its `pooler` set to None."""
     # BERT's tanh pooler gets no gradient here, which would stop DistributedDataParallel.
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        backbone.pooler = None
+        backbone.register_module("pooler", None)
     return backbone
 
 
 def find_layer_stack(backbone: PreTrainedModel) -> str:
-    """Path of the one `nn.ModuleList` that holds the transformer layers, for example `encoder.layer`."""
+    """Path of the one `nn.ModuleList` that holds the transformer layers, for example `encoder.layer`.
+
+    Raises:
+        ValueError: there is no such list, or more than one.
+    """
     depth = getattr(backbone.config, "num_hidden_layers", None)
     stacks = [
         name
@@ -41,7 +47,7 @@ def find_layer_stack(backbone: PreTrainedModel) -> str:
 
 
 def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
-    """Paths that may be the norm behind the last layer, likeliest first; `""` (no norm) comes last."""
+    """Paths that may be the norm after the last layer, most likely first; `""` (no norm) comes last."""
     norms, parent = [], stack
     while parent:
         parent = parent.rpartition(".")[0]
@@ -52,15 +58,17 @@ def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
 
 
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
-    return backbone.get_submodule(stack)
+    """The list of transformer layers at the path `stack`."""
+    return cast(nn.ModuleList, backbone.get_submodule(stack))
 
 
 def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Tensor:
+    """`state` through the norm at the path `norm`, or unchanged if the path is `""`."""
     return backbone.get_submodule(norm)(state) if norm else state
 
 
 class LayerStandIn(nn.Module):
-    """Takes a layer's place in a view, and is asked for what the layer knows."""
+    """Takes a layer's place in a `view`, and answers for the layer's attributes."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -70,13 +78,13 @@ class LayerStandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.layer, name)  # ModernBERT asks its layers for `attention_type`
+            return getattr(self.layer, name)  # ModernBERT reads `attention_type` from its layers
 
 
 class Tap(LayerStandIn):
-    """Calls its layer, and keeps what it returned in `states`."""
+    """Calls its layer, and appends the returned state to `states`."""
 
-    def __init__(self, layer: nn.Module, states: list):
+    def __init__(self, layer: nn.Module, states: list[torch.Tensor]):
         super().__init__(layer)
         self._states = states
 
@@ -89,17 +97,18 @@ class Tap(LayerStandIn):
 def view(backbone: nn.Module, stack: str, layers: Sequence[nn.Module]) -> nn.Module:
     """The same backbone with another list of layers.
 
-    Only the containers on the path to the list are copied; every module with weights is the original one, so that
-    the view costs no memory, follows whatever wraps or replaces those modules, and leaves the backbone untouched
-    (several threads may run different depths at once).
+    Only the containers on the path to the list are copied; every module with weights is the original one. The view
+    therefore costs no memory, follows whatever wraps or replaces those modules, and leaves the backbone untouched:
+    several threads may run different depths at once.
     """
     twin = _shallow_copy(backbone)
-    parent, *path = [twin, *stack.split(".")]
-    for name in path[:-1]:
+    *path, last = stack.split(".")
+    parent = twin
+    for name in path:
         child = _shallow_copy(getattr(parent, name))
         parent._modules[name] = child
         parent = child
-    parent._modules[path[-1]] = nn.ModuleList(layers)
+    parent._modules[last] = nn.ModuleList(layers)
     return twin
 
 
@@ -113,13 +122,18 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
     """state(n) for each n of the ascending `depths`, from one pass that runs max(depths) layers.
 
     Args:
-        inputs: what the backbone's forward takes.
+        backbone: a text encoder.
+        stack: path of its list of layers.
+        norm: path of its final norm, `""` for none.
+        depths: numbers of layers, ascending.
+        inputs: arguments of the backbone's forward.
 
     Returns:
-        one (batch, length, hidden) tensor a depth, behind the backbone's own final norm.
+        One (batch, length, hidden) tensor per depth, after the backbone's own final norm.
     """
     layers = layers_of(backbone, stack)
-    deepest, states = depths[-1], []
+    deepest = depths[-1]
+    states: list[torch.Tensor] = []
     if list(depths) == [len(layers)]:
         return [backbone(**inputs).last_hidden_state]
     inner = set(depths[:-1])
@@ -129,34 +143,40 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
 
 
 def accepted_inputs(backbone: nn.Module) -> set[str]:
-    """Names among a text encoder's usual inputs that the backbone's forward takes."""
+    """Which of a text encoder's usual optional inputs the backbone's forward accepts, by name."""
     known = {"attention_mask", "token_type_ids", "position_ids", "use_cache"}
     return known & set(inspect.signature(backbone.forward).parameters)
 
 
-def takes_words(backbone: nn.Module) -> bool:
-    """Whether the backbone gives the same for `inputs_embeds` as for the `input_ids` that they stand for."""
-    # RoBERTa's kin give a padding token no position, also where it stands among real ones.
-    takes = "inputs_embeds" in inspect.signature(backbone.forward).parameters
-    return takes and not _padding_indices(backbone)
+def is_decoder(backbone: PreTrainedModel) -> bool:
+    """Whether the backbone's tokens attend only to the tokens before them."""
+    causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
+    return bool(getattr(backbone.config, "is_decoder", False) or causal)
 
 
-def count_positions(backbone: nn.Module) -> int:
+def supports_inputs_embeds(backbone: nn.Module) -> bool:
+    """Whether the backbone's output for `inputs_embeds` equals that for the `input_ids` they were looked up from."""
+    # RoBERTa-style models give a padding token no position, even where it appears among real tokens.
+    accepted = "inputs_embeds" in inspect.signature(backbone.forward).parameters
+    return accepted and not _padding_indices(backbone)
+
+
+def count_positions(backbone: PreTrainedModel) -> int:
     """Longest input that the backbone has positions for, in tokens."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
-    # RoBERTa's kin count positions from behind the padding index.
+    # RoBERTa-style models count positions from after the padding index.
     return positions - sum(index + 1 for index in _padding_indices(backbone))
 
 
 def _padding_indices(backbone: nn.Module) -> list[int]:
-    """Of tables of positions that have one."""
+    """The padding index of each table of position embeddings that has one."""
     tables = (module for name, module in backbone.named_modules() if name.endswith("position_embeddings"))
     indices = [getattr(table, "padding_idx", None) for table in tables]
     return [index for index in indices if index is not None]
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """A copy of a backbone's configuration for its first `num_layers` layers, per-layer lists cut as well."""
+    """A copy of a backbone's configuration for its first `num_layers` layers, with per-layer lists cut as well."""
     depth = config.num_hidden_layers
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
@@ -168,10 +188,13 @@ def cut_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 @torch.no_grad()
 def check_exits(backbone: PreTrainedModel, stack: str) -> str:
-    """Find the final norm by trying: state(1) taken on the way must equal what a one-layer cut returns.
+    """Find the final norm by trying: state(1) taken during a deeper pass must equal the output of a one-layer cut.
 
     Returns:
-        the path of the final norm, `""` for none; ValueError where no choice makes the two equal.
+        Path of the final norm, `""` for none.
+
+    Raises:
+        ValueError: no choice of norm makes the two equal, or one layer cannot be run by itself.
     """
     name = type(backbone).__name__
     norms = find_final_norms(backbone, stack)
@@ -193,4 +216,6 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
         raise ValueError(f"backbone: {name} cannot be made elastic: running 1 of its layers failed: {error}") from error
     finally:
         backbone.train(training)
-    raise ValueError(f"backbone: {name} cannot be made elastic: its states change outside of its layers and final norm")
+    raise ValueError(
+        f"backbone: {name} cannot be made elastic: its states change outside of its layers and its final norm"
+    )

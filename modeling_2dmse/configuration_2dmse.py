@@ -1,6 +1,7 @@
-"""The configuration of an elastic encoder, and the notation of its sizes."""
+"""The configuration of an elastic encoder, and the notation for its sizes."""
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -9,7 +10,15 @@ POOLING_MODES = ("mean", "cls", "lasttoken", "weightedmean")
 
 
 class Size(NamedTuple):
-    """A size of the encoder, written `6x128`: run 6 transformer layers, keep the first 128 dimensions."""
+    """A size of the encoder, written `6x128`: run 6 transformer layers, keep the first 128 dimensions.
+
+    Attributes:
+        num_layers: layers to run, from 1.
+        dim: dimensions to keep, from 1.
+
+    >>> str(Size(6, 128))
+    '6x128'
+    """
 
     num_layers: int
     dim: int
@@ -18,8 +27,14 @@ class Size(NamedTuple):
         return f"{self.num_layers}x{self.dim}"
 
 
-def parse_size(text) -> Size:
+def parse_size(text: str | Size | tuple[int, int] | list[int]) -> Size:
     """Read one size.
+
+    Args:
+        text: a size as text, or a pair (num_layers, dim).
+
+    Raises:
+        ValueError: the text is not a size.
 
     >>> parse_size("6x128")
     Size(num_layers=6, dim=128)
@@ -34,8 +49,23 @@ def parse_size(text) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
-def parse_ladder(sizes, num_layers: int | None = None, hidden_size: int | None = None) -> list[Size]:
-    """Read a ladder, small to large, and check it against a backbone when one is given.
+def parse_ladder(
+    sizes: Iterable[str | Size | tuple[int, int] | list[int]],
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+) -> list[Size]:
+    """Read a ladder, and check it against a backbone if one is given.
+
+    Args:
+        sizes: in any order.
+        num_layers: layers of the backbone.
+        hidden_size: dimensions of the backbone.
+
+    Returns:
+        The sizes, small to large.
+
+    Raises:
+        ValueError: there are no sizes, one appears twice, or the backbone does not have one of them.
 
     >>> [str(size) for size in parse_ladder(["2x64", "1x32"])]
     ['1x32', '2x64']
@@ -45,7 +75,7 @@ def parse_ladder(sizes, num_layers: int | None = None, hidden_size: int | None =
         raise ValueError("sizes: the ladder is empty; name at least one size, for example 6x128")
     twice = sorted({str(size) for size in ladder if ladder.count(size) > 1})
     if twice:
-        raise ValueError(f"sizes: {', '.join(twice)} stands more than once in the ladder; name each size once")
+        raise ValueError(f"sizes: {', '.join(twice)} appears more than once in the ladder; name each size once")
     for size in ladder:
         if num_layers is not None and size.num_layers > num_layers:
             raise ValueError(f"sizes: {size} asks for {size.num_layers} layers, but the backbone has 1 to {num_layers}")
@@ -55,20 +85,23 @@ def parse_ladder(sizes, num_layers: int | None = None, hidden_size: int | None =
 
 
 class TwoDMSEConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`TwoDMSEModel`].
+    """Configuration of a `TwoDMSEModel`.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`): configuration of the text encoder inside; BERT when left out.
-        pooling (`str`): `mean`, `cls`, `lasttoken` or `weightedmean` (weights 1, 2, ... over the real tokens).
-        sizes (`list[str]`, *optional*): the ladder the model is trained for, for example `["1x32", "6x384"]`.
-        num_layers (`int`, *optional*): layers that are built and run by default; all of the backbone when left out.
-        dim (`int`, *optional*): dimensions that `encode` keeps by default; the hidden size when left out.
-        prompts (`dict[str, str]`, *optional*): texts that `encode(prompt_name=...)` puts in front.
-        default_prompt_name (`str`, *optional*): the prompt that `encode` uses when none is named.
-        layer_stack (`str`, *optional*): path of the backbone's list of layers; found by search when left out.
-        final_norm (`str`, *optional*): path of the norm behind the last layer, `""` for none; found when left out.
-        exit_projections (`bool`): the state of each exit goes through a square matrix of its own.
+        backbone_config (PreTrainedConfig | dict | None): configuration of the text encoder inside; default: BERT.
+        pooling (str): `mean`, `cls`, `lasttoken` or `weightedmean` (weights 1, 2, ... over the real tokens).
+        sizes (list[str] | None): the ladder that the model is trained for, for example `["1x32", "6x384"]`.
+        num_layers (int | None): layers that are built, and run by default; default: all layers of the backbone.
+        dim (int | None): dimensions that `encode` keeps by default; default: the hidden size.
+        prompts (dict[str, str] | None): texts that `encode(prompt_name=...)` puts in front.
+        default_prompt_name (str | None): the prompt that `encode` uses if none is named.
+        layer_stack (str | None): path of the backbone's list of layers; default: found by search.
+        final_norm (str | None): path of the norm after the last layer, `""` for none; default: found by search.
+        exit_projections (bool): whether the state of each exit goes through its own square matrix.
+        kwargs: those of `PreTrainedConfig`.
+
+    Raises:
+        ValueError: `pooling` is unknown, or the backbone does not have one of the `sizes`.
     """
 
     model_type = "2dmse"
@@ -104,8 +137,8 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.layer_stack = layer_stack
         self.final_norm = final_norm
         self.exit_projections = exit_projections
-        self.sizes = None
-        # The keys below are derived; a config file holds them for the readers that look for them.
+        self.sizes: list[str] | None = None
+        # These keys are derived; they are in config.json for other libraries that read them.
         for derived in ("is_matryoshka", "matryoshka_dimensions", "hidden_size", "num_hidden_layers"):
             kwargs.pop(derived, None)
         super().__init__(**kwargs)
@@ -113,16 +146,20 @@ class TwoDMSEConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the model; sentence-transformers and vLLM read it under this name."""
+        """Layers of the model, under the name that sentence-transformers and vLLM read."""
         return self.num_layers
 
     @property
     def ladder(self) -> list[Size]:
-        """The sizes the model was trained for, small to large; its full size when it was given none."""
+        """The sizes that the model is trained for, small to large; its full size if none were given."""
         return parse_ladder(self.sizes) if self.sizes else [Size(self.num_layers, self.dim)]
 
     def set_ladder(self, sizes) -> None:
-        """Set the sizes the model is trained for; ValueError if the backbone cannot give one of them."""
+        """Set the sizes that the model is trained for; None or an empty list for none.
+
+        Raises:
+            ValueError: the backbone does not have one of them.
+        """
         if not sizes:
             self.sizes = None
             return
@@ -130,11 +167,11 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.sizes = [str(size) for size in parse_ladder(sizes, backbone.num_hidden_layers, self.hidden_size)]
 
     def cut_ladder(self, num_layers: int, dim: int) -> None:
-        """Drop the sizes that are larger than (num_layers, dim)."""
+        """Drop the sizes that have more than `num_layers` layers or `dim` dimensions."""
         self.set_ladder([s for s in map(parse_size, self.sizes or []) if s.num_layers <= num_layers and s.dim <= dim])
 
     def to_dict(self):
-        """The configuration as JSON holds it, with the keys that other libraries read."""
+        """The configuration as it is written to JSON, with the keys that other libraries read."""
         output = super().to_dict()
         output["num_hidden_layers"] = self.num_layers
         output["is_matryoshka"] = True

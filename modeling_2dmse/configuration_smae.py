@@ -6,12 +6,12 @@ from .configuration_2dmse import TwoDMSEConfig
 
 
 class StarbucksConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`StarbucksForMaskedAutoencoding`].
+    """Configuration of a `StarbucksForMaskedAutoencoding`.
 
     Args:
-        encoder_config (`TwoDMSEConfig` or `dict`): the elastic encoder; its `sizes` are the ones that are trained.
-        head (`dict`, *optional*): settings of [`MaskedLanguageHead`] but `hidden_size`: BERT's when left out.
+        encoder_config (TwoDMSEConfig | dict | None): the elastic encoder; its `sizes` are the ones that are trained.
+        head (dict | None): settings of `MaskedLanguageHead` except for `hidden_size`; default: those of BERT.
+        kwargs: those of `PreTrainedConfig`.
     """
 
     model_type = "starbucks-smae"
@@ -25,15 +25,17 @@ class StarbucksConfig(PreTrainedConfig):
         self.head = dict(head or {"width": backbone.hidden_size, "vocab_size": backbone.vocab_size})
         kwargs.pop("hidden_size", None)
         kwargs.pop("num_hidden_layers", None)
-        kwargs["tie_word_embeddings"] = False  # the head borrows the word embeddings, no parameter is tied
+        kwargs["tie_word_embeddings"] = False  # the head is passed the word embeddings; no parameter is tied
         super().__init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
+        """Dimensions of the encoder's states."""
         return self.encoder_config.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """Layers of the encoder."""
         return self.encoder_config.num_layers
 
 

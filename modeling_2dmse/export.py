@@ -1,4 +1,4 @@
-"""One size of an elastic model as a small model that needs no code of ours: a plain backbone, or one ONNX file."""
+"""One size of an elastic model as a small model that needs none of this code: a plain backbone, or one ONNX file."""
 
 import json
 import os
@@ -17,13 +17,20 @@ DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32"
 
 
 def export(model, path: str, format: str, dtype: str) -> str:
-    """Write a truncated model to a folder that must not hold files yet; nothing is left there when it fails.
+    """Write a truncated model to a folder; if this fails, nothing is left there.
 
     Args:
         model: a `TwoDMSEModel` that was cut to the size to export; it is converted to `dtype`.
-        path: the folder.
+        path: the folder, which must not contain any files yet.
         format: `transformers` (with the files of sentence-transformers) or `onnx`.
-        dtype: of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8` (dynamic quantisation).
+        dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8` (dynamic
+            quantisation).
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: an argument is not allowed, or the ONNX file does not give the model's own vectors.
     """
     check_export(path, format, dtype)
     parent = os.path.dirname(os.path.abspath(path))
@@ -43,7 +50,7 @@ def export(model, path: str, format: str, dtype: str) -> str:
 
 
 def check_export(path: str, format: str, dtype: str) -> None:
-    """ValueError where the folder holds files, the format or the dtype is unknown, or onnxruntime is missing."""
+    """ValueError if the folder contains files, `format` or `dtype` is unknown, or onnxruntime is missing."""
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if dtype not in DTYPES[format]:
@@ -59,7 +66,7 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
     backbone = model.to(getattr(torch, dtype)).backbone
     state = backbone.state_dict()
     if _builds_a_pooler(backbone):
-        # AutoModel builds BERT's pooler whether anything uses it or not; without weights it would be random.
+        # AutoModel always builds BERT's pooler, even if nothing uses it; without weights it would be random.
         width = backbone.config.hidden_size
         state["pooler.dense.weight"] = torch.eye(width, dtype=backbone.dtype)
         state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
@@ -71,12 +78,12 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
 
 
 def _dense_weight(model) -> torch.Tensor | None:
-    """(dim, hidden), what leads from the pooled state to the kept dims; None where nothing does."""
+    """(dim, hidden) matrix from the pooled state to the kept dimensions; None if the state is kept as it is."""
     config = model.config
     if model.exit_projections is not None:
         return model.exit_projections[-1].weight[: config.dim].detach().float().cpu().contiguous()
     if config.dim < config.hidden_size:
-        return torch.eye(config.dim, config.hidden_size)  # a product with its rows is exactly the slice
+        return torch.eye(config.dim, config.hidden_size)  # the product with this matrix is exactly the slice
     return None
 
 
@@ -85,14 +92,14 @@ def _builds_a_pooler(backbone) -> bool:
 
 
 class Embedder(nn.Module):
-    """Token ids to unit vectors at the model's own size, as ONNX sees it."""
+    """Token ids to unit vectors at the model's own size: the module that is exported to ONNX."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(batch, length), (batch, length) -> (batch, dim)."""
+        """From (batch, length) and (batch, length) to (batch, dim)."""
         layers = (self.model.num_layers,)
         state = self.model(input_ids, attention_mask, layers=layers).layer_embeddings[0]
         return cut_and_normalize(state, self.model.config.dim)
@@ -145,7 +152,7 @@ def _quantize_onnx(path: str) -> None:
         from onnxruntime.quantization import quantize_dynamic
     except ImportError as error:
         raise ValueError('dtype: int8 needs onnx; pip install "twodmse[onnx]"') from error
-    # 7-bit weights a channel: on CPUs without VNNI, 8-bit products overflow and are cut off.
+    # Weights of 7 bits, scaled per channel: on CPUs without VNNI, sums of 8-bit products overflow and saturate.
     quantize_dynamic(path, f"{path}.int8", per_channel=True, reduce_range=True)
     os.replace(f"{path}.int8", path)
 

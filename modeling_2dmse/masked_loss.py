@@ -1,8 +1,8 @@
-"""Cross-entropy over a vocabulary for many rows, without ever holding all rows' logits."""
+"""Cross-entropy over a vocabulary for many rows, without all rows' logits in memory at once."""
 
 import torch
 
-# Logits that one chunk holds at most (134 MB in float32): large enough for full-speed matrix products.
+# Most logits in one chunk (134 MB in float32): large enough for matrix products at full speed.
 _CHUNK_LOGITS = 2**25
 
 
@@ -15,18 +15,19 @@ def vocabulary_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """sum_i row_weights_i * cross_entropy(states_i weight^T + bias, targets_i), with its gradients, chunk by chunk.
 
-    The gradients are made in the forward pass while a chunk's logits are at hand, so that the three matrix products
-    of a linear layer are all that is computed, and no logits are kept for the backward pass.
+    The gradients are computed in the forward pass, while a chunk's logits are in memory. Only the three matrix
+    products of a linear layer are computed, and no logits are kept for the backward pass.
 
     Args:
         states: (rows, width).
-        weight: (vocabulary, width); `bias`: (vocabulary,) or None.
+        weight: (vocabulary, width).
+        bias: (vocabulary,) or None.
         targets: (rows,) token ids.
-        row_weights: (rows,) factors, no gradient.
+        row_weights: (rows,) factors, which get no gradient.
 
     Returns:
-        the sum, a float32 scalar; each row's own cross-entropy and whether its likeliest token is the target, (rows,)
-        each, both without gradient.
+        The sum, a float32 scalar; each row's cross-entropy, (rows,); whether each row's most likely token is the
+        target, (rows,). The last two are without gradient.
     """
     device = states.device.type
     if torch.is_autocast_enabled(device):
@@ -37,6 +38,8 @@ def vocabulary_loss(
 
 
 class _VocabularyLoss(torch.autograd.Function):
+    """`vocabulary_loss` under one dtype; `with_grad` says whether gradients are enabled outside."""
+
     @staticmethod
     def forward(ctx, states, weight, bias, targets, row_weights, with_grad):
         needs_states, needs_weight, needs_bias = (with_grad and needed for needed in ctx.needs_input_grad[:3])
@@ -55,20 +58,20 @@ class _VocabularyLoss(torch.autograd.Function):
                 logits += bias
             highest, likeliest = logits.max(dim=1, keepdim=True)
             hits[rows] = (likeliest == target).squeeze(1)
-            aimed = logits.gather(1, target) - highest
+            target_logits = logits.gather(1, target) - highest
             total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
-            losses[rows] = (total.log() - aimed).squeeze(1)
-            if not (needs_states or needs_weight or needs_bias):
+            losses[rows] = (total.log() - target_logits).squeeze(1)
+            if grad_states is None and grad_weight is None and grad_bias is None:
                 continue
-            # d loss / d logits = softmax - one-hot; the softmax is already half made.
+            # d loss / d logits = softmax - one-hot; the softmax's numerator is already computed.
             factor = row_weights[rows].unsqueeze(1).to(exact)
             grad = logits.mul_(factor / total).scatter_add_(1, target, -factor)
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
             grad = grad.to(states.dtype)
-            if needs_states:
+            if grad_states is not None:
                 torch.mm(grad, weight, out=grad_states[rows])
-            if needs_weight:
+            if grad_weight is not None:
                 _accumulate(grad_weight, grad, part)
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -91,7 +94,7 @@ class _VocabularyLoss(torch.autograd.Function):
 
 
 def _accumulate(total: torch.Tensor, grad: torch.Tensor, states: torch.Tensor) -> None:
-    """total += grad^T states; half-precision products are added up in float32."""
+    """total += grad^T states; products in half precision are summed in float32."""
     if total.dtype == states.dtype:
         total.addmm_(grad.T, states)
     else:

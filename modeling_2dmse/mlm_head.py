@@ -1,4 +1,6 @@
-"""The head that turns token states into words: dense, activation, norm, vocabulary; the form of every family's own."""
+"""The head that predicts tokens from states: dense, activation, norm, vocabulary, as in every family's own head."""
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +13,22 @@ logger = logging.get_logger(__name__)
 
 
 class MaskedLanguageHead(nn.Module):
-    """
-    A masked-language head that also reads the first d dimensions of a state (Starbucks, SMAE).
+    """A masked-language head that can also read only the first d dimensions of a state (Starbucks, SMAE).
 
     Args:
-        hidden_size: of the encoder.
-        width: of the word embeddings (smaller than `hidden_size` in some ELECTRA models).
-        vocab_size: of the word embeddings.
+        hidden_size: dimensions of the encoder's states.
+        width: dimensions of the word embeddings (smaller than `hidden_size` in some ELECTRA models).
+        vocab_size: rows of the word embeddings.
         activation: name in transformers' ACT2FN.
-        norm_eps: of the norm.
-        dense_bias, norm_bias, output_bias: whether these have a bias.
-        tied: whether the output weights are the word embeddings; they are passed in then, and not stored twice.
+        norm_eps: epsilon of the norm.
+        dense_bias: whether the dense layer has a bias.
+        norm_bias: whether the norm has a bias.
+        output_bias: whether the logits have a bias.
+        tied: whether the output weights are the word embeddings, which are then passed in and not stored twice.
     """
+
+    bias: nn.Parameter | None
+    output: nn.Linear | None
 
     def __init__(
         self,
@@ -44,18 +50,18 @@ class MaskedLanguageHead(nn.Module):
         self.output = None if tied else nn.Linear(width, vocab_size, bias=False)
 
     def transform(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., d) to (..., width): the dense layer's first d input columns, its activation and norm."""
+        """(..., d) to (..., width): the dense layer's first d input columns, then activation and norm."""
         weight = self.dense.weight[:, : states.shape[-1]]
         return self.norm(self.activation(F.linear(states, weight, self.dense.bias)))
 
-    def output_weight(self, embeddings: nn.Module) -> torch.Tensor:
-        """(vocabulary, width)."""
+    def output_weight(self, embeddings: nn.Embedding) -> torch.Tensor:
+        """The output weights, (vocabulary, width); `embeddings` are the encoder's word embeddings."""
         return embeddings.weight if self.output is None else self.output.weight
 
 
 def new_head_settings(backbone: PreTrainedModel) -> dict:
-    """Settings of a head for a backbone that came without one: BERT's, on the backbone's own words."""
-    vocab_size, width = backbone.get_input_embeddings().weight.shape
+    """Settings of a head for a backbone that came without one: as in BERT, with the backbone's own word embeddings."""
+    vocab_size, width = cast(nn.Embedding, backbone.get_input_embeddings()).weight.shape
     return {
         "width": width,
         "vocab_size": vocab_size,
@@ -67,15 +73,16 @@ def new_head_settings(backbone: PreTrainedModel) -> dict:
 def read_head(name_or_path: str, hub: dict, **kwargs) -> tuple[dict, dict[str, torch.Tensor]] | None:
     """The masked-language head of a checkpoint.
 
-    The head's parts are found by what they are (one linear layer, one norm, the output embeddings), and the rebuilt
-    head must give the checkpoint's own logits on a toy input.
+    The head's parts are found by their type (one linear layer, one norm, the output embeddings), and the rebuilt head
+    must give the checkpoint's own logits on a toy input.
 
     Args:
-        hub: what a configuration is fetched with (`revision`, `token`, ...).
-        kwargs: what a model is loaded with.
+        name_or_path: folder or Hub name.
+        hub: arguments for fetching a configuration (`revision`, `token`, ...).
+        kwargs: arguments for loading a model.
 
     Returns:
-        its settings and weights; None where the checkpoint has none, or one of another form.
+        Its settings and weights; None if the checkpoint has no head, or one of another form.
     """
     architectures = AutoConfig.from_pretrained(name_or_path, **hub).architectures or []
     if any(name.endswith("Model") for name in architectures):  # saved without any head
@@ -92,15 +99,18 @@ def read_head(name_or_path: str, hub: dict, **kwargs) -> tuple[dict, dict[str, t
     dense = [module for module in outside if isinstance(module, nn.Linear)]
     norms = [module for module in outside if isinstance(module, nn.LayerNorm)]
     if output is None or len(dense) != 1 or len(norms) != 1:
-        logger.warning(f"{name_or_path}: its masked-language head has an unknown form; a new one is made")
+        logger.warning(f"{name_or_path}: its masked-language head has an unknown form; a new one is created")
         return None
     return _rebuild(model.eval(), dense[0], norms[0], output)
 
 
 @torch.no_grad()
-def _rebuild(model: PreTrainedModel, dense: nn.Linear, norm: nn.LayerNorm, output: nn.Linear):
-    embeddings = model.get_input_embeddings()
-    settings = {
+def _rebuild(
+    model: PreTrainedModel, dense: nn.Linear, norm: nn.LayerNorm, output: nn.Linear
+) -> tuple[dict, dict[str, torch.Tensor]] | None:
+    """Settings and weights of a `MaskedLanguageHead` with the model's own logits; None if no activation gives them."""
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    settings: dict = {
         "width": dense.out_features,
         "vocab_size": output.out_features,
         "norm_eps": norm.eps,
@@ -122,11 +132,11 @@ def _rebuild(model: PreTrainedModel, dense: nn.Linear, norm: nn.LayerNorm, outpu
         logits = F.linear(head.transform(states), head.output_weight(embeddings), head.bias)
         if torch.allclose(logits.float(), expected.float(), atol=1e-3, rtol=1e-3):
             return settings | {"activation": activation}, tensors
-    logger.warning(f"{type(model).__name__}: its masked-language head has an unknown form; a new one is made")
+    logger.warning(f"{type(model).__name__}: its masked-language head has an unknown form; a new one is created")
     return None
 
 
 def _activations(config: PreTrainedConfig) -> list[str]:
-    """Activations that the family's head may have, likeliest first."""
+    """Activations that the family's head may have, most likely first."""
     names = [getattr(config, key, None) for key in ("classifier_activation", "hidden_act", "activation")]
-    return [name for name in dict.fromkeys([*names, "gelu"]) if name in ACT2FN]
+    return [name for name in dict.fromkeys([*names, "gelu"]) if name is not None and name in ACT2FN]

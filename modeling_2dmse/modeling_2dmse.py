@@ -1,14 +1,14 @@
-"""TwoDMSEModel: a text encoder that gives an embedding at any number of layers and any number of dimensions."""
+"""TwoDMSEModel: a text encoder with an embedding at any number of layers and any number of dimensions."""
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import Self, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .backbone import (
     accepted_inputs,
@@ -18,12 +18,16 @@ from .backbone import (
     drop_pooler,
     find_final_norms,
     find_layer_stack,
+    is_decoder,
     run_layers,
-    takes_words,
+    supports_inputs_embeds,
 )
-from .configuration_2dmse import TwoDMSEConfig
-from .encoding import EncodeMixin, back_in_order, check_between, row_lengths, tight_groups
+from .batching import back_in_order, row_lengths, tight_groups
+from .configuration_2dmse import Size, TwoDMSEConfig
+from .encoding import EncodeMixin, check_between
 from .export import check_export, export
+from .loading import check_loaded, hub_kwargs
+from .outputs import TwoDMSEOutput
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
@@ -31,30 +35,22 @@ from .sentence_transformers_files import read_pooling, write_sentence_transforme
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class TwoDMSEOutput(ModelOutput):
-    """
-    Output of [`TwoDMSEModel`].
+class TwoDMSEModel(EncodeMixin, PreTrainedModel):
+    """An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al.).
+
+    embedding(n, d) = normalize((pool(state(n), attention_mask) W_n)[:d]), where state(n) is the output of n layers and
+    the backbone's own final norm, and W_n is the exit's projection (absent unless the model has exit projections). A
+    model cut to n layers and saved gives exactly the embeddings that the full model gives at n layers.
 
     Args:
-        last_hidden_state (`torch.Tensor`, (batch, length, hidden)): token states of the deepest exit, behind the
-            backbone's final norm and the exit's projection. None when the rows ran in buckets of different lengths.
-        layer_embeddings (`torch.Tensor`, (len(layers), batch, hidden), float32): pooled states of the exits asked
-            for with `layers`, neither cut nor normalised. None when `layers` was not given.
+        config: the backbone's configuration, pooling, sizes and prompts.
+
+    Raises:
+        ValueError: `config` asks for more layers or dimensions than the backbone has, or the backbone's layers cannot
+            be found.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    layer_embeddings: torch.Tensor | None = None
-
-
-class TwoDMSEModel(EncodeMixin, PreTrainedModel):
-    """
-    An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al. 2024).
-
-    embedding(n, d) = normalize(pool(state(n), attention_mask)[:d]), where state(n) is what n layers and the
-    backbone's own final norm give, and behind them the exit's own projection where the model has such. A model cut to n
-    layers and saved gives exactly what the full one gives at n.
-    """
+    exit_projections: torch.nn.ModuleList | None
 
     config_class = TwoDMSEConfig
     base_model_prefix = "twodmse"
@@ -64,7 +60,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # The loss belongs to the trainer, and is not normalised by a number of items.
+    # The trainer computes the loss, which is not divided by a number of items.
     accepts_loss_kwargs = False
 
     def __init__(self, config: TwoDMSEConfig):
@@ -82,7 +78,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             config.final_norm = find_final_norms(self.backbone, config.layer_stack)[0]
         self.exit_projections = self._new_projections() if config.exit_projections else None
         if config.num_layers < stored:
-            # A folder of the whole model is being read at a smaller depth: its deeper layers are not meant for us.
+            # The folder of a deeper model may be read at this depth: its deeper layers are expected and not loaded.
             stack = config.layer_stack.replace(".", r"\.")
             deeper = "|".join(str(n) for n in range(config.num_layers, stored))
             self._keys_to_ignore_on_load_unexpected = [rf"^(backbone\.{stack}|exit_projections)\.({deeper})\."]
@@ -91,20 +87,29 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path, sizes=None, pooling=None, prompts=None, **kwargs) -> "TwoDMSEModel":
-        """
-        Import a pre-trained backbone.
+    def from_backbone(
+        cls,
+        name_or_path: str | os.PathLike,
+        sizes: Iterable[str | Size] | None = None,
+        pooling: str | None = None,
+        prompts: dict[str, str] | None = None,
+        **kwargs,
+    ) -> "TwoDMSEModel":
+        """Import a pre-trained backbone.
 
         Args:
             name_or_path: folder or Hub name of a text encoder that AutoModel loads.
             sizes: the ladder to train for, for example `["1x32", "6x384"]`.
-            pooling: `mean`, `cls`, `lasttoken` or `weightedmean`; by default what a sentence-transformers folder
-                declares, else `lasttoken` for decoders and `mean` for encoders.
+            pooling: `mean`, `cls`, `lasttoken` or `weightedmean`; default: the pooling that a sentence-transformers
+                folder declares, else `lasttoken` for decoders and `mean` for encoders.
             prompts: texts that `encode(prompt_name=...)` puts in front.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
 
+        Returns:
+            The elastic model, in evaluation mode.
+
         Raises:
-            ValueError: the backbone's layers cannot be found or cut, or a size does not fit it.
+            ValueError: the backbone's layers cannot be found or cut, or the backbone does not have one of the sizes.
         """
         name_or_path = str(name_or_path)
         backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **kwargs))
@@ -128,36 +133,39 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         if os.path.isdir(name_or_path):
-            backbone.config.name_or_path = ""  # a folder of this machine says nothing to whoever loads the model
+            backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
         model.backbone = backbone
         model.config.backbone_config = backbone.config
-        model.config.name_or_path = model.name_or_path = name_or_path  # peft reads the latter
+        model.config.name_or_path = model.name_or_path = name_or_path  # PEFT reads the latter
         model._hub_kwargs = hub_kwargs(kwargs)
         return model.eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """
-        Load a saved elastic model; `num_layers=n` neither builds nor reads the layers above n.
+        """Load a saved elastic model.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of an elastic model.
+            args: those of `PreTrainedModel.from_pretrained`.
+            kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
+                the layers above n are neither built nor read.
 
         Raises:
             ValueError: the weights do not fill the model, which would leave layers with random weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = hub_kwargs(kwargs)
         check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder")
         return (model, info) if wants_info else model
 
-    @property
-    def num_layers(self) -> int:
-        """Transformer layers of this model."""
-        return self.config.num_layers
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """The word embeddings of the backbone."""
+        return cast(torch.nn.Embedding, self.backbone.get_input_embeddings())
 
-    def get_input_embeddings(self):
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Replace the word embeddings of the backbone."""
         self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
@@ -173,31 +181,38 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         num_buckets: int = 1,
         lengths: Sequence[int] | None = None,
     ) -> TwoDMSEOutput:
-        """
-        Run the encoder.
+        """Run the encoder.
 
         Args:
-            input_ids: (batch, length); or `inputs_embeds`, (batch, length, width).
-            attention_mask: (batch, length), 1 for real tokens; all real when left out.
-            num_layers: layers to run, all when left out. No layer above is run.
-            layers: exits, ascending; their pooled states come back from one pass that runs max(layers) layers.
+            input_ids: (batch, length) token ids, or give `inputs_embeds`.
+            attention_mask: (batch, length), 1 for real tokens, 0 for padding; default: no padding.
+            token_type_ids: (batch, length), for backbones that have segments.
+            position_ids: (batch, length), for backbones that accept them.
+            inputs_embeds: (batch, length, width) embeddings instead of `input_ids`.
+            num_layers: layers to run; no deeper layer is run. Default: all.
+            layers: exits, ascending. Their pooled states are returned, from one pass that runs max(layers) layers.
             num_buckets: with `layers`, run the rows in up to this many groups of similar length, each padded only to
-                its own longest row; the pooled states come back in the rows' order. Padding on the right only.
-            lengths: columns up to each row's last real token, from whoever knows them without asking the GPU.
+                its own longest row; the pooled states are in the order of the rows. For padding on the right only.
+            lengths: columns up to each row's last real token, if they are known without waiting for the GPU.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, both `num_layers` and `layers`
+                are given, or the model does not have these layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if attention_mask is None:
-            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        inputs = {
+        given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = {name: value for name, value in given.items() if value is not None}
+        if attention_mask is None:
+            tokens = inputs["inputs_embeds" if input_ids is None else "input_ids"]
+            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            inputs["attention_mask"] = attention_mask
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
             return TwoDMSEOutput(last_hidden_state=self._project(self.token_states([depth], inputs)[0], depth))
@@ -213,22 +228,31 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         )
 
     def add_exit_projections(self) -> None:
-        """Give each exit a square matrix of its own behind its state, the identity at first; see
-        `trainer.projections.fit_exit_projections`."""
+        """Give each exit its own square matrix, applied to its state and initially the identity.
+
+        `trainer.projections.fit_exit_projections` fits the matrices in closed form. If the model has exit projections
+        already, nothing changes.
+        """
         if self.exit_projections is None:
             self.exit_projections = self._new_projections().to(self.device, self.dtype)
             for projection in self.exit_projections:
-                projection.reset()
+                cast(ExitProjection, projection).reset()
             self.config.exit_projections = True
 
     def truncate(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEModel":
-        """
-        The model of a smaller size, a model in its own right: fewer layers, and `encode` keeps `dim` dimensions.
+        """The model of a smaller size: it has only `num_layers` layers, and its `encode` keeps `dim` dimensions.
 
-        Its weights share this model's memory until one of the two is moved or converted.
+        Its weights share memory with this model until one of the two is moved or converted.
+
+        Args:
+            num_layers: layers to keep, 1 to N; default: all.
+            dim: dimensions to keep by default, 1 to the hidden size; default: as in this model.
+
+        Raises:
+            ValueError: this model does not have the size, or it has PEFT adapters.
         """
         if any(".base_layer." in name for name, _ in self.named_parameters()):
-            raise ValueError("adapters: this model holds adapters of peft; merge them first with merge_and_unload()")
+            raise ValueError("adapters: this model has PEFT adapters; merge them first with merge_and_unload()")
         config = copy.deepcopy(self.config)
         config.num_layers = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
         config.dim = self.config.dim if dim is None else self._check_dim(dim)
@@ -248,23 +272,45 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         small._tokenizer, small._hub_kwargs = self._tokenizer, self._hub_kwargs
         return small.train(self.training)
 
-    def export(self, path, num_layers=None, dim=None, format="transformers", dtype="float32") -> str:
-        """
-        Write one size as a small model that needs no code of ours; see `export.export`.
+    def export(
+        self,
+        path: str | os.PathLike,
+        num_layers: int | None = None,
+        dim: int | None = None,
+        format: str = "transformers",
+        dtype: str = "float32",
+    ) -> str:
+        """Write one size as a small model that needs none of this code.
 
         Args:
             path: a folder that does not exist yet, or an empty one.
-            format: `transformers` (plain backbone and sentence-transformers files) or `onnx` (one file from token
+            num_layers: layers to keep, 1 to N; default: all.
+            dim: dimensions to keep, 1 to the hidden size; default: `config.dim`.
+            format: `transformers` (plain backbone and sentence-transformers files) or `onnx` (one file, from token
                 ids to unit vectors).
-            dtype: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`.
+            dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: this model does not have the size, the folder contains files, or `format` or `dtype` is not
+                allowed.
         """
         check_export(str(path), format, dtype)
         return export(self.truncate(num_layers, dim), str(path), format, dtype)
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        """Save the model as ONE folder that AutoModel, sentence-transformers and this package load."""
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        """Save the model as one folder that AutoModel, sentence-transformers and this package load.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process writes the tokenizer and the sentence-transformers files.
+            args: those of `PreTrainedModel.save_pretrained`.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
+        """
         self.config.architectures = [type(self).__name__]
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
         max_length = None
@@ -272,20 +318,29 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             self.tokenizer.save_pretrained(save_directory)
             max_length = self.max_length
         except (OSError, ValueError) as error:
-            # A model that came without a tokenizer is still a model.
+            # A model without a tokenizer can still be saved.
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")
         write_sentence_transformers_files(str(save_directory), self.config, max_length)
 
     def token_states(self, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """state(n) of every token, (batch, length, hidden), for each n of the ascending `layers`, from one pass,
-        not yet projected."""
-        accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **inputs)
+        """state(n) of every token, before any projection, for each n of `layers`, from one pass.
 
-    def _pool(self, layers: Sequence[int], states: Sequence[torch.Tensor], attention_mask) -> torch.Tensor:
+        Args:
+            layers: exits, ascending.
+            inputs: arguments of the backbone's forward; those that it does not accept are dropped.
+
+        Returns:
+            One (batch, length, hidden) tensor per exit.
+        """
+        accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
+        options: dict = {name: value for name, value in inputs.items() if name in accepted}
+        if "use_cache" in accepted:
+            options["use_cache"] = False
+        return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **options)
+
+    def _pool(
+        self, layers: Sequence[int], states: Sequence[torch.Tensor], attention_mask: torch.Tensor
+    ) -> torch.Tensor:
         pooled = [pool(state, attention_mask, self.config.pooling) for state in states]
         return torch.stack([self._project(state, n) for n, state in zip(layers, pooled, strict=True)])
 
@@ -304,12 +359,14 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _bucketed(self, layers, inputs: dict[str, torch.Tensor], num_buckets: int, lengths) -> torch.Tensor:
+    def _bucketed(
+        self, layers: Sequence[int], inputs: dict[str, torch.Tensor], num_buckets: int, lengths: Sequence[int] | None
+    ) -> torch.Tensor:
         mask, pooled = inputs["attention_mask"], []
         groups = tight_groups(row_lengths(mask) if lengths is None else lengths, num_buckets)
         parts = []
-        for rows, width in groups:
-            rows = torch.from_numpy(rows).to(mask.device, non_blocking=True)
+        for index, width in groups:
+            rows = torch.from_numpy(index).to(mask.device, non_blocking=True)
             parts.append(
                 {
                     name: (value[rows] if value.shape[0] == len(mask) else value)[:, :width]
@@ -322,52 +379,17 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         return torch.cat(pooled, dim=1)[:, back_in_order(groups).to(mask.device, non_blocking=True)]
 
     def _look_up_words_once(self, parts: list[dict[str, torch.Tensor]]) -> None:
-        # The gradient of a look-up is as large as the vocabulary: one for all buckets, not one for each. Several
-        # processes may hold a table in pieces (FSDP), which only its own part of the backbone puts together.
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if spread or "input_ids" not in parts[0] or not takes_words(self.backbone):
+        # The gradient of an embedding look-up is as large as the vocabulary: one for all buckets, not one per bucket.
+        # With several processes the table may be sharded (FSDP), and only the backbone's own forward gathers it.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed or "input_ids" not in parts[0] or not supports_inputs_embeds(self.backbone):
             return
         ids = [part.pop("input_ids") for part in parts]
         words = self.get_input_embeddings()(torch.cat([part.flatten() for part in ids]))
         for part, own, vectors in zip(parts, ids, words.split([part.numel() for part in ids]), strict=True):
             part["inputs_embeds"] = vectors.view(*own.shape, -1)
 
-    def _check_layers(self, layers) -> list[int]:
-        layers = list(layers)
-        for n in layers:
-            check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
-        if not layers or sorted(set(layers)) != layers:
-            raise ValueError(f"layers: {layers} must ascend and name each layer once, from 1 to {self.num_layers}")
-        return layers
-
-    def _check_dim(self, dim) -> int:
-        check_between("dim", dim, self.config.hidden_size)
-        return dim
-
-
-def check_loaded(info: dict, name, hint: str) -> None:
-    """ValueError if `from_pretrained` left tensors without weights, which would be random."""
-    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if absent:
-        raise ValueError(
-            f"{name}: the weights lack {len(absent)} of the tensors that config.json asks for, {absent[0]} among "
-            f"them; they would be random ({hint})"
-        )
-
-
-def hub_kwargs(kwargs: dict) -> dict:
-    """What the companions of the weights (tokenizer, pooling) must be fetched with as well."""
-    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-    return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def is_decoder(backbone: PreTrainedModel) -> bool:
-    """Whether the backbone's tokens see only what stands before them."""
-    config = backbone.config
-    causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
-    return bool(getattr(config, "is_decoder", False) or causal)
-
 
 TwoDMSEModel.register_for_auto_class("AutoModel")
 
-__all__ = ["TwoDMSEModel", "TwoDMSEOutput"]
+__all__ = ["TwoDMSEModel"]

@@ -2,45 +2,35 @@
 
 import copy
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Self, cast
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
-from .backbone import LayerStandIn, build_backbone, cut_config, layers_of, view
+from .backbone import LayerStandIn, build_backbone, cut_config, is_decoder, layers_of, view
 from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
+from .loading import check_loaded, hub_kwargs
 from .masked_loss import vocabulary_loss
 from .mlm_head import MaskedLanguageHead, new_head_settings, read_head
-from .modeling_2dmse import TwoDMSEModel, check_loaded, hub_kwargs, is_decoder
+from .modeling_2dmse import TwoDMSEModel
+from .outputs import StarbucksOutput
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
 
 
-@dataclass
-class StarbucksOutput(ModelOutput):
-    """
-    Output of [`StarbucksForMaskedAutoencoding`]. All but `loss` are without gradient, one entry a ladder size.
+class FirstTokenReplaced(LayerStandIn):
+    """Calls its layer with other states for the first token.
 
     Args:
-        loss (`torch.Tensor`, scalar): mean over sizes of (loss_mlm + loss_mae) / 2.
-        loss_mlm, loss_mae (`torch.Tensor`, (sizes,)): mean cross-entropy of the encoder's and decoder's masked tokens.
-        accuracy_mlm, accuracy_mae (`torch.Tensor`, (sizes,)): share of these tokens that the head finds.
+        layer: the layer.
+        first: (batch, hidden) states of the first token.
     """
-
-    loss: torch.Tensor | None = None
-    loss_mlm: torch.Tensor | None = None
-    loss_mae: torch.Tensor | None = None
-    accuracy_mlm: torch.Tensor | None = None
-    accuracy_mae: torch.Tensor | None = None
-
-
-class FirstTokenReplaced(LayerStandIn):
-    """Calls its layer with given states in place of the first token's."""
 
     def __init__(self, layer: nn.Module, first: torch.Tensor):
         super().__init__(layer)
@@ -52,15 +42,22 @@ class FirstTokenReplaced(LayerStandIn):
 
 
 class StarbucksForMaskedAutoencoding(PreTrainedModel):
-    """
-    SMAE (Starbucks, Zhuang et al. 2024, section 3.3): every size of the ladder learns to fill in masked words, and to
-    carry in its first token what a weak decoder needs to fill in a more heavily masked copy of the text.
+    """SMAE pre-training (Starbucks, Zhuang et al. 2024, section 3.3).
 
-    For each size (n, d), x = state(n)[:, :, :d]. MLM: the head, its first layer cut to d inputs, predicts the masked
-    tokens from x. MAE: the head's transform of x's first token replaces the first embedding of the copy, and one layer
-    with the head predicts the copy's masked tokens. Logits are computed at masked positions alone, and the decoder
-    runs all sizes in one batch.
+    Every size of the ladder learns to fill in masked words, and to keep in its first token what a weak decoder needs to
+    fill in a more heavily masked copy of the text.
+
+    For each size (n, d), x = state(n)[:, :, :d]. MLM: the head, with its first layer cut to d inputs, predicts the
+    masked tokens from x. MAE: the head's transform of x's first token replaces the first embedding of the copy, and one
+    transformer layer with the head predicts the copy's masked tokens. Logits are computed only at masked positions, and
+    the decoder runs all sizes in one batch.
+
+    Args:
+        config: the elastic encoder's configuration and the settings of the head.
     """
+
+    config: StarbucksConfig
+    decoder_layer: nn.Module
 
     config_class = StarbucksConfig
     base_model_prefix = "encoder"
@@ -81,18 +78,26 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path, sizes=None, pooling=None, **kwargs) -> "StarbucksForMaskedAutoencoding":
-        """
-        Start from a pre-trained encoder.
+    def from_backbone(
+        cls,
+        name_or_path: str | os.PathLike,
+        sizes: Iterable[str | Size] | None = None,
+        pooling: str | None = None,
+        **kwargs,
+    ) -> "StarbucksForMaskedAutoencoding":
+        """Start from a pre-trained encoder.
 
         Args:
             name_or_path: a masked-language checkpoint (its head is kept), any other encoder, or a TwoDMSE folder.
-            sizes: the ladder, for example `["1x32", "6x384"]`; a TwoDMSE folder brings its own.
-            pooling: that the encoder is saved with, as in `TwoDMSEModel.from_backbone`.
+            sizes: the ladder, for example `["1x32", "6x384"]`; default: the ladder of a TwoDMSE folder.
+            pooling: the pooling that the encoder is saved with, as in `TwoDMSEModel.from_backbone`.
             kwargs: passed to `from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
 
+        Returns:
+            The model to pre-train, in training mode.
+
         Raises:
-            ValueError: a decoder-only backbone, a size that does not fit it, or no ladder.
+            ValueError: the backbone is a decoder, it does not have one of the sizes, or there is no ladder.
         """
         name_or_path = str(name_or_path)
         elastic = AutoConfig.from_pretrained(name_or_path, **hub_kwargs(kwargs)).model_type == "2dmse"
@@ -109,12 +114,12 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
             )
         depth = max(size.num_layers for size in encoder.config.ladder)
         if depth < encoder.num_layers:
-            logger.warning(f"the ladder ends at {depth} layers: the deeper ones are dropped, they would not train")
+            logger.warning(f"the ladder ends at {depth} layers; deeper layers would not be trained and are dropped")
             encoder = encoder.truncate(depth)
         found = None if elastic else read_head(name_or_path, hub_kwargs(kwargs), **kwargs)
         settings, weights = found or (new_head_settings(encoder.backbone), None)
         if found is None:
-            logger.warning(f"{name_or_path} has no masked-language head: a new one is made, on its word embeddings")
+            logger.warning(f"{name_or_path} has no masked-language head; a new one is created on its word embeddings")
         with torch.device("meta"):
             model = cls(StarbucksConfig(encoder_config=encoder.config, head=settings, dtype=encoder.dtype))
         model.encoder = encoder
@@ -125,9 +130,19 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a saved pre-training model; ValueError where its weights are not all there."""
+        """Load a saved pre-training model.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of a pre-training model.
+            args: those of `PreTrainedModel.from_pretrained`.
+            kwargs: those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the weights do not fill the model.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict]", loaded)
         check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder")
         return (model, info) if wants_info else model
 
@@ -136,10 +151,12 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         """The sizes that are trained, small to large."""
         return self.encoder.config.ladder
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings of the encoder."""
         return self.encoder.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings of the encoder."""
         self.encoder.set_input_embeddings(value)
 
     def forward(
@@ -150,12 +167,14 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         decoder_input_ids: torch.Tensor,
         decoder_labels: torch.Tensor,
     ) -> StarbucksOutput:
-        """
-        The loss of a batch; all arguments are (batch, length), padded on the right.
+        """The loss of a batch; all arguments are (batch, length), padded on the right.
 
         Args:
-            input_ids: masked text for the encoder; `decoder_input_ids`: the more heavily masked copy.
-            labels: the encoder's masked tokens, -100 elsewhere; `decoder_labels`: the copy's.
+            input_ids: masked text for the encoder.
+            attention_mask: 1 for real tokens, 0 for padding.
+            labels: the encoder's masked tokens, -100 elsewhere.
+            decoder_input_ids: the more heavily masked copy of the text.
+            decoder_labels: the copy's masked tokens, -100 elsewhere.
         """
         ladder = self.ladder
         layers = sorted({size.num_layers for size in ladder})
@@ -175,19 +194,19 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         return self._loss(torch.cat((*words, copies)), mlm, mae, len(ladder))
 
     def save_encoder(self, save_directory, **kwargs) -> None:
-        """Write the encoder as an ordinary TwoDMSE folder, to fine-tune from."""
+        """Write the encoder as an ordinary TwoDMSE folder, to fine-tune from it."""
         self.encoder.save_pretrained(save_directory, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save encoder, decoder and head, to go on with pre-training."""
+        """Save encoder, decoder and head, to continue pre-training."""
         self.config.encoder_config = self.encoder.config
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _decode(self, first: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, copies: int) -> torch.Tensor:
-        """The decoder's states of the text once for each size, (copies * batch, length, hidden), size by size."""
+        """The decoder's states of the text for each size, (copies * batch, length, hidden), size by size."""
         backbone, stack = self.encoder.backbone, self.encoder.config.layer_stack
         if self.config.head["width"] != self.config.hidden_size:
-            first = self._embedding_projection()(first)  # ELECTRA's words are narrower than its layers
+            first = self._embedding_projection()(first)  # ELECTRA's word embeddings are narrower than its layers
         embeddings = self.get_input_embeddings()(input_ids)
         decoder = view(backbone, stack, [FirstTokenReplaced(self.decoder_layer, first)])
         return decoder(
@@ -200,10 +219,10 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
             inside = name.startswith(f"{self.encoder.config.layer_stack}.")
             if isinstance(module, nn.Linear) and not inside and tuple(module.weight.shape) == shape:
                 return module
-        raise ValueError(f"backbone: no layer leads from its {shape[1]}-dimensional words to {shape[0]} dimensions")
+        raise ValueError(f"backbone: no layer maps its {shape[1]}-dimensional word embeddings to {shape[0]} dimensions")
 
     def _loss(self, states: torch.Tensor, mlm: torch.Tensor, mae: torch.Tensor, copies: int) -> StarbucksOutput:
-        """From the head's transform of all masked tokens, MLM of every size, then MAE of every size."""
+        """The output, from the head's transform of all masked tokens: MLM of every size, then MAE of every size."""
         targets = torch.cat((mlm.repeat(copies), mae.repeat(copies)))
         counts = [copies * len(mlm), copies * len(mae)]
         shares = [states.new_full((count,), 0.5 / max(1, count), dtype=torch.float32) for count in counts]
@@ -229,4 +248,4 @@ def _fill_head(head: MaskedLanguageHead, weights: dict | None, encoder: TwoDMSEM
 
 StarbucksForMaskedAutoencoding.register_for_auto_class("AutoModelForPreTraining")
 
-__all__ = ["StarbucksForMaskedAutoencoding", "StarbucksOutput"]
+__all__ = ["StarbucksForMaskedAutoencoding"]

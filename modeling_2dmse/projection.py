@@ -1,14 +1,17 @@
-"""The matrix that an exit may have behind its state."""
+"""The matrix that an exit may apply to its state."""
 
 import torch
 
 
 class ExitProjection(torch.nn.Linear):
-    """
-    The square matrix of one exit, applied in float32: (..., hidden) to (..., hidden), without bias.
+    """The square matrix of one exit, applied in float32: (..., hidden) to (..., hidden), without bias.
 
-    It is linear and poolings are weighted means, so that a text may be pooled first (cheap) or last (what stock
-    sentence-transformers does with the token states).
+    It is linear, and poolings are weighted means. A text may therefore be pooled before the projection (cheap) or
+    after it (as stock sentence-transformers does with the token states), with the same result.
+
+    Args:
+        hidden_size: dimensions of a state.
+        kwargs: passed to `torch.nn.Linear` (`device`, `dtype`).
     """
 
     def __init__(self, hidden_size: int, **kwargs):
@@ -19,5 +22,6 @@ class ExitProjection(torch.nn.Linear):
         torch.nn.init.eye_(self.weight)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """Project states of any float type; the result is in float32."""
         with torch.autocast(device_type=state.device.type, enabled=False):
             return torch.nn.functional.linear(state.float(), self.weight.float())

@@ -1,9 +1,11 @@
-"""The small files that let stock sentence-transformers load a saved folder, and how to read its pooling back."""
+"""The small files with which stock sentence-transformers loads a saved folder, and reading the pooling back."""
 
 import json
 import os
 
 from transformers.utils import cached_file
+
+from .configuration_2dmse import TwoDMSEConfig
 
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -13,21 +15,25 @@ _POOLING_FLAGS = {
 }
 
 
-def write_sentence_transformers_files(folder: str, config, max_length: int | None) -> None:
-    """Write modules.json and its companions: Transformer (num_layers per call), Pooling, Normalize."""
+def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
+    """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     _write_modules(folder, modules, {"kwargs": ["num_layers"]})
     truncated = config.dim if config.dim < config.hidden_size else None
     _write_companions(folder, config, max_length, {"truncate_dim": truncated})
 
 
-def write_exported_modules(folder: str, config, max_length: int | None, dense: bool) -> None:
-    """The same for a plain backbone: a Dense keeps the first dims (and projects), so that what is normalised is what is
-    kept."""
+def write_exported_modules(folder: str, config: TwoDMSEConfig, max_length: int | None, dense: bool) -> None:
+    """The same for a plain backbone.
+
+    Args:
+        dense: whether a Dense module comes before Normalize. It keeps the first dimensions (and applies the exit's
+            projection), so that the kept dimensions are the ones that are normalised.
+    """
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     if dense:
         modules.append(("2_Dense", "Dense"))
-        settings = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
+        settings: dict = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
         settings["activation_function"] = "torch.nn.modules.linear.Identity"
         _write_json(os.path.join(folder, "2_Dense", "config.json"), settings)
     modules.append((f"{len(modules)}_Normalize", "Normalize"))
@@ -36,7 +42,7 @@ def write_exported_modules(folder: str, config, max_length: int | None, dense: b
 
 
 def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_options: dict) -> None:
-    entries = []
+    entries: list[dict] = []
     for index, (path, name) in enumerate(modules):
         entries.append({"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"})
         os.makedirs(os.path.join(folder, path), exist_ok=True)
@@ -44,8 +50,8 @@ def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_opti
     _write_json(os.path.join(folder, "modules.json"), entries)
 
 
-def _write_companions(folder: str, config, max_length: int | None, options: dict) -> None:
-    pooling = {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
+def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None, options: dict) -> None:
+    pooling: dict = {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
     pooling |= {flag: mode == config.pooling for flag, mode in _POOLING_FLAGS.items()}
     settings = {
         "prompts": config.prompts,
@@ -59,7 +65,7 @@ def _write_companions(folder: str, config, max_length: int | None, options: dict
 
 
 def read_pooling(name_or_path: str, **hub_kwargs) -> str | None:
-    """The pooling that a sentence-transformers folder or repository declares, None where it declares none."""
+    """The pooling that a sentence-transformers folder or repository declares; None if it does not declare any."""
     path = cached_file(
         name_or_path,
         "1_Pooling/config.json",

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -10,19 +11,20 @@ from torch import nn
 
 
 class NestedClusteringHead(nn.Module):
-    """
-    A clustering head for each nesting size (Franca, section 3.1).
+    """A clustering head for each nesting size (Franca, section 3.1).
 
-    The head of size m maps its m inputs by an MLP to a unit vector, and scores it by the cosine with each of its own
-    prototypes.
+    The head of size m maps its m inputs to a unit vector with an MLP. The scores are the cosines between this vector
+    and the head's own prototypes.
 
     Args:
         hidden_size: dimensions D of an embedding z.
         sizes: the nesting sizes m.
-        prototypes: how many each size has.
-        head_input: `slice`: the inputs are z[:, :m], so that nothing beyond column m is trained by this size;
-            `projection`: a linear map of all D to m, as in the released code.
-        num_layers, inner_size, bottleneck_size: of the MLP; one layer is a linear map.
+        prototypes: the number of prototypes of each size.
+        head_input: `slice`: the inputs are z[:, :m], so this size does not train anything beyond column m;
+            `projection`: the inputs are a linear map from all D dimensions to m, as in the released code.
+        num_layers: layers of the MLP; one layer is a linear map.
+        inner_size: dimensions between the layers of the MLP.
+        bottleneck_size: dimensions of the MLP's output.
     """
 
     def __init__(
@@ -44,19 +46,20 @@ class NestedClusteringHead(nn.Module):
         self.prototypes = nn.ModuleList(nn.Linear(bottleneck_size, count, bias=False) for count in prototypes)
 
     def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """For (rows, D) embeddings, one (rows, prototypes) tensor of cosines a size, in float32."""
+        """From (rows, D) embeddings to one (rows, prototypes) tensor of cosines per size, in float32."""
         scores = []
         for level, size in enumerate(self.sizes):
             inputs = self.projections[level](embeddings) if self.projections else embeddings[:, :size]
             points = F.normalize(self.mlps[level](inputs).float(), dim=-1)
             with torch.autocast(points.device.type, enabled=False):
-                scores.append(points @ F.normalize(self.prototypes[level].weight.float(), dim=-1).T)
+                prototypes = cast(nn.Linear, self.prototypes[level]).weight.float()
+                scores.append(points @ F.normalize(prototypes, dim=-1).T)
         return scores
 
 
 def _mlp(inputs: int, num_layers: int, inner: int, outputs: int) -> nn.Sequential:
     widths = [inputs, *[inner] * (num_layers - 1), outputs]
-    layers = []
+    layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.GELU()]
     return nn.Sequential(*layers[:-1])
@@ -66,18 +69,19 @@ def _mlp(inputs: int, num_layers: int, inner: int, outputs: int) -> nn.Sequentia
 def sinkhorn(
     scores: torch.Tensor, temperature: float, iterations: int = 3, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """
-    Sinkhorn-Knopp assignments (SwAV, Caron et al. 2020, section 3.1): exp(scores / temperature), scaled in turn such
-    that all prototypes get the same share of the rows, and that each row sums to 1, which comes last.
+    """Sinkhorn-Knopp assignments (SwAV, Caron et al. 2020, section 3.1).
 
-    It is computed on logarithms, each sum behind its largest term, in float32: no score is too large. When
-    torch.distributed is initialised, prototypes are balanced over the rows of all processes.
+    exp(scores / temperature) is scaled alternately so that all prototypes get the same share of the rows, and so that
+    each row sums to 1. The rows are scaled last.
+
+    The computation uses logarithms in float32, and the largest term is subtracted before each sum, so no score is too
+    large. If torch.distributed is initialised, prototypes are balanced over the rows of all processes.
 
     Args:
         scores: (rows, prototypes).
-        temperature: of the scores.
-        iterations: how often both are scaled.
-        mask: (rows,), False for rows of padding, which take part in nothing and come back as 0.
+        temperature: the scores are divided by it.
+        iterations: how often prototypes and rows are scaled.
+        mask: (rows,), False for rows of padding, which have no influence and are 0 in the result.
 
     Returns:
         (rows, prototypes) in float32, without gradient.
@@ -92,14 +96,14 @@ def sinkhorn(
     for _ in range(iterations):
         logits = logits - _log_sum_of_rows(logits)
         logits = logits - logits.logsumexp(dim=1, keepdim=True)
-        if mask is not None:  # a row of padding is -inf less -inf
+        if mask is not None:  # a row of padding is -inf minus -inf
             logits = logits.masked_fill(~mask[:, None], -torch.inf)
     return logits.exp()
 
 
 def _log_sum_of_rows(logits: torch.Tensor) -> torch.Tensor:
     """log of the sum over the rows of all processes, (prototypes,)."""
-    lowest = torch.finfo(logits.dtype).min  # a process may have no row
+    lowest = torch.finfo(logits.dtype).min  # a process may have no rows
     largest = torch.cat((logits, logits.new_full((1, logits.shape[1]), lowest))).amax(dim=0)
     if _is_distributed():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -110,24 +114,26 @@ def _log_sum_of_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def assignment_loss(assignments: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """
-    Cross-entropy of the student's softmax(scores / temperature) under the teacher's assignments, row by row.
+    """Cross-entropy of the student's softmax(scores / temperature) under the teacher's assignments.
 
     Args:
-        assignments, scores: (..., prototypes).
+        assignments: (..., prototypes).
+        scores: (..., prototypes).
+        temperature: the scores are divided by it.
 
     Returns:
-        (...), not yet averaged.
+        (...), not averaged over rows.
     """
     return -(assignments * F.log_softmax(scores.float() / temperature, dim=-1)).sum(dim=-1)
 
 
 def pairwise_assignment_loss(assignments: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """
-    `assignment_loss` of each of the teacher's views with each of the student's, without a tensor of all pairs.
+    """`assignment_loss` of each of the teacher's views with each of the student's, without a tensor of all pairs.
 
     Args:
-        assignments: (batch, G, prototypes); `scores`: (batch, S, prototypes).
+        assignments: (batch, G, prototypes).
+        scores: (batch, S, prototypes).
+        temperature: the scores are divided by it.
 
     Returns:
         (batch, G, S).
@@ -137,16 +143,17 @@ def pairwise_assignment_loss(assignments: torch.Tensor, scores: torch.Tensor, te
 
 
 def koleo_loss(embeddings: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
-    """
-    KoLeo (Sablayrolles et al. 2019, equation 2): minus the mean log distance of each unit vector to its nearest
-    neighbour, which spreads them out. Neighbours are sought among the rows of all processes; the value, and the mean of
-    the gradients over processes, are those of one process with all rows.
+    """The KoLeo regulariser (Sablayrolles et al. 2019, equation 2), which spreads unit vectors out.
+
+    It is minus the mean log distance of each vector to its nearest neighbour. Neighbours are searched among the rows of
+    all processes; the value, and the mean of the gradients over processes, are those of one process with all rows.
 
     Args:
-        embeddings: (rows, D), not yet normalised; as many rows in each process.
+        embeddings: (rows, D), not yet normalised; the same number of rows in each process.
+        eps: added to the distance before the logarithm.
 
     Raises:
-        ValueError: one row alone, which has no neighbour.
+        ValueError: there is only one row, which has no neighbour.
     """
     points = _gather(F.normalize(embeddings.float(), dim=-1))
     if len(points) < 2:
@@ -162,7 +169,11 @@ def _is_distributed() -> bool:
 
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes; gradients reach one's own alone, times the processes, whose mean is then the sum."""
+    """The rows of all processes.
+
+    Gradients reach only a process's own rows, multiplied by the number of processes, so that their mean over processes
+    is the sum.
+    """
     if not _is_distributed():
         return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]

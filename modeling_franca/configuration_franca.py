@@ -1,4 +1,4 @@
-"""The configuration of Franca: a vision backbone, the nesting sizes, and how its clusters are learned."""
+"""The configuration of Franca: a vision backbone, the nesting sizes, and how clusters are learned."""
 
 import math
 
@@ -8,28 +8,33 @@ HEAD_INPUTS = ("slice", "projection")
 
 
 class FrancaConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`FrancaModel`] and [`FrancaForPretraining`].
+    """Configuration of `FrancaModel` and `FrancaForPretraining`.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`): a vision transformer of transformers; Dinov2 when left out.
-        nesting_sizes (`list[int]`, *optional*): prefixes of the embedding that get a clustering head, the largest being
-            the hidden size D; D/16, D/8, D/4, D/2, D when left out. `[D]` is flat clustering.
-        head_input (`str`): `slice`: the head of size m sees the first m dimensions (the paper's nesting); `projection`:
-            it sees a linear map of all D to m, as in the released code, so that prefixes are not trained.
-        num_prototypes (`int`): of size D; size m gets round(num_prototypes * m / D).
-        head_num_layers, head_hidden_size, head_bottleneck_size (`int`): of each head's MLP.
-        student_temperature (`float`): of the student's logits.
-        teacher_temperature, initial_teacher_temperature (`float`): of the teacher's, which rises linearly from the
-            initial one within the first `teacher_temperature_warmup` (share of all steps).
-        momentum, final_momentum (`float`): of the teacher, from the first to the last step on a cosine.
-        sinkhorn_iterations (`int`): of the teacher's assignments.
-        patch_weight (`float`): factor of the loss at masked patches; 0 builds no head for them.
-        koleo_weight (`float`): factor of the KoLeo regulariser.
-        rasa (`bool`): whether a [`FrancaModel`] holds a folded [`RasaProjector`].
+        backbone_config (PreTrainedConfig | dict | None): a vision transformer of transformers; default: Dinov2.
+        nesting_sizes (list[int] | None): prefixes of the embedding that get a clustering head; the largest must be the
+            hidden size D. Default: D/16, D/8, D/4, D/2, D. `[D]` is flat clustering.
+        head_input (str): `slice`: the head of size m sees the first m dimensions (the paper's nesting); `projection`:
+            it sees a linear map from all D dimensions to m, as in the released code, so prefixes are not trained.
+        num_prototypes (int): of size D; size m gets round(num_prototypes * m / D).
+        head_num_layers (int): layers of each head's MLP.
+        head_hidden_size (int): dimensions between the layers of each head's MLP.
+        head_bottleneck_size (int): output dimensions of each head's MLP.
+        student_temperature (float): divides the student's logits.
+        teacher_temperature (float): divides the teacher's logits after the warm-up.
+        initial_teacher_temperature (float): divides the teacher's logits at the first step; the temperature then rises
+            linearly.
+        teacher_temperature_warmup (float): length of this warm-up, as a fraction of all steps.
+        momentum (float): of the teacher at the first step.
+        final_momentum (float): of the teacher at the last step; a cosine leads from `momentum` to it.
+        sinkhorn_iterations (int): of the teacher's assignments.
+        patch_weight (float): factor of the loss at masked patches; with 0, no head is built for them.
+        koleo_weight (float): factor of the KoLeo regulariser.
+        rasa (bool): whether a `RasaProjector` is folded into the `FrancaModel`.
+        kwargs: those of `PreTrainedConfig`.
 
     Raises:
-        ValueError: with a sentence on every field that is out of range.
+        ValueError: fields are out of range; the message names all of them.
     """
 
     model_type = "franca"
@@ -62,7 +67,8 @@ class FrancaConfig(PreTrainedConfig):
             backbone_config = AutoConfig.for_model(**backbone_config)
         if not hasattr(backbone_config, "hidden_size") or not hasattr(backbone_config, "patch_size"):
             raise ValueError(
-                f"backbone_config: {backbone_config.model_type} is no vision transformer; use dinov2, dinov3_vit, vit"
+                f"backbone_config: {backbone_config.model_type} is not a vision transformer; use dinov2, dinov3_vit or "
+                "vit"
             )
         width = backbone_config.hidden_size
         if nesting_sizes is None:
@@ -84,9 +90,9 @@ class FrancaConfig(PreTrainedConfig):
         self.patch_weight = patch_weight
         self.koleo_weight = koleo_weight
         self.rasa = rasa
-        faults = [*self._size_faults(), *self._number_faults()]
-        if faults:
-            raise ValueError("; ".join(faults))
+        problems = [*self._size_problems(), *self._number_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
 
@@ -107,7 +113,7 @@ class FrancaConfig(PreTrainedConfig):
         return [round(self.num_prototypes * size / self.hidden_size) for size in self.nesting_sizes]
 
     def teacher_temperature_at(self, progress: float) -> float:
-        """The teacher's temperature when a share `progress` of all steps is done.
+        """The teacher's temperature when a fraction `progress` of all steps is done.
 
         >>> config = FrancaConfig(teacher_temperature_warmup=0.5)
         >>> [round(config.teacher_temperature_at(done), 3) for done in (0, 0.25, 0.5, 1)]
@@ -118,7 +124,7 @@ class FrancaConfig(PreTrainedConfig):
         return start + (self.teacher_temperature - start) * rise
 
     def momentum_at(self, progress: float) -> float:
-        """The teacher's momentum when a share `progress` of all steps is done.
+        """The teacher's momentum when a fraction `progress` of all steps is done.
 
         >>> config = FrancaConfig(momentum=0.9)
         >>> [round(config.momentum_at(done), 3) for done in (0, 0.5, 1)]
@@ -127,7 +133,7 @@ class FrancaConfig(PreTrainedConfig):
         left = (1 + math.cos(math.pi * progress)) / 2
         return self.final_momentum + (self.momentum - self.final_momentum) * left
 
-    def _size_faults(self) -> list[str]:
+    def _size_problems(self) -> list[str]:
         sizes, width = self.nesting_sizes, self.hidden_size
         if self.head_input not in HEAD_INPUTS:
             return [f"head_input: {self.head_input!r} is unknown; choose one of {', '.join(HEAD_INPUTS)}"]
@@ -144,7 +150,7 @@ class FrancaConfig(PreTrainedConfig):
             ]
         return []
 
-    def _number_faults(self) -> list[str]:
+    def _number_problems(self) -> list[str]:
         checks = {
             "above 0": (
                 lambda value: value > 0,

@@ -1,4 +1,4 @@
-"""CyclicMask: masks of patches that leave one block visible, anywhere on the grid alike."""
+"""CyclicMask: masks of patches that leave one block visible, equally likely at any position of the grid."""
 
 import math
 
@@ -6,15 +6,16 @@ import numpy as np
 
 
 class CyclicMask:
-    """
-    Draws masks that leave a block of patches visible, shifted cyclically over the edges of the grid (Franca, section
-    3.2). A block inside the grid covers its middle more often than its corners; the shift makes every position equally
-    likely to be masked.
+    """Draws masks that leave a block of patches visible, shifted cyclically over the edges of the grid.
+
+    A block inside the grid would cover its middle more often than its corners; with the shift, every position is
+    equally likely to be masked (Franca, section 3.2).
 
     Args:
-        height, width: of the grid, in patches.
-        ratio: share of the patches that is masked; their number is exactly round(ratio * height * width).
-        min_aspect: lowest height over width of the visible block, and of width over height.
+        height: of the grid, in patches.
+        width: of the grid, in patches.
+        ratio: fraction of the patches that is masked; their number is exactly round(ratio * height * width).
+        min_aspect: lower limit of the visible block's height / width and of its width / height.
 
     Raises:
         ValueError: a ratio outside [0, 1), an aspect outside (0, 1], a grid without patches.
@@ -41,7 +42,7 @@ class CyclicMask:
         columns = math.ceil(left / rows)
         mask = np.ones((self.height, self.width), dtype=bool)
         block = np.arange(rows * columns).reshape(rows, columns)
-        mask[:rows, :columns] = block >= left  # the last row of the block may be cut short
+        mask[:rows, :columns] = block >= left  # the last row of the block may be shorter
         return np.roll(mask, (rng.integers(self.height), rng.integers(self.width)), axis=(0, 1))
 
 

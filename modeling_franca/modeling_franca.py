@@ -1,4 +1,4 @@
-"""FrancaModel: a vision transformer whose embeddings may be cut."""
+"""FrancaModel: a vision transformer whose embeddings can be truncated."""
 
 import os
 from collections.abc import Sequence
@@ -18,13 +18,12 @@ from .rasa import RasaProjector
 
 @dataclass
 class FrancaModelOutput(ModelOutput):
-    """
-    Output of [`FrancaModel`], behind the backbone's final norm.
+    """Output of `FrancaModel`, after the backbone's final norm.
 
     Args:
-        last_hidden_state (`torch.Tensor`, (batch, tokens, D)): all tokens as the backbone gives them.
-        pooler_output (`torch.Tensor`, (batch, D)): the [CLS] token, neither cut nor normalised.
-        patch_tokens (`torch.Tensor`, (batch, patches, D)): without position where a RasaProjector is folded in.
+        last_hidden_state: (batch, tokens, D), all tokens of the backbone's output.
+        pooler_output: (batch, D), the [CLS] token, neither cut nor normalised.
+        patch_tokens: (batch, patches, D), with position removed if a `RasaProjector` is folded in.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -33,12 +32,13 @@ class FrancaModelOutput(ModelOutput):
 
 
 class FrancaPreTrainedModel(PreTrainedModel):
-    """What the two models share."""
+    """Base class of `FrancaModel` and `FrancaForPretraining`."""
 
+    config: FrancaConfig
     config_class = FrancaConfig
     base_model_prefix = "teacher"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -47,7 +47,7 @@ class FrancaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # DINO's heads start with a deviation of 0.02, which is 1/sqrt(inputs) at their width of 2048.
+        # DINO's heads start with a standard deviation of 0.02, which is 1/sqrt(inputs) at their width of 2048.
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -55,12 +55,15 @@ class FrancaPreTrainedModel(PreTrainedModel):
 
 
 class FrancaModel(FrancaPreTrainedModel):
-    """
-    A vision transformer whose [CLS] embedding is cut to any of its nesting sizes: normalize(z[:m]).
+    """A vision transformer whose [CLS] embedding can be cut to any of its nesting sizes: normalize(z[:m]).
 
-    From a folder of [`FrancaForPretraining`] it loads the teacher.
+    From a folder of `FrancaForPretraining`, the teacher is loaded.
+
+    Args:
+        config: the backbone's configuration and the nesting sizes.
     """
 
+    backbone: PreTrainedModel
     _keys_to_ignore_on_load_unexpected = [r"^(student|student_heads|teacher_heads)\."]
 
     def __init__(self, config: FrancaConfig):
@@ -72,13 +75,18 @@ class FrancaModel(FrancaPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path, **settings) -> "FrancaModel":
-        """
-        Import a pre-trained vision transformer.
+    def from_backbone(cls, name_or_path: str | os.PathLike, **settings) -> "FrancaModel":
+        """Import a pre-trained vision transformer.
 
         Args:
             name_or_path: folder or Hub name of a Dinov2, DINOv3, ViT, ...
-            settings: of [`FrancaConfig`], for example `nesting_sizes`.
+            settings: fields of `FrancaConfig`, for example `nesting_sizes`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: it is a Franca model already, or a setting is not allowed.
         """
         backbone, config = load_backbone(name_or_path, settings)
         with torch.device("meta"):
@@ -88,7 +96,7 @@ class FrancaModel(FrancaPreTrainedModel):
 
     @property
     def image_processor(self):
-        """Makes pixel values of pictures; that of the folder the model was loaded from, unless another one was set."""
+        """Turns images into pixel values; it comes from the folder of the model, unless another one was set."""
         if self._image_processor is None:
             source = self.config.name_or_path
             if not source:
@@ -102,21 +110,24 @@ class FrancaModel(FrancaPreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> FrancaModelOutput:
-        """
-        Run the backbone.
+        """Run the backbone.
 
         Args:
             pixel_values: (batch, channels, height, width), height and width multiples of the patch size.
-            bool_masked_pos: (batch, patches), True where the mask token takes a patch's place.
+            bool_masked_pos: (batch, patches), True where the mask token replaces a patch.
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size, or the backbone has no [CLS] token or not
+                one token per patch.
         """
         check_pixels("pixel_values", pixel_values, self.config.patch_size)
         states = run_backbone(self.backbone, pixel_values, bool_masked_pos)
         patches = states[:, count_prefix_tokens(self.config.backbone_config) :]
         grid = [edge // size for edge, size in zip(pixel_values.shape[-2:], self.config.patch_size, strict=True)]
-        if patches.shape[1] not in (0, grid[0] * grid[1]):  # an encoder of whole pictures has none
+        if patches.shape[1] not in (0, grid[0] * grid[1]):  # 0: the backbone only encodes whole images
             raise ValueError(
                 f"backbone: {type(self.backbone).__name__} gives {states.shape[1]} tokens for {grid[0]}x{grid[1]} "
-                "patches; Franca needs a [CLS] token and a token a patch"
+                "patches; Franca needs a [CLS] token and one token per patch"
             )
         if self.rasa is not None:
             patches = self.rasa(patches)
@@ -130,20 +141,21 @@ class FrancaModel(FrancaPreTrainedModel):
         batch_size: int = 64,
         convert_to_tensor: bool = False,
     ) -> np.ndarray | torch.Tensor:
-        """
-        Embed pictures.
+        """Embed images.
 
         Args:
-            images: what the image processor takes (PIL pictures, arrays), or pixel values (n, channels, height, width).
-            dim: keep the first so many dimensions; all when left out.
-            batch_size: pictures a batch.
-            convert_to_tensor: return a tensor.
+            images: images that the image processor accepts (PIL images, arrays), or pixel values (n, channels, height,
+                width).
+            dim: dimensions to keep, 1 to the hidden size; default: all.
+            batch_size: images per batch.
+            convert_to_tensor: return a tensor on the model's device instead of a numpy array.
 
         Returns:
-            (n, dim) unit vectors in float32; (0, dim) for no pictures.
+            (n, dim) unit vectors in float32; (0, dim) for no images.
 
         Raises:
-            ValueError: a size that does not exist, a batch size below 1, pictures that the patches do not divide.
+            ValueError: `dim` or `batch_size` is not allowed, or the size of the images is not a multiple of the patch
+                size.
         """
         size = self.config.hidden_size
         dim = size if dim is None else dim
@@ -162,24 +174,35 @@ class FrancaModel(FrancaPreTrainedModel):
         return found if convert_to_tensor else found.cpu().numpy()
 
     def fold(self, projector: RasaProjector) -> "FrancaModel":
-        """Take position out of `patch_tokens` from now on, also when saved and loaded; returns the model itself."""
+        """Remove position from `patch_tokens` from now on, also after saving and loading.
+
+        Args:
+            projector: fitted on patch tokens of this model.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: a projector is folded in already, or it is for another number of dimensions.
+        """
         if self.config.rasa:
-            raise ValueError("projector: this model has one folded in already; fit one on the plain model")
+            raise ValueError("projector: this model has one folded in already; fit a projector on the plain model")
         if projector.basis.shape[0] != self.config.hidden_size:
             raise ValueError(
-                f"projector: it is for {projector.basis.shape[0]} dimensions, the model has {self.config.hidden_size}"
+                f"projector: it is for {projector.basis.shape[0]} dimensions, not for the model's "
+                f"{self.config.hidden_size}"
             )
         self.rasa = projector.as_linear().to(device=self.device, dtype=self.dtype)
         self.config.rasa = True
         return self
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model, its code, and the image processor where there is one."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save the model, its code, and the image processor if there is one."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             save_processor(self, save_directory)
 
-    def save_backbone(self, save_directory, **kwargs) -> None:
+    def save_backbone(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the backbone as a plain checkpoint of its family, which AutoModel loads without this code."""
         weights = self.backbone.state_dict()
         if "use_mask_token" in constructor_options(self.config.backbone_config):
@@ -188,28 +211,29 @@ class FrancaModel(FrancaPreTrainedModel):
         save_processor(self, save_directory)
 
 
-def load_backbone(name_or_path, settings: dict) -> tuple[PreTrainedModel, FrancaConfig]:
-    """A stock checkpoint and the configuration of a model around it."""
+def load_backbone(name_or_path: str | os.PathLike, settings: dict) -> tuple[PreTrainedModel, FrancaConfig]:
+    """The model of a stock checkpoint, and the configuration of a Franca model around it."""
     name_or_path = str(name_or_path)
     backbone = AutoModel.from_pretrained(name_or_path)
     if isinstance(backbone, FrancaPreTrainedModel):
         raise ValueError(f"name_or_path: {name_or_path} is a Franca model already; load it with from_pretrained")
     config = FrancaConfig(backbone_config=backbone.config, dtype=backbone.dtype, **settings)
     options = constructor_options(backbone.config)
-    if options:  # built anew without the pooling head, with a mask token
+    if options:  # rebuilt without the pooling head and with a mask token
         weights, backbone = backbone.state_dict(), build_backbone(backbone.config)
         backbone.load_state_dict({name: weights.get(name, value) for name, value in backbone.state_dict().items()})
     if os.path.isdir(name_or_path):
-        backbone.config.name_or_path = ""  # a folder of this machine says nothing to whoever loads the model
+        backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
     config.name_or_path = name_or_path
     return backbone, config
 
 
-def save_processor(model: FrancaModel, folder) -> None:
+def save_processor(model: FrancaModel, folder: str | os.PathLike) -> None:
+    """Save the model's image processor to a folder, if it has one."""
     try:
         processor = model.image_processor
     except (OSError, ValueError):
-        return  # a model that came without one is still a model
+        return  # a model without an image processor can still be saved
     processor.save_pretrained(folder)
 
 

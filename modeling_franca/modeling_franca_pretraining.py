@@ -1,7 +1,11 @@
-"""FrancaForPretraining: embeddings that may be cut, trained by self-distillation over nested clusters."""
+"""FrancaForPretraining: embeddings that can be truncated, trained by self-distillation over nested clusters."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
@@ -14,13 +18,13 @@ from .modeling_franca import FrancaModel, FrancaPreTrainedModel, load_backbone, 
 
 @dataclass
 class FrancaPretrainingOutput(ModelOutput):
-    """
-    Output of [`FrancaForPretraining`]. All but `loss` are without gradient.
+    """Output of `FrancaForPretraining`. All fields except `loss` are without gradient.
 
     Args:
-        loss (`torch.Tensor`, scalar): mean of loss_cls + patch_weight * mean of loss_patch + koleo_weight * koleo.
-        loss_cls, loss_patch (`torch.Tensor`, (sizes,)): cross-entropies of each nesting size.
-        koleo (`torch.Tensor`, scalar): the regulariser; 0 where its weight is.
+        loss: scalar, mean of loss_cls + patch_weight * mean of loss_patch + koleo_weight * koleo.
+        loss_cls: (sizes,), cross-entropy of each nesting size on [CLS] tokens.
+        loss_patch: (sizes,), cross-entropy of each nesting size on masked patches.
+        koleo: scalar, the regulariser; 0 if its weight is 0.
     """
 
     loss: torch.Tensor | None = None
@@ -30,13 +34,18 @@ class FrancaPretrainingOutput(ModelOutput):
 
 
 class FrancaForPretraining(FrancaPreTrainedModel):
-    """
-    Self-distillation over nested clusters (Franca, Venkataramanan et al. 2025, section 3).
+    """Self-distillation over nested clusters (Franca, Venkataramanan et al. 2025, section 3).
 
-    The teacher, an exponential moving average of the student that never trains, sees the global crops of a picture, and
-    for each nesting size Sinkhorn-Knopp assigns them to prototypes. The student predicts the assignments of each other
-    global crop from its own, from the local crops, and those of masked patches from the patches around them. The loss
-    is the mean over nesting sizes (the released code sums them).
+    The teacher is an exponential moving average of the student and is never trained. It sees the global crops of an
+    image, and for each nesting size Sinkhorn-Knopp assigns them to prototypes. From a global or local crop, the student
+    predicts the assignments of the other global crops. From the patches around them, it predicts the assignments of
+    masked patches. The loss is the mean over nesting sizes (the released code sums them).
+
+    Args:
+        config: the backbone's configuration, the nesting sizes and the heads.
+
+    Raises:
+        ValueError: `config` has a folded `RasaProjector`, or `patch_weight` without a mask token.
     """
 
     def __init__(self, config: FrancaConfig):
@@ -57,8 +66,16 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         self._freeze()
 
     @classmethod
-    def from_backbone(cls, name_or_path, **settings) -> "FrancaForPretraining":
-        """Start from a pre-trained vision transformer; `settings` are those of [`FrancaConfig`]."""
+    def from_backbone(cls, name_or_path: str | os.PathLike, **settings) -> "FrancaForPretraining":
+        """Start from a pre-trained vision transformer.
+
+        Args:
+            name_or_path: folder or Hub name of a Dinov2, DINOv3, ViT, ...
+            settings: fields of `FrancaConfig`, for example `nesting_sizes`.
+
+        Raises:
+            ValueError: it is a Franca model already, or a setting is not allowed.
+        """
         backbone, config = load_backbone(name_or_path, settings)
         model = cls(config)
         model.student.backbone.load_state_dict(backbone.state_dict())
@@ -67,21 +84,31 @@ class FrancaForPretraining(FrancaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a saved pre-training model; ValueError where its weights are not all there."""
+        """Load a saved pre-training model.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of a pre-training model.
+            args: those of `PreTrainedModel.from_pretrained`.
+            kwargs: those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the weights do not fill the model.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict]", loaded)
         absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         if absent:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors of a pre-training "
-                f"model, {absent[0]} among them; {cls.__name__}.from_backbone starts from a vision transformer"
+                f"model, for example {absent[0]}; {cls.__name__}.from_backbone starts from a vision transformer"
             )
-        model._freeze()  # loading makes parameters anew
+        model._freeze()  # loading creates new parameters
         return (model, info) if wants_info else model
 
     @property
     def image_processor(self):
-        """The teacher's."""
+        """The teacher's image processor."""
         return self.teacher.image_processor
 
     @image_processor.setter
@@ -89,7 +116,7 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         self.teacher.image_processor = value
 
     def train(self, mode: bool = True) -> "FrancaForPretraining":
-        """As for any module, but the teacher always evaluates."""
+        """Set the training mode; the teacher always stays in evaluation mode."""
         super().train(mode)
         self._teacher_parts().eval()
         return self
@@ -101,21 +128,28 @@ class FrancaForPretraining(FrancaPreTrainedModel):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, once for each step of the optimizer."""
+        """teacher <- momentum * teacher + (1 - momentum) * student, once per optimizer step."""
         pairs = ((self.teacher, self.student), (self.teacher_heads, self.student_heads))
         for teacher, student in pairs:
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.mul_(momentum).add_(new.detach().to(old.dtype), alpha=1 - momentum)
-            for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
-                old.copy_(new)
+            for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
+                buffer.copy_(source)
 
-    def encode(self, images, dim=None, batch_size=64, convert_to_tensor=False):
-        """The teacher's embeddings, as [`FrancaModel.encode`]."""
+    def encode(
+        self,
+        images: Sequence | torch.Tensor,
+        dim: int | None = None,
+        batch_size: int = 64,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | torch.Tensor:
+        """The teacher's embeddings; arguments as in `FrancaModel.encode`."""
         return self.teacher.encode(images, dim, batch_size, convert_to_tensor)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save student, teacher and heads, to go on with; `FrancaModel` and AutoModel load the teacher from it."""
-        self.config.auto_map = {"AutoModel": f"modeling_franca.{FrancaModel.__name__}"}  # beside the class's own entry
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save student, teacher and heads, to continue training; `FrancaModel` and AutoModel load the teacher."""
+        # In addition to the entry of this class, which transformers adds.
+        self.config.auto_map = {"AutoModel": f"modeling_franca.{FrancaModel.__name__}"}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             save_processor(self.teacher, save_directory)
@@ -127,17 +161,17 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         mask: torch.Tensor | None = None,
         teacher_temperature: float | None = None,
     ) -> FrancaPretrainingOutput:
-        """
-        The loss of a batch.
+        """The loss of a batch.
 
         Args:
-            global_crops: (batch, G, channels, height, width) views that both see.
-            local_crops: (batch, L, channels, height, width) smaller views that the student sees.
+            global_crops: (batch, G, channels, height, width), crops that student and teacher see.
+            local_crops: (batch, L, channels, height, width), smaller crops that only the student sees.
             mask: (batch, G, patches), True where a global crop's patch is hidden from the student.
-            teacher_temperature: of this step; the configuration's final one when left out.
+            teacher_temperature: of this step; default: the configuration's `teacher_temperature`.
 
         Raises:
-            ValueError: crops that the patches do not divide, one crop alone, one picture alone with KoLeo.
+            ValueError: the size of a crop is not a multiple of the patch size, there is only one crop, or only one
+                image with KoLeo.
         """
         self._check(global_crops, local_crops)
         temperature = self.config.teacher_temperature if teacher_temperature is None else teacher_temperature
@@ -161,11 +195,18 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         loss = loss_cls.mean() + self.config.patch_weight * loss_patch.mean() + self.config.koleo_weight * koleo
         return FrancaPretrainingOutput(loss, loss_cls.detach(), loss_patch.detach(), koleo.detach())
 
-    def _loss_of_crops(self, student, teacher, shape, temperature: float) -> torch.Tensor:
-        """(sizes,) mean over pictures, teacher's crops and the student's other crops.
+    def _loss_of_crops(
+        self, student: torch.Tensor, teacher: torch.Tensor, shape: torch.Size, temperature: float
+    ) -> torch.Tensor:
+        """Mean over images, the teacher's crops and the student's other crops.
 
         Args:
-            student: (batch, G + L, D) [CLS] tokens; `teacher`: (batch * G, D); `shape`: (batch, G).
+            student: (batch, G + L, D), [CLS] tokens.
+            teacher: (batch * G, D), [CLS] tokens.
+            shape: (batch, G).
+
+        Returns:
+            (sizes,).
         """
         pairs = torch.ones((shape[1], student.shape[1]), dtype=torch.bool, device=student.device)
         pairs.fill_diagonal_(False)
@@ -180,11 +221,18 @@ class FrancaForPretraining(FrancaPreTrainedModel):
             losses.append(each[:, pairs].mean())
         return torch.stack(losses)
 
-    def _loss_of_patches(self, student, teacher, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """(sizes,) mean over crops, those without a masked patch counting 0, of the mean over a crop's masked patches.
+    def _loss_of_patches(
+        self, student: torch.Tensor, teacher: torch.Tensor, hidden: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """Mean over crops of the mean over a crop's masked patches; a crop without masked patches counts as 0.
 
         Args:
-            student, teacher: (crops, patches, D) tokens; `hidden`: (crops, patches).
+            student: (crops, patches, D), patch tokens.
+            teacher: (crops, patches, D), patch tokens.
+            hidden: (crops, patches), True where a patch is masked.
+
+        Returns:
+            (sizes,).
         """
         share = (hidden / hidden.sum(dim=1, keepdim=True).clamp_min(1))[hidden] / len(hidden)
         scores = self.student_heads["patch"](student[hidden])
@@ -201,10 +249,10 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         if local_crops is not None:
             check_pixels("local_crops", local_crops, self.config.patch_size)
         elif global_crops.shape[1] < 2:
-            raise ValueError("global_crops: one crop alone has no other to predict; give two, or local crops")
+            raise ValueError("global_crops: a single crop has no other crop to predict; give two, or local crops")
 
     def _freeze(self) -> None:
-        """The teacher evaluates and has no gradient, nor has a mask token that nothing uses."""
+        """Put the teacher into evaluation mode without gradients, and exclude a mask token that nothing uses."""
         self._teacher_parts().requires_grad_(False).eval()
         mask_token = find_mask_token(self.student.backbone)
         if not self.config.patch_weight and mask_token is not None:
@@ -215,7 +263,7 @@ class FrancaForPretraining(FrancaPreTrainedModel):
 
 
 def _build_heads(config: FrancaConfig) -> nn.ModuleDict:
-    """One for [CLS] tokens, and one for patches where they are trained."""
+    """One head for [CLS] tokens, and one for patches if they are trained."""
     names = ["cls", "patch"] if config.patch_weight else ["cls"]
     shape = (config.hidden_size, config.nesting_sizes, config.level_prototypes, config.head_input)
     inner = (config.head_num_layers, config.head_hidden_size, config.head_bottleneck_size)

@@ -1,4 +1,4 @@
-"""RASA: finding and removing the directions of dense features that tell where a patch lies."""
+"""RASA: finding and removing the directions of dense features that encode the position of a patch."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ METHODS = ("gradient", "ridge", "covariance")
 
 
 def grid_positions(height: int, width: int) -> torch.Tensor:
-    """(height * width, 2) row and column of each patch, from 0 to 1, in the order of a vision transformer's tokens.
+    """Row and column of each patch, (height * width, 2) from 0 to 1, in the order of a vision transformer's tokens.
 
     >>> grid_positions(2, 2).tolist()
     [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
@@ -18,13 +18,16 @@ def grid_positions(height: int, width: int) -> torch.Tensor:
 
 
 class RasaProjector(nn.Module):
-    """
-    Removal of absolute spatial attributes (Franca, section 3.3): x - V V^T x, where the columns of V are an orthonormal
-    basis of ALL directions from which positions were predicted. Applied twice it is applied once.
+    """Removal of absolute spatial attributes (Franca, section 3.3): x - V V^T x.
+
+    The columns of V are an orthonormal basis of all directions from which positions were predicted. Applying the
+    projector twice gives the same as applying it once.
 
     Args:
         basis: (D, r) with orthonormal columns.
     """
+
+    basis: torch.Tensor
 
     def __init__(self, basis: torch.Tensor):
         super().__init__()
@@ -40,21 +43,20 @@ class RasaProjector(nn.Module):
         ridge: float = 1e-3,
         steps: int = 100,
     ) -> "RasaProjector":
-        """
-        Find the directions, two (row, column) an iteration, each iteration on what the earlier ones leave.
+        """Find the directions, two (row and column) per iteration, each iteration on the remainder of the earlier ones.
 
         Args:
             features: (images, patches, D) patch tokens, or (n, D).
-            positions: (patches, 2) or (n, 2) from [`grid_positions`].
-            method: `gradient`: weights of sigmoid(W x), fitted by mean squared error as in the released code; `ridge`:
-                the closed-form linear predictor; `covariance`: the cross-covariance of features and positions, after
-                whose removal no linear predictor finds anything, which takes one iteration.
-            iterations: how often; the directions of all are removed together.
-            ridge: of `ridge`, as a share of the features' mean variance.
+            positions: (patches, 2) or (n, 2) from `grid_positions`.
+            method: `gradient`: weights of sigmoid(W x), fitted to the mean squared error as in the released code;
+                `ridge`: the closed-form linear predictor; `covariance`: the cross-covariance of features and positions,
+                after whose removal no linear predictor finds anything, so one iteration is enough.
+            iterations: number of iterations; the directions of all are removed together.
+            ridge: strength of `ridge`, as a fraction of the features' mean variance.
             steps: of `gradient`, L-BFGS on all features.
 
         Raises:
-            ValueError: an unknown method, shapes that do not fit, or numbers out of range.
+            ValueError: the method is unknown, the shapes do not match, or `iterations` is below 1.
         """
         if method not in METHODS:
             raise ValueError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -76,12 +78,12 @@ class RasaProjector(nn.Module):
         return cls(basis.to(torch.float32))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., D) features without the directions of position."""
+        """(..., D) features without the directions that encode position."""
         basis = self.basis.to(features.dtype)
         return features - (features @ basis) @ basis.T
 
     def as_linear(self) -> nn.Linear:
-        """The same as a linear layer D to D without bias."""
+        """The same as a linear layer from D to D without bias."""
         size = self.basis.shape[0]
         linear = nn.Linear(size, size, bias=False, device=self.basis.device, dtype=self.basis.dtype)
         with torch.no_grad():
@@ -90,13 +92,14 @@ class RasaProjector(nn.Module):
 
     @torch.no_grad()
     def fold_into(self, linear: nn.Linear) -> nn.Linear:
-        """A copy of a linear layer that takes features: it gives for x what the layer gives for the projected x."""
+        """A copy of a linear layer on features; its output for x is the layer's output for the projected x."""
         if linear.in_features != self.basis.shape[0]:
             raise ValueError(
                 f"linear: it takes {linear.in_features} features, but the projector is for {self.basis.shape[0]}"
             )
-        options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        folded = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, **options)
+        device, dtype = linear.weight.device, linear.weight.dtype
+        has_bias = linear.bias is not None
+        folded = nn.Linear(linear.in_features, linear.out_features, bias=has_bias, device=device, dtype=dtype)
         folded.weight.copy_(self(linear.weight.to(self.basis.device)))
         if linear.bias is not None:
             folded.bias.copy_(linear.bias)
@@ -110,8 +113,8 @@ def _flatten(features: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Ten
         features = features.flatten(0, 1)
     if features.dim() != 2 or positions.shape != (len(features), 2):
         raise ValueError(
-            f"positions: {tuple(positions.shape)} does not fit features {tuple(features.shape)}; give (patches, 2) for "
-            "(images, patches, D)"
+            f"positions: {tuple(positions.shape)} does not match features {tuple(features.shape)}; give (patches, 2) "
+            "for (images, patches, D)"
         )
     return features.detach().double(), positions.to(features.device).double()
 
@@ -126,7 +129,7 @@ def _fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> tor
 
 
 def _fit_gradient(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> torch.Tensor:
-    """(D, 2) weights W of sigmoid(W x), from 0 on by gradients, which lie in the space of the inputs."""
+    """(D, 2) weights W of sigmoid(W x), starting from 0; their gradients lie in the span of the inputs."""
     with torch.enable_grad():
         weight = inputs.new_zeros((inputs.shape[1], 2), requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
@@ -142,9 +145,9 @@ def _fit_gradient(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> to
 
 
 def _extend(basis: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns of both; directions that are in the basis already add nothing."""
+    """An orthonormal basis of the columns of both; directions that are already in the basis add nothing."""
     for column in F.normalize(found, dim=0).T:
-        for _ in range(2):  # once leaves rounding errors
+        for _ in range(2):  # a single pass leaves rounding errors
             column = column - basis @ (basis.T @ column)
         length = column.norm()
         if length > 1e-6:

@@ -1,4 +1,4 @@
-"""M3: one LLaVA, any number of visual tokens that its grid nests."""
+"""M3: one LLaVA with a number of visual tokens that is chosen per request."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -10,17 +10,19 @@ POOL_POSITIONS = ("after_projector", "before_projector")
 
 
 class MatryoshkaLlavaConfig(LlavaConfig):
-    r"""
-    Configuration of a [`MatryoshkaLlavaForConditionalGeneration`]; a stock LLaVA's fields, and those below.
+    """Configuration of a `MatryoshkaLlavaForConditionalGeneration`: a stock LLaVA's fields, and those below.
 
     Args:
-        visual_token_sizes (`list[int]`, *optional*): the levels that are trained, each the square of a divisor of the
-            grid's side and a pooling of the next. When left out, the side is divided by its smallest prime factor down
-            to 1: 1, 9, 36, 144, 576 of LLaVA-1.5's 24 x 24 grid, as in the paper.
-        scale_loss_weights (`list[float]`, *optional*): weight of each level's loss in the mean; equal when left out.
-        pool_position (`str`): `after_projector`, as released by the paper's authors, or `before_projector`.
-        default_visual_tokens (`int`, *optional*): visual tokens an image where a call names none; the whole grid, as in
-            stock LLaVA, when left out.
+        visual_token_sizes (list[int] | None): the levels that are trained, each the square of a divisor of the grid's
+            side and a pooling of the next. Default: the side is divided by its smallest prime factor down to 1, which
+            gives 1, 9, 36, 144, 576 for LLaVA-1.5's 24 x 24 grid, as in the paper.
+        scale_loss_weights (list[float] | None): weight of each level's loss in the mean; default: equal.
+        pool_position (str): `after_projector`, as in the code of the paper's authors, or `before_projector`.
+        default_visual_tokens (int | None): visual tokens per image if a call names no number; default: the whole grid,
+            as in stock LLaVA.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the field.
     """
 
     model_type = "matryoshka_llava"
@@ -35,9 +37,12 @@ class MatryoshkaLlavaConfig(LlavaConfig):
         self.check_visual_tokens()
 
     def check_visual_tokens(self) -> None:
-        """Put the levels in order and fill in defaults; ValueError naming the field that does not fit.
+        """Sort the levels and fill in defaults.
 
-        The model calls it again: `from_pretrained` changes fields of a configuration that has been made.
+        The model calls this again, because `from_pretrained` changes fields of an existing configuration.
+
+        Raises:
+            ValueError: a value is not allowed; the message names the field.
         """
         if self.pool_position not in POOL_POSITIONS:
             raise ValueError(
@@ -50,7 +55,7 @@ class MatryoshkaLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read a configuration; that of a stock LLaVA is one of ours."""
+        """Read a configuration; that of a stock LLaVA is read as one of this class."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == LlavaConfig.model_type:
             config_dict = {**config_dict, "model_type": cls.model_type}
@@ -58,12 +63,12 @@ class MatryoshkaLlavaConfig(LlavaConfig):
 
     @property
     def grid_side(self) -> int:
-        """Patches along a side of the image."""
+        """Patches along one side of the image."""
         image, patch = (_side(getattr(self.vision_config, name, None), name) for name in ("image_size", "patch_size"))
         return image // patch
 
     def set_levels(self, sizes: list[int] | None = None, weights: list[float] | None = None) -> None:
-        """Set the levels that are trained and their losses' weights; ValueError where they do not fit the grid."""
+        """Set the levels that are trained and the weights of their losses; ValueError if they do not fit the grid."""
         sizes = nested_token_sizes(self.grid_side) if sizes is None else sizes
         levels = check_token_sizes(sizes, self.grid_side)
         if weights is not None:
@@ -78,9 +83,10 @@ class MatryoshkaLlavaConfig(LlavaConfig):
 
     @property
     def level_shares(self) -> dict[int, float]:
-        """The share of each level's loss in the mean over levels; they sum to 1."""
-        weights = self.scale_loss_weights or [1.0] * len(self.visual_token_sizes)
-        return {size: w / sum(weights) for size, w in zip(self.visual_token_sizes, weights, strict=True)}
+        """The weight of each level's loss in the mean over levels; the weights sum to 1."""
+        sizes = self.visual_token_sizes or []  # check_visual_tokens has set them
+        weights = self.scale_loss_weights or [1.0] * len(sizes)
+        return {size: w / sum(weights) for size, w in zip(sizes, weights, strict=True)}
 
 
 def _side(value, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a prompt costs the language model: its length, the memory of its keys and values, and its operations."""
+"""What a prompt costs the language model: tokens, memory of keys and values, and operations."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,13 @@ _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 
 class PrefillCost(NamedTuple):
-    """Costs of one prompt: tokens, bytes of the key-value cache, floating-point operations up to the first answer
-    token (a multiplication and an addition are two)."""
+    """Costs of one prompt.
+
+    Attributes:
+        sequence_length: tokens.
+        kv_cache_bytes: bytes of the key-value cache.
+        flops: floating-point operations up to the first answer token; a multiplication and an addition are two.
+    """
 
     sequence_length: int
     kv_cache_bytes: int
@@ -17,7 +22,7 @@ class PrefillCost(NamedTuple):
 
 
 def sequence_length(num_text_tokens: int, num_images: int, num_visual_tokens: int) -> int:
-    """Tokens of a prompt; `num_text_tokens` leaves out the image placeholders.
+    """Tokens of a prompt; `num_text_tokens` does not include the image placeholders.
 
     >>> sequence_length(30, num_images=1, num_visual_tokens=576)
     606
@@ -32,13 +37,12 @@ def kv_cache_bytes(text_config: PreTrainedConfig, length: int, bytes_per_value: 
 
 
 def prefill_flops(text_config: PreTrainedConfig, length: int) -> int:
-    """
-    Floating-point operations that a decoder with gated feed-forward layers (Llama, Vicuna, Mistral, Qwen2) takes to
-    read `length` tokens and to score the first answer token.
+    """Floating-point operations to read `length` tokens and to score the first answer token.
 
-    Per layer, with H hidden, Q query, K key-value and I intermediate dimensions and S tokens: 2S(HQ + 2HK + QH) for
-    the projections, 4SSQ for the scores of all pairs and the weighted values, 6SHI for the feed-forward; then 2HV for
-    one row of logits over V words. Norms, activations and rotations are left out; they are linear in S and small.
+    The decoder has gated feed-forward layers (Llama, Vicuna, Mistral, Qwen2). Per layer, with H hidden, Q query, K
+    key-value and I intermediate dimensions and S tokens: 2S(HQ + 2HK + QH) for the projections, 4SSQ for the scores of
+    all pairs and the weighted values, 6SHI for the feed-forward layer; then 2HV for one row of logits over V tokens.
+    Norms, activations and rotations are not counted: they are linear in S and small.
     """
     hidden, inner, query, kv = _shape(text_config)
     projections = 2 * length * hidden * (query + 2 * kv) + 2 * length * query * hidden
@@ -56,9 +60,17 @@ def prefill_cost(
     num_images: int = 1,
     bytes_per_value: int = 2,
 ) -> PrefillCost:
-    """The costs of a prompt with images of `num_visual_tokens` tokens each; ValueError for an unknown kind of decoder.
+    """The costs of a prompt with images, not counting the vision tower, which costs the same at every level.
 
-    The vision tower's costs are the same at every number of tokens and are not counted.
+    Args:
+        text_config: configuration of the language model.
+        num_text_tokens: tokens of the prompt without image placeholders.
+        num_visual_tokens: tokens per image.
+        num_images: images of the prompt.
+        bytes_per_value: of the key-value cache, 2 in half precision.
+
+    Raises:
+        ValueError: the kind of decoder is unknown.
     """
     length = sequence_length(num_text_tokens, num_images, num_visual_tokens)
     return PrefillCost(length, kv_cache_bytes(text_config, length, bytes_per_value), prefill_flops(text_config, length))

@@ -1,8 +1,11 @@
 """MatryoshkaLlavaForConditionalGeneration: LLaVA with nested visual tokens (M3, Cai et al. 2024, arXiv:2405.17430)."""
 
+import os
+from typing import cast
+
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -12,13 +15,16 @@ from .visual_tokens import pool_visual_tokens
 
 
 class MatryoshkaLlavaModel(LlavaModel):
-    """
-    LLaVA without its language-modelling head; `num_visual_tokens` of `forward` says how many tokens an image takes.
+    """LLaVA without its language-modelling head; `num_visual_tokens` of `forward` is the number of tokens per image.
 
-    A request is two steps, which training runs apart: `encode_images` runs the vision tower, once, and `pool_images`
-    makes the language model's visual tokens of any level from what it gives.
+    A request has two steps, which training runs separately: `encode_images` runs the vision tower once, and
+    `pool_images` makes the language model's visual tokens of any level from its output.
+
+    Args:
+        config: LLaVA's configuration and the levels.
     """
 
+    config: MatryoshkaLlavaConfig
     config_class = MatryoshkaLlavaConfig
 
     def __init__(self, config: MatryoshkaLlavaConfig):
@@ -32,17 +38,20 @@ class MatryoshkaLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """
-        The features of each patch, which every level is pooled from.
+        """The features of each patch, from which every level is pooled.
 
         Args:
-            pixel_values (`torch.Tensor`, (images, channels, height, width)): the images.
-            vision_feature_layer, vision_feature_select_strategy: as in LLaVA; the configuration's when left out.
+            pixel_values: (images, channels, height, width).
+            vision_feature_layer: as in LLaVA; default: the configuration's.
+            vision_feature_select_strategy: as in LLaVA; default: the configuration's.
             kwargs: passed to the vision tower.
 
         Returns:
-            `torch.Tensor`, (images, patches, width): of the language model's width with `pool_position`
-            `after_projector`, else of the vision tower's.
+            (images, patches, width), where width is the language model's with `pool_position` `after_projector`, else
+            the vision tower's.
+
+        Raises:
+            ValueError: `vision_feature_select_strategy` is unknown.
         """
         config = self.config
         layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -54,13 +63,13 @@ class MatryoshkaLlavaModel(LlavaModel):
         states = [output.hidden_states[index] for index in layers]
         if strategy == "default":  # without the class token
             states = [state[:, 1:] for state in states]
-        states = torch.cat(states, dim=-1)
-        return self.multi_modal_projector(states) if config.pool_position == "after_projector" else states
+        features = torch.cat(states, dim=-1)
+        return self.multi_modal_projector(features) if config.pool_position == "after_projector" else features
 
     def pool_images(self, states: torch.Tensor, num_visual_tokens: int | None = None) -> torch.Tensor:
-        """The visual tokens (images, num_visual_tokens, hidden) of one level, from what `encode_images` gives."""
+        """The visual tokens (images, num_visual_tokens, hidden) of one level, from the output of `encode_images`."""
         if num_visual_tokens is None:
-            num_visual_tokens = self.config.default_visual_tokens
+            num_visual_tokens = self._default_tokens()
         pooled = pool_visual_tokens(states, num_visual_tokens)
         return pooled if self.config.pool_position == "after_projector" else self.multi_modal_projector(pooled)
 
@@ -82,8 +91,8 @@ class MatryoshkaLlavaModel(LlavaModel):
     def check_placeholders(
         self, input_ids: torch.Tensor, num_images: int, num_visual_tokens: int | None = None
     ) -> None:
-        """ValueError if a prompt (batch, length) does not hold `num_visual_tokens` placeholders for each image."""
-        size = self.config.default_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        """ValueError if a prompt (batch, length) does not have `num_visual_tokens` placeholders for each image."""
+        size = self._default_tokens() if num_visual_tokens is None else num_visual_tokens
         counts = (input_ids == self.config.image_token_id).sum(dim=-1).tolist()
         if num_images == 0 and any(counts):
             raise ValueError(f"pixel_values: none are given for the {sum(counts)} image placeholders in input_ids")
@@ -94,6 +103,9 @@ class MatryoshkaLlavaModel(LlavaModel):
                 f"input_ids: {', '.join(map(str, counts))} image placeholders in the rows do not match {num_images} "
                 f"images of num_visual_tokens={size}; let the processor expand them to the same number"
             )
+
+    def _default_tokens(self) -> int:
+        return cast(int, self.config.default_visual_tokens)  # check_visual_tokens has set it
 
     def forward(
         self,
@@ -110,16 +122,16 @@ class MatryoshkaLlavaModel(LlavaModel):
         num_visual_tokens: int | None = None,
         **kwargs,
     ):
-        """LLaVA's forward pass; see [`MatryoshkaLlavaForConditionalGeneration`] for what is added."""
+        """LLaVA's forward pass; see `MatryoshkaLlavaForConditionalGeneration.forward` for what is added."""
         start = past_key_values is None or past_key_values.get_seq_length() == 0
-        given = pixel_values is not None
+        num_images = 0 if pixel_values is None else len(pixel_values)
         if (
             input_ids is not None
             and not torch.compiler.is_compiling()
-            and (given or (start and not mm_encoder_outputs))
+            and (pixel_values is not None or (start and not mm_encoder_outputs))
         ):
-            self.check_placeholders(input_ids, len(pixel_values) if given else 0, num_visual_tokens)
-        if given and not mm_encoder_outputs:  # both at once is for LLaVA itself to refuse
+            self.check_placeholders(input_ids, num_images, num_visual_tokens)
+        if pixel_values is not None and not mm_encoder_outputs:  # LLaVA itself refuses both at once
             features = self.get_image_features(
                 pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, num_visual_tokens
             )
@@ -137,23 +149,27 @@ class MatryoshkaLlavaModel(LlavaModel):
 
 
 class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """
-    LLaVA whose number of visual tokens is chosen per request (M3, Cai et al. 2024).
+    """LLaVA whose number of visual tokens is chosen per request (M3, Cai et al. 2024).
 
-    The features of an image's patches are average-pooled on their square grid, so that the tokens of every level are
-    the means of blocks of the next level's. Parameters are stock LLaVA's: its checkpoints load as they are, and at the
-    full number of tokens so are the logits.
+    The features of an image's patches are average-pooled on their square grid, so the tokens of every level are means
+    of blocks of the next level's tokens. The parameters are those of stock LLaVA: its checkpoints load unchanged, and
+    at the full number of tokens the logits are the same.
+
+    Args:
+        config: LLaVA's configuration and the levels.
     """
 
+    config: MatryoshkaLlavaConfig
     config_class = MatryoshkaLlavaConfig
-    # The loss of a batch is its mean; the Trainer is not to divide it by the tokens of several batches.
+    # The loss of a batch is its mean; `Trainer` must not divide it by the tokens of several batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MatryoshkaLlavaConfig):
-        # Past LlavaForConditionalGeneration's own __init__, which would build a second model only to be replaced.
+        # Skips LlavaForConditionalGeneration.__init__, which would build a second model only for it to be replaced.
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MatryoshkaLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = cast(PreTrainedConfig, config.text_config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -173,19 +189,27 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         num_visual_tokens: int | None = None,
         **kwargs,
     ):
-        """
-        LLaVA's forward pass at one level.
+        """LLaVA's forward pass at one level.
 
         Args:
-            input_ids (`torch.Tensor`, (batch, length)): text with `num_visual_tokens` placeholders for each image.
-            pixel_values (`torch.Tensor`, (images, channels, height, width)): the images of all rows.
-            num_visual_tokens (`int`, *optional*): tokens an image, the square of a divisor of the grid's side;
-                `config.default_visual_tokens` when left out.
-            mm_encoder_outputs: `{"image": visual_output(...)}` in place of `pixel_values`, from `pool_images`.
+            input_ids: (batch, length), text with `num_visual_tokens` placeholders for each image.
+            pixel_values: (images, channels, height, width), the images of all rows.
+            attention_mask: (batch, length), as in LLaVA, like all arguments that are not described.
+            position_ids: (batch, length).
+            past_key_values: key-value cache of earlier tokens.
+            inputs_embeds: (batch, length, hidden).
+            vision_feature_layer: default: the configuration's.
+            vision_feature_select_strategy: default: the configuration's.
+            labels: (batch, length), -100 for tokens that do not count.
+            logits_to_keep: number of last tokens whose logits are computed, 0 for all.
+            image_sizes: not supported.
+            mm_encoder_outputs: `{"image": visual_output(...)}` from `pool_images`, instead of `pixel_values`.
+            num_visual_tokens: tokens per image, the square of a divisor of the grid's side; default:
+                `config.default_visual_tokens`.
+            kwargs: passed to LLaVA.
 
         Raises:
-            ValueError: a count that the grid does not allow, placeholders that do not match the images, images without
-                placeholders, or the reverse.
+            ValueError: the grid does not allow this number of tokens, or the placeholders do not match the images.
         """
         return super().forward(
             input_ids=input_ids,
@@ -205,46 +229,54 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """transformers' `generate`, with `num_visual_tokens` as in `forward`; the vision tower runs once."""
+        """`generate` of transformers, with `num_visual_tokens` as in `forward`; the vision tower runs once."""
         input_ids = kwargs.get("input_ids", inputs)
         images = kwargs.get("pixel_values")
         start = kwargs.get("past_key_values") is None and not kwargs.get("mm_encoder_outputs")
         if input_ids is not None and (start or images is not None):
-            # Here, because beam search takes images apart by counting placeholders before `forward` sees them.
+            # Checked here, because beam search splits the images by counting placeholders before `forward` runs.
             num_images = 0 if images is None else len(images)
             self.model.check_placeholders(input_ids, num_images, kwargs.get("num_visual_tokens"))
-        return super().generate(inputs, *args, **kwargs)
+        # transformers annotates `self` with a protocol that its own models do not satisfy under mypy.
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """transformers' `save_pretrained`, by default under the parameters' own names.
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """`save_pretrained` of transformers, by default with the parameters' own names.
 
-        The older names of LLaVA checkpoints, which transformers writes otherwise, load as well, but not where `Trainer`
-        goes on from a checkpoint: it would leave out what it does not find.
+        With `save_original_format=True`, which is the default of transformers, the older names of LLaVA checkpoints are
+        written. They can be loaded too, but not when `Trainer` resumes from a checkpoint: it skips names that it does
+        not find.
+
+        Args:
+            save_directory: the folder.
+            args: those of `PreTrainedModel.save_pretrained`.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """See [`MatryoshkaLlavaModel.encode_images`]."""
+        """See `MatryoshkaLlavaModel.encode_images`."""
         return self.model.encode_images(pixel_values, **kwargs)
 
     def pool_images(self, states: torch.Tensor, num_visual_tokens: int | None = None) -> torch.Tensor:
-        """See [`MatryoshkaLlavaModel.pool_images`]."""
+        """See `MatryoshkaLlavaModel.pool_images`."""
         return self.model.pool_images(states, num_visual_tokens)
 
     def prefill_cost(self, num_text_tokens: int, num_visual_tokens: int, num_images: int = 1) -> PrefillCost:
-        """What a prompt costs the language model, with keys and values in the weights' precision."""
-        return prefill_cost(
-            self.config.text_config, num_text_tokens, num_visual_tokens, num_images, self.dtype.itemsize
-        )
+        """What a prompt costs the language model, with keys and values in the precision of the weights."""
+        text = cast(PreTrainedConfig, self.config.text_config)
+        return prefill_cost(text, num_text_tokens, num_visual_tokens, num_images, self.dtype.itemsize)
 
 
 def visual_output(tokens: torch.Tensor) -> BaseModelOutputWithPooling:
-    """Visual tokens (images, num_visual_tokens, hidden) as `mm_encoder_outputs={"image": ...}` takes them."""
-    return BaseModelOutputWithPooling(pooler_output=list(tokens))
+    """Visual tokens (images, num_visual_tokens, hidden) in the form of `mm_encoder_outputs={"image": ...}`."""
+    # LLaVA works with a list, one tensor per image, although the field is declared as a tensor.
+    return BaseModelOutputWithPooling(pooler_output=cast(torch.Tensor, list(tokens)))
 
 
 MatryoshkaLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-# LLaVA checkpoints name their tensors in older ways, which transformers translates for its own classes alone.
+# LLaVA checkpoints use older tensor names, which transformers translates only for its own classes.
 for ours, theirs in ((MatryoshkaLlavaForConditionalGeneration, "llava"), (MatryoshkaLlavaModel, "LlavaModel")):
     register_checkpoint_conversion_mapping(ours.__name__, get_checkpoint_conversion_mapping(theirs), overwrite=True)
 

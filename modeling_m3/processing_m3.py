@@ -1,4 +1,4 @@
-"""LLaVA's processor with as many image placeholders in the text as the request has visual tokens."""
+"""LLaVA's processor with as many image placeholders in the text as an image has visual tokens."""
 
 import copy
 import math
@@ -9,12 +9,18 @@ from .visual_tokens import check_token_count
 
 
 class MatryoshkaLlavaProcessor(LlavaProcessor):
-    r"""
-    Stock LLaVA's processor; `num_visual_tokens` placeholders stand in the text for each image.
+    """Stock LLaVA's processor, with `num_visual_tokens` placeholders in the text for each image.
 
     Args:
-        num_visual_tokens (`int`, *optional*): placeholders an image where a call names no other number; one for each
-            patch, as in stock LLaVA, when left out.
+        image_processor: as in `LlavaProcessor`, like all arguments except for `num_visual_tokens`.
+        tokenizer: of the language model.
+        patch_size (int | None): of the vision tower, in pixels.
+        vision_feature_select_strategy (str | None): `default` (without the class token) or `full`.
+        chat_template (str | None): a Jinja template of a conversation.
+        image_token (str): the placeholder.
+        num_additional_image_tokens (int): class tokens of the vision tower.
+        num_visual_tokens (int | None): placeholders per image if a call names no number; default: one for each patch,
+            as in stock LLaVA.
         kwargs: those of `LlavaProcessor`.
     """
 
@@ -43,7 +49,7 @@ class MatryoshkaLlavaProcessor(LlavaProcessor):
         )
 
     def __call__(self, images=None, text=None, num_visual_tokens: int | None = None, **kwargs):
-        """Stock LLaVA's call; `num_visual_tokens` must be what the model is then called with."""
+        """Stock LLaVA's call; `num_visual_tokens` must be the number that the model is then called with."""
         if num_visual_tokens is None:
             return super().__call__(images=images, text=text, **kwargs)
         scaled = copy.copy(self)  # a call in another thread keeps its own number
@@ -51,7 +57,7 @@ class MatryoshkaLlavaProcessor(LlavaProcessor):
         return scaled(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of one image; ValueError naming `num_visual_tokens` where it does not fit the image."""
+        """The placeholders of one image; ValueError if `num_visual_tokens` does not fit the image."""
         full = super().replace_image_token(image_inputs, image_idx, **kwargs)
         if self.num_visual_tokens is None:
             return full

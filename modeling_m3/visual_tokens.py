@@ -1,4 +1,4 @@
-"""Nested sets of visual tokens: which counts a square grid allows, and average pooling to one of them."""
+"""Nested sets of visual tokens: the counts that a square grid allows, and average pooling to one of them."""
 
 import itertools
 import math
@@ -17,9 +17,9 @@ def allowed_token_counts(side: int) -> list[int]:
 
 
 def nested_token_sizes(side: int) -> list[int]:
-    """The levels of a grid when none are named: its side is divided by its smallest prime factor down to 1.
+    """The default levels of a grid: its side is divided by its smallest prime factor down to 1.
 
-    >>> nested_token_sizes(24)  # the paper's levels, of LLaVA-1.5's 24 x 24 grid
+    >>> nested_token_sizes(24)  # the paper's levels, for LLaVA-1.5's 24 x 24 grid
     [1, 9, 36, 144, 576]
     """
     sides = [side]
@@ -29,7 +29,7 @@ def nested_token_sizes(side: int) -> list[int]:
 
 
 def check_token_count(count: int, side: int, name: str = "num_visual_tokens") -> int:
-    """The side of a level; ValueError naming the argument if `count` is not the square of a divisor of `side`."""
+    """The side of a level; ValueError that names the argument if `count` is not the square of a divisor of `side`."""
     allowed = allowed_token_counts(side)
     if isinstance(count, bool) or not isinstance(count, int) or count not in allowed:
         raise ValueError(
@@ -40,11 +40,10 @@ def check_token_count(count: int, side: int, name: str = "num_visual_tokens") ->
 
 
 def check_token_sizes(sizes: Sequence[int], side: int, name: str = "visual_token_sizes") -> list[int]:
-    """
-    The levels of a grid, small to large.
+    """The levels of a grid, small to large.
 
     Raises:
-        ValueError: there are none, one stands twice, does not fit the grid, or is no pooling of the next larger one.
+        ValueError: there are none, one appears twice or does not fit the grid, or is not a pooling of the next larger.
     """
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
         raise ValueError(f"{name}: {sizes!r} is not allowed; use a list of token counts, for example [1, 9, 36]")
@@ -55,25 +54,24 @@ def check_token_sizes(sizes: Sequence[int], side: int, name: str = "visual_token
     for small, large in itertools.pairwise(levels):
         if sides[large] % sides[small]:
             raise ValueError(
-                f"{name}: {small} and {large} do not nest; {sides[small]} does not divide {sides[large]}, so that "
-                f"{small} tokens are no pooling of {large}"
+                f"{name}: {small} and {large} do not nest; {sides[small]} does not divide {sides[large]}, so "
+                f"{small} tokens are not a pooling of {large}"
             )
     return levels
 
 
 def pool_visual_tokens(states: torch.Tensor, num_visual_tokens: int) -> torch.Tensor:
-    """
-    Average-pool image features on their square grid (Cai et al. 2024, section 3).
+    """Average-pool image features on their square grid (Cai et al. 2024, section 3).
 
-    The mean is taken in float32 at least. All of the tokens are returned as they are.
+    The mean is computed in float32 or a larger type. If all tokens are asked for, `states` is returned as it is.
 
     Args:
-        states (`torch.Tensor`, (images, side * side, width)): features row by row.
-        num_visual_tokens (`int`): m * m, where m divides the side.
+        states: (images, side * side, width), features row by row.
+        num_visual_tokens: m * m, where m divides the side.
 
     Returns:
-        `torch.Tensor`, (images, m * m, width): token (i, j) is the mean of the block of side / m by side / m features
-        at row i and column j of the coarse grid.
+        (images, m * m, width): token (i, j) is the mean of the block of side / m by side / m features at row i and
+        column j of the coarse grid.
 
     Raises:
         ValueError: the features do not form a square grid, or the count does not fit it.
@@ -85,7 +83,7 @@ def pool_visual_tokens(states: torch.Tensor, num_visual_tokens: int) -> torch.Te
     side = math.isqrt(length)
     if side**2 != length:
         raise ValueError(
-            f"vision_feature_select_strategy: {length} features an image do not form a square grid; use 'default' for "
+            f"vision_feature_select_strategy: {length} features per image do not form a square grid; use 'default' for "
             "a vision tower with a class token, 'full' for one without, and square images"
         )
     coarse = check_token_count(num_visual_tokens, side)

@@ -1,10 +1,11 @@
 """Cascades: each sample goes to the next larger size until one is confident (MRL, section 4.2.1 and appendix D)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .configuration_mrl import Size
+from .head import MatryoshkaHead
 
 
 def confidences(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +26,7 @@ def choose_sizes(confidence: torch.Tensor, thresholds: Sequence[float]) -> torch
 
     Args:
         confidence: (sizes, samples).
-        thresholds: one a size but the last.
+        thresholds: one for each size but the last.
 
     Returns:
         (samples,).
@@ -38,20 +39,21 @@ def choose_sizes(confidence: torch.Tensor, thresholds: Sequence[float]) -> torch
 
 
 def fit_thresholds(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """For each pair of neighbouring sizes, the smallest threshold in [0, 1] with the best accuracy of "the smaller
-    size where its confidence is above the threshold, else the larger".
+    """Thresholds of a cascade, fitted for each pair of neighbouring sizes.
 
-    That accuracy changes only at the confidences of the samples themselves, so that trying 0 and each of them is exact.
+    Each is the smallest threshold in [0, 1] with the best accuracy of "the smaller size if its confidence is above the
+    threshold, else the larger size". This accuracy changes only at the confidences of the samples themselves, so trying
+    0 and each of them is exact.
 
     Args:
         logits: (sizes, samples, classes) on data that no size was trained on.
         labels: (samples,).
 
     Returns:
-        one threshold a size but the last.
+        One threshold for each size but the last.
 
     Raises:
-        ValueError: there are no labels, or all are of one class, from which no confidence can be judged.
+        ValueError: there are no labels, or all are of one class, on which no confidence can be judged.
     """
     classes = labels.unique()
     if len(classes) < 2:
@@ -63,28 +65,35 @@ def fit_thresholds(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
 
 
 def _fit_pair(confidence: torch.Tensor, smaller: torch.Tensor, larger: torch.Tensor) -> float:
-    """The threshold between two sizes, from the smaller one's confidence and both one's hits, (samples,) each."""
+    """The threshold between two sizes, from the smaller one's confidence and the hits of both, (samples,) each."""
     levels, level_of = confidence.unique(return_inverse=True)  # ascending
-    # What handing all samples up to a level to the larger size wins or loses.
+    # What is gained by passing all samples up to a level to the larger size.
     gains = torch.zeros(len(levels), dtype=torch.long, device=levels.device).index_add_(0, level_of, larger - smaller)
     gains = torch.cat((gains.new_zeros(1), gains.cumsum(dim=0)))
-    # The first of equal ones: argmax promises none in particular.
+    # The first of equal ones; argmax does not promise which one it returns.
     best = int((gains == gains.max()).nonzero()[0])
     return 0.0 if best == 0 else levels[best - 1].item()
 
 
 class CascadeWalk:
-    """What a cascade has found for each sample of a batch.
+    """What a cascade has found so far for each sample of a batch.
 
     Args:
         ladder: the sizes, small to large.
-        heads: of each exit, a `MatryoshkaHead`.
-        thresholds: one a size but the last.
-        batch: samples.
+        heads: the head of each exit.
+        thresholds: one for each size but the last.
+        batch: number of samples.
         device: of the heads.
     """
 
-    def __init__(self, ladder: Sequence[Size], heads: dict, thresholds: Sequence[float], batch: int, device):
+    def __init__(
+        self,
+        ladder: Sequence[Size],
+        heads: Mapping[int | None, MatryoshkaHead],
+        thresholds: Sequence[float],
+        batch: int,
+        device: torch.device,
+    ):
         self._ladder = ladder
         self._heads = heads
         self._levels = [*thresholds, float("-inf")]
@@ -94,13 +103,19 @@ class CascadeWalk:
         self.confidences = torch.zeros(batch, dtype=torch.float64, device=device)
 
     def visit(self, exit_: int | None, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Go through the sizes of an exit with the samples `rows`, of which `states` (rows, D) are the pooled states.
+        """Take some samples through the sizes of an exit.
+
+        Args:
+            exit_: number of layers, None for the end of the backbone.
+            states: (rows, D), the samples' pooled states.
+            rows: (rows,), the samples' numbers in the batch.
 
         Returns:
-            (rows,) mask of those that no size there was confident of.
+            (rows,) mask of the samples that no size at this exit was confident of.
         """
         left = torch.arange(len(rows), device=rows.device)
-        logits, previous = None, 0
+        logits: torch.Tensor | None = None
+        previous = 0
         for index, (num_layers, dim) in enumerate(self._ladder):
             if num_layers != exit_:
                 continue
@@ -116,7 +131,7 @@ class CascadeWalk:
         stay[left] = True
         return stay
 
-    def _note(self, rows, labels, confidence, index: int, dim: int) -> None:
+    def _note(self, rows: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, index: int, dim: int) -> None:
         self.labels[rows], self.confidences[rows] = labels, confidence
         self.sizes[rows], self.dims[rows] = index, dim
 

@@ -1,8 +1,9 @@
-"""What the nested classifiers of texts and images share."""
+"""The base class of the nested classifiers of texts and images."""
 
 import copy
 import os
 from collections.abc import Callable, Mapping
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -10,13 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, view
+from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, layers_of, view
 from .cascade import CascadeWalk, fit_thresholds
-from .configuration_mrl import MatryoshkaConfig
+from .configuration_mrl import MatryoshkaConfig, Size
 from .head import MatryoshkaHead, nested_loss
 from .outputs import CascadeOutput, MatryoshkaClassifierOutput
 
-# What `from_backbone` hands to the configuration; anything else goes to `AutoModel.from_pretrained`.
+# Arguments of `from_backbone` for the configuration; all others are passed to `AutoModel.from_pretrained`.
 _SETTINGS = (
     "sizes",
     "head_type",
@@ -29,12 +30,16 @@ _SETTINGS = (
     "id2label",
     "label2id",
 )
-# The elastic encoders whose backbone, pooling and ladder `from_backbone` takes over.
+# Model type of the elastic encoders; `from_backbone` takes over their backbone, pooling and ladder.
 _ELASTIC = "2dmse"
 
 
 class MatryoshkaClassifier(PreTrainedModel):
-    """What the classifiers of texts and images share: heads, loss, cascade, cutting, saving and loading."""
+    """Base class of the classifiers of texts and images: heads, loss, cascade, cutting, saving and loading."""
+
+    config: MatryoshkaConfig
+    backbone: PreTrainedModel
+    heads: nn.ModuleList
 
     config_class = MatryoshkaConfig
     base_model_prefix = "backbone"
@@ -43,7 +48,7 @@ class MatryoshkaClassifier(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # The loss is the mean of its batch, and is not normalised by a number of items.
+    # The loss is a mean over the batch, and is not divided by a number of items.
     accepts_loss_kwargs = False
     poolings: tuple[str, ...] = ()
 
@@ -53,27 +58,31 @@ class MatryoshkaClassifier(PreTrainedModel):
         self._check_exits_allowed(config)
         if config.pooling not in self.poolings:
             kind = type(self).__name__
-            raise ValueError(f"pooling: {config.pooling!r} is not for {kind}; choose one of {', '.join(self.poolings)}")
+            raise ValueError(
+                f"pooling: {config.pooling!r} does not work with {kind}; choose one of {', '.join(self.poolings)}"
+            )
         self.backbone = _drop_unused_pooler(AutoModel.from_config(config.backbone_config), config.pooling)
         self.heads = nn.ModuleList(
-            MatryoshkaHead(config.dims_of(n), config.num_labels, config.head_type) for n in config.exits or [None]
+            MatryoshkaHead(config.dims_of(n), cast(int, config.num_labels), config.head_type) for n in self._exits
         )
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path, **kwargs):
-        """
-        Put new heads on a pre-trained backbone.
+    def from_backbone(cls, name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """Put new heads on a pre-trained backbone.
 
         Args:
-            name_or_path: folder or Hub name of a model that AutoModel loads; of a TwoDMSE folder the inner backbone,
-                the pooling and, where no sizes are named, the ladder are taken over.
+            name_or_path: folder or Hub name of a model that AutoModel loads. From a TwoDMSE folder, the inner backbone,
+                the pooling and (if no sizes are given) the ladder are taken.
             kwargs: `sizes`, `head_type`, `pooling`, `size`, `loss_weights`, `loss_reduction`, `label_smoothing`,
-                `num_labels`, `id2label`, `label2id` as in [`MatryoshkaConfig`]; anything else is passed to
+                `num_labels`, `id2label`, `label2id` as in `MatryoshkaConfig`; all others are passed to
                 `AutoModel.from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
 
+        Returns:
+            The classifier, in evaluation mode.
+
         Raises:
-            ValueError: a value is not allowed, or sizes name layers and the backbone's cannot be run in part.
+            ValueError: a value is not allowed, or the sizes name layers and the backbone cannot be run in part.
         """
         settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -91,7 +100,7 @@ class MatryoshkaClassifier(PreTrainedModel):
             settings.setdefault("sizes", backbone.config.sizes)
             backbone = backbone.backbone
         settings.setdefault("pooling", cls._default_pooling(backbone))
-        # A copy, since a configuration that takes another in makes it forget which attention it runs.
+        # A copy, because MatryoshkaConfig resets the attention implementation of the configuration that it is given.
         config = MatryoshkaConfig(backbone_config=copy.deepcopy(backbone.config), dtype=backbone.dtype, **settings)
         backbone = _drop_unused_pooler(backbone, config.pooling)
         if config.exits:
@@ -108,98 +117,117 @@ class MatryoshkaClassifier(PreTrainedModel):
         for module in model.heads.modules():
             model._init_weights(module)
         if os.path.isdir(str(name_or_path)):
-            backbone.config.name_or_path = ""  # a folder of this machine says nothing to whoever loads the model
+            backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
         return model.eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """
-        Load a saved classifier; `size="2x64"` chooses whose logits are `logits`.
+        """Load a saved classifier.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of a nested classifier.
+            args: those of `PreTrainedModel.from_pretrained`.
+            kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: `size="2x64"` chooses
+                the size whose logits are `logits`.
 
         Raises:
-            ValueError: the weights do not fill the model, which would leave some of them random.
+            ValueError: it is another kind of model, or the weights do not fill the model.
         """
         stored = _stored_type(pretrained_model_name_or_path, kwargs)
         if stored != MatryoshkaConfig.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: a model of type {stored} is no nested classifier; "
+                f"{pretrained_model_name_or_path}: a model of type {stored} is not a nested classifier; "
                 f"{cls.__name__}.from_backbone puts new heads on it"
             )
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict]", loaded)
         absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         if absent:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors that config.json asks "
-                f"for, {absent[0]} among them; they would be random"
+                f"for, for example {absent[0]}; they would be random"
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save a folder that the task's own AutoModel class and plain AutoModel load, each as this classifier."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save a folder that both the task's AutoModel class and plain AutoModel load as this classifier.
+
+        Args:
+            save_directory: the folder.
+            args: those of `PreTrainedModel.save_pretrained`.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
+        """
         module = type(self).__module__.rpartition(".")[2]
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": f"{module}.{type(self).__name__}"}
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def truncate(self, size=None):
-        """
-        The classifier of one size alone, a model in its own right: no deeper layers, no other columns or heads.
+    def truncate(self, size: int | str | Size | None = None) -> Self:
+        """The classifier of only one size: no deeper layers, no other columns or heads.
+
+        The backbone's weights share memory with this model until one of the two is moved or converted.
 
         Args:
-            size: as in `config.sizes`, the chosen one when left out; a tied head gives any number of dimensions up to
-                its largest. The backbone's weights share this model's memory until one of the two is moved or
-                converted.
+            size: as in `config.sizes`; default: the size whose logits are `logits`. A tied head gives any number of
+                dimensions up to its largest.
+
+        Raises:
+            ValueError: there is no trained head for `size`.
         """
-        size = self.config.find_size(size)
+        chosen = self.config.find_size(size)
         config = copy.deepcopy(self.config)
         config.size = config.loss_weights = config.thresholds = None
         backbone = self.backbone
-        if size.num_layers is not None:
-            backbone = _first_layers(backbone, config.layer_stack, size.num_layers)
+        if chosen.num_layers is not None:
+            backbone = _first_layers(backbone, config.layer_stack, chosen.num_layers)
             config.backbone_config = backbone.config
-        config.set_sizes([size])
+        config.set_sizes([chosen])
         with torch.device("meta"):
             small = type(self)(config)
         small.backbone = backbone
-        small.heads = nn.ModuleList([self.heads[self._exits.index(size.num_layers)].cut(size.dim)])
+        small.heads = nn.ModuleList([self._head_of(chosen.num_layers).cut(chosen.dim)])
         return small.train(self.training)
 
     @torch.no_grad()
     def fit_cascade(
         self, dataset, data_collator: Callable | None = None, batch_size: int = 32, disable_tqdm: bool | None = None
     ) -> list[float]:
-        """
-        Choose the cascade's thresholds and store them in `config.thresholds`; see `cascade.fit_thresholds`.
+        """Choose the cascade's thresholds and store them in `config.thresholds`; see `cascade.fit_thresholds`.
 
         Args:
-            dataset: rows of what forward takes, `labels` (or `label`) included, which no head was trained on and on
-                which the cascade will not be judged.
-            data_collator: from a list of rows to a batch; transformers' `default_data_collator` when left out, which
-                cannot pad (`DataCollatorWithPadding` does).
-            batch_size: rows a batch.
-            disable_tqdm: no progress bar; by default there is one on a terminal.
+            dataset: rows with the arguments of forward, including `labels` (or `label`). No head may have been trained
+                on them, and the cascade must not be evaluated on them.
+            data_collator: from a list of rows to a batch; default: transformers' `default_data_collator`, which does
+                not pad (`DataCollatorWithPadding` does).
+            batch_size: rows per batch.
+            disable_tqdm: whether to show no progress bar; default: shown on a terminal.
 
         Returns:
-            one threshold a size but the largest.
+            One threshold for each size but the largest.
 
         Raises:
-            ValueError: there is one size alone, or rows have no labels, or all have the same.
+            ValueError: there is only one size, the rows have no labels, or all have the same label.
         """
         if len(self.config.sizes) < 2:
-            raise ValueError(f"sizes: a cascade needs at least two sizes, and there is {self.config.sizes[0]} alone")
+            raise ValueError(f"sizes: a cascade needs at least two sizes, but there is only {self.config.sizes[0]}")
         logits, labels = self.collect_logits(dataset, data_collator, batch_size, disable_tqdm)
         if labels is None:
-            raise ValueError("dataset: its rows have no labels, which a cascade is fitted on")
+            raise ValueError("dataset: its rows have no labels, which are needed to fit a cascade")
         self.config.thresholds = fit_thresholds(logits, labels)
         return self.config.thresholds
 
     @torch.no_grad()
-    def collect_logits(self, dataset, data_collator=None, batch_size: int = 32, disable_tqdm: bool | None = None):
-        """Logits of every size on a dataset (arguments as in `fit_cascade`), all layers run.
+    def collect_logits(
+        self, dataset, data_collator: Callable | None = None, batch_size: int = 32, disable_tqdm: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of every size on a dataset, with all layers run; arguments as in `fit_cascade`.
 
         Returns:
-            (sizes, rows, classes) in float32 on the CPU, and (rows,) labels or None.
+            (sizes, rows, classes) in float32 on the CPU, and (rows,) labels, or None if there are none.
+
+        Raises:
+            ValueError: the dataset has no rows.
         """
         if not len(dataset):
             raise ValueError("dataset: there are no rows")
@@ -218,14 +246,13 @@ class MatryoshkaClassifier(PreTrainedModel):
 
     @torch.no_grad()
     def predict_cascade(self, inputs: Mapping[str, torch.Tensor]) -> CascadeOutput:
-        """
-        Classify each sample at the first size that is confident, small to large (MRL, section 4.2.1).
+        """Classify each sample at the first size that is confident, small to large (MRL, section 4.2.1).
 
-        Samples that are confident leave the batch, and no further layer runs for them; a tied head adds, for those that
-        stay, the new columns' part alone.
+        Confident samples leave the batch, and no deeper layer runs for them. For the samples that stay, a tied head
+        computes only the part of the new columns.
 
         Args:
-            inputs: what forward takes, without labels; a tokenizer's or image processor's output.
+            inputs: arguments of forward, without labels: the output of a tokenizer or an image processor.
 
         Raises:
             ValueError: the cascade was not fitted.
@@ -235,7 +262,7 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError("thresholds: this cascade is not fitted; call fit_cascade with held-out data first")
         self.config.check()
         inputs = {name: value for name, value in inputs.items() if name != "labels" and value is not None}
-        heads = dict(zip(self._exits, self.heads, strict=True))
+        heads = {n: self._head_of(n) for n in self._exits}
         batch = len(next(iter(inputs.values())))
         walk = CascadeWalk(self.config.ladder, heads, thresholds, batch, self.device)
         training = self.training
@@ -248,17 +275,23 @@ class MatryoshkaClassifier(PreTrainedModel):
 
     @property
     def _exits(self) -> list[int | None]:
-        return self.config.exits or [None]
+        """Exits that have heads; None is the end of the backbone."""
+        return [*self.config.exits] or [None]
 
-    def _classify(self, states: list[torch.Tensor], labels, size) -> MatryoshkaClassifierOutput:
-        """From the pooled states of each exit, (batch, D), to the output."""
+    def _head_of(self, exit_: int | None) -> MatryoshkaHead:
+        return cast(MatryoshkaHead, self.heads[self._exits.index(exit_)])
+
+    def _classify(
+        self, states: list[torch.Tensor], labels: torch.Tensor | None, size: int | str | Size | None
+    ) -> MatryoshkaClassifierOutput:
+        """The output, from the pooled states of each exit, (batch, D)."""
         config, chosen = self.config, self.config.find_size(size)
         logits = torch.cat([head(state) for head, state in zip(self.heads, states, strict=True)])
         if chosen in config.ladder:
             own = logits[config.ladder.index(chosen)]
         else:
-            index = self._exits.index(chosen.num_layers)
-            own = self.heads[index].logits(states[index], chosen.dim)
+            state = states[self._exits.index(chosen.num_layers)]
+            own = self._head_of(chosen.num_layers).logits(state, chosen.dim)
         loss, losses = None, None
         if labels is not None:
             loss, losses = nested_loss(
@@ -266,45 +299,46 @@ class MatryoshkaClassifier(PreTrainedModel):
             )
         return MatryoshkaClassifierOutput(loss, losses, own, logits.transpose(0, 1))
 
-    def _walk(self, inputs: dict[str, torch.Tensor], walk: CascadeWalk) -> torch.Tensor | None:
+    def _walk(self, inputs: Mapping[str, torch.Tensor], walk: CascadeWalk) -> torch.Tensor | None:
+        """Take a batch through the cascade; returns the layers that ran for each row, None without exits."""
         walk.visit(None, self._pooled(inputs)[0], torch.arange(walk.batch, device=self.device))
         return None
 
-    def _pooled(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Pooled states of each exit, (batch, D) in float32; the classes of texts and of images say how."""
+    def _pooled(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Pooled states of each exit, (batch, D) in float32."""
         raise NotImplementedError
 
     @staticmethod
     def _default_pooling(backbone: PreTrainedModel) -> str:
-        """What suits a backbone where no pooling is named; the classes of texts and of images say it."""
+        """The pooling for a backbone if none is named."""
         raise NotImplementedError
 
     @classmethod
     def _check_exits_allowed(cls, config: MatryoshkaConfig) -> None:
-        """ValueError where heads cannot stand on several exits."""
+        """ValueError if the sizes name layers and this class does not support heads at several exits."""
 
 
-def _stored_type(name_or_path, kwargs: dict) -> str | None:
-    """What a folder or repository says it is a model of; `kwargs` are those of `from_pretrained`."""
+def _stored_type(name_or_path: str | os.PathLike, kwargs: dict) -> str | None:
+    """The model type in the config.json of a folder or repository; `kwargs` are those of `from_pretrained`."""
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     hub = {name: kwargs[name] for name in names if name in kwargs}
     return MatryoshkaConfig.get_config_dict(str(name_or_path), **hub)[0].get("model_type")
 
 
 def _drop_unused_pooler(backbone: PreTrainedModel, pooling: str) -> PreTrainedModel:
-    """Without the learned pooler that `pooling` does not read; one without weights may be part of the forward."""
+    """Drop a learned pooler that `pooling` does not read; a pooler without weights may be needed in the forward."""
     pooler = getattr(backbone, "pooler", None)
     learned = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
     return drop_pooler(backbone) if learned and pooling != "pooler" else backbone
 
 
 def _first_layers(backbone: PreTrainedModel, stack: str, num_layers: int) -> PreTrainedModel:
-    """The backbone cut to its first layers, which it shares the memory of."""
+    """The backbone cut to its first layers, which share memory with it."""
     if num_layers == backbone.config.num_hidden_layers:
         return backbone
-    small = view(backbone, stack, backbone.get_submodule(stack)[:num_layers])
+    small = cast(PreTrainedModel, view(backbone, stack, [*layers_of(backbone, stack)[:num_layers]]))
     small.config = cut_config(backbone.config, num_layers)
-    small.config._attn_implementation = backbone.config._attn_implementation  # a copy forgets it
+    small.config._attn_implementation = backbone.config._attn_implementation  # it is not copied
     return small
 
 

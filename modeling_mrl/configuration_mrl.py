@@ -1,9 +1,9 @@
-"""The configuration of a nested classifier, and the notation of its sizes."""
+"""The configuration of a nested classifier, and the notation for its sizes."""
 
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -11,12 +11,17 @@ HEAD_TYPES = ("separate", "tied")
 REDUCTIONS = ("sum", "mean")
 TEXT_POOLING = ("mean", "cls", "lasttoken", "weightedmean")
 IMAGE_POOLING = ("mean", "cls", "pooler")
-# Below this many dimensions the paper finds little information (MRL, section 3).
+# With fewer dimensions the paper finds little information (MRL, section 3).
 _SMALLEST_DEFAULT = 8
 
 
 class Size(NamedTuple):
-    """A size of the classifier: `64`, the first 64 dimensions behind the whole backbone, or `6x64`, behind 6 layers."""
+    """A size of the classifier: `64`, the first 64 dimensions after the whole backbone, or `6x64`, after 6 layers.
+
+    Attributes:
+        num_layers: layers to run, None for the whole backbone.
+        dim: dimensions to use, from 1.
+    """
 
     num_layers: int | None
     dim: int
@@ -25,8 +30,15 @@ class Size(NamedTuple):
         return str(self.dim) if self.num_layers is None else f"{self.num_layers}x{self.dim}"
 
 
-def parse_size(text, argument: str = "sizes") -> Size:
+def parse_size(text: str | int | Size, argument: str = "sizes") -> Size:
     """Read one size.
+
+    Args:
+        text: a number of dimensions, or layers and dimensions as text.
+        argument: named in the error message.
+
+    Raises:
+        ValueError: the text is not a size.
 
     >>> parse_size(64), parse_size("6x64")
     (Size(num_layers=None, dim=64), Size(num_layers=6, dim=64))
@@ -43,7 +55,7 @@ def parse_size(text, argument: str = "sizes") -> Size:
 
 
 def halved_sizes(hidden_size: int) -> list[int]:
-    """The paper's nested sizes: the hidden size, halved as long as it stays whole and at least 8.
+    """The paper's nested sizes: the hidden size, halved as long as the result is a whole number of at least 8.
 
     >>> halved_sizes(384)
     [12, 24, 48, 96, 192, 384]
@@ -55,27 +67,29 @@ def halved_sizes(hidden_size: int) -> list[int]:
 
 
 class MatryoshkaConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`MatryoshkaForSequenceClassification`] or [`MatryoshkaForImageClassification`].
+    """Configuration of a `MatryoshkaForSequenceClassification` or `MatryoshkaForImageClassification`.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`): configuration of the encoder inside; BERT when left out.
-        sizes (`list[int]` or `list[str]`, *optional*): the nested sizes, dimensions (`[8, 64, 384]`) or, with heads
-            on several exits, layers by dimensions (`["2x64", "6x384"]`); the hidden size halved down to 8 when left
-            out. A number beside sizes with layers means all layers.
-        head_type (`str`): `separate` (MRL: one Linear(m, classes) a size m) or `tied` (MRL-E: one
-            Linear(largest m, classes) an exit, of which a size uses the first m columns and the whole bias).
-        pooling (`str`): text: `mean`, `cls`, `lasttoken`, `weightedmean`; images: `mean` (over tokens, or over height
+        backbone_config (PreTrainedConfig | dict | None): configuration of the encoder inside; default: BERT.
+        sizes (list[int] | list[str] | None): the nested sizes: dimensions (`[8, 64, 384]`) or, with heads at several
+            exits, layers by dimensions (`["2x64", "6x384"]`). Beside sizes with layers, a plain number means all
+            layers. Default: the hidden size halved down to 8.
+        head_type (str): `separate` (MRL: one Linear(m, classes) per size m) or `tied` (MRL-E: one
+            Linear(largest m, classes) per exit, of which a size uses the first m columns and the whole bias).
+        pooling (str): text: `mean`, `cls`, `lasttoken`, `weightedmean`; images: `mean` (over tokens, or over height
             and width), `cls` (first token), `pooler` (the backbone's own `pooler_output`).
-        size (`int` or `str`, *optional*): the size whose logits are `logits`; the largest when left out.
-        loss_weights (`list[float]`, *optional*): c_m of each size (MRL, eq. 1); 1 when left out.
-        loss_reduction (`str`): `sum`, sum_m c_m loss_m, as the paper has it, or `mean`, the same divided by the
-            number of sizes.
-        label_smoothing (`float`): of the cross-entropy, from 0 to below 1.
-        thresholds (`list[float]`, *optional*): confidence above which a cascade stops, one a size but the largest; what
-            `fit_cascade` chooses.
-        layer_stack, final_norm (`str`, *optional*): where the backbone keeps its layers, and the norm behind the last
-            one, `""` for none; used with heads on several exits alone, and found when left out.
+        size (int | str | None): the size whose logits are `logits`; default: the largest.
+        loss_weights (list[float] | None): c_m of each size (MRL, equation 1); default: 1.
+        loss_reduction (str): `sum`, sum_m c_m loss_m, as in the paper, or `mean`, the same divided by the number of
+            sizes.
+        label_smoothing (float): of the cross-entropy, from 0 to below 1.
+        thresholds (list[float] | None): confidence above which a cascade stops, one for each size but the largest;
+            chosen by `fit_cascade`.
+        layer_stack (str | None): path of the backbone's list of layers; only used with heads at several exits.
+            Default: found by search.
+        final_norm (str | None): path of the norm after the last layer, `""` for none; only used with heads at several
+            exits. Default: found by search.
+        kwargs: those of `PreTrainedConfig`.
 
     Raises:
         ValueError: a value is not allowed; the message names the field.
@@ -135,15 +149,21 @@ class MatryoshkaConfig(PreTrainedConfig):
 
     @property
     def exits(self) -> list[int]:
-        """Layers after which heads stand, ascending; empty where the sizes name no layers."""
-        return sorted({size.num_layers for size in self.ladder} - {None})
+        """Numbers of layers after which there are heads, ascending; empty if the sizes name no layers."""
+        return sorted({size.num_layers for size in self.ladder if size.num_layers is not None})
 
     def dims_of(self, num_layers: int | None) -> list[int]:
         """Dimensions of the sizes at an exit, small to large."""
         return [size.dim for size in self.ladder if size.num_layers == num_layers]
 
     def set_sizes(self, sizes) -> None:
-        """Set the nested sizes, small to large; `loss_weights`, one a size as named here, follow them."""
+        """Set the nested sizes, which are sorted from small to large.
+
+        `loss_weights`, if there is one per size in the order given here, are sorted with them.
+
+        Raises:
+            ValueError: there are no sizes, one appears twice, or the backbone does not have one of them.
+        """
         if isinstance(sizes, (str, int)):
             raise ValueError(f"sizes: {sizes!r} is not a list; name the sizes as a list, for example [8, 64]")
         ladder = [parse_size(size) for size in sizes]
@@ -154,7 +174,7 @@ class MatryoshkaConfig(PreTrainedConfig):
             ladder = [Size(size.num_layers or depth, size.dim) for size in ladder]
         twice = sorted({str(size) for size in ladder if ladder.count(size) > 1})
         if twice:
-            raise ValueError(f"sizes: {', '.join(twice)} stands more than once; name each size once")
+            raise ValueError(f"sizes: {', '.join(twice)} appears more than once; name each size once")
         for size in ladder:
             if size.dim > self.hidden_size:
                 raise ValueError(
@@ -170,7 +190,11 @@ class MatryoshkaConfig(PreTrainedConfig):
             self.loss_weights = [self.loss_weights[index] for index in order]
 
     def find_size(self, size=None) -> Size:
-        """The size that is meant, the config's own when none is named; ValueError where no head is trained for it."""
+        """The size that `size` names; default: the configuration's own `size`, else the largest.
+
+        Raises:
+            ValueError: no head is trained for this size.
+        """
         size = self.size if size is None else size
         if size is None:
             return self.ladder[-1]
@@ -179,18 +203,18 @@ class MatryoshkaConfig(PreTrainedConfig):
             wanted = Size(self._depth(), wanted.dim)
         dims = self.dims_of(wanted.num_layers)
         if not dims:
-            raise ValueError(f"size: {size} is at no exit with heads; the sizes are {', '.join(self.sizes)}")
+            raise ValueError(f"size: {size} is not at an exit with a head; the sizes are {', '.join(self.sizes)}")
         if self.head_type == "separate" and wanted.dim not in dims:
             raise ValueError(
-                f"size: {size} has no head of its own, and with head_type separate no other fits it; the sizes are "
-                f"{', '.join(self.sizes)}"
+                f"size: {size} has no head, and with head_type separate it cannot use another size's head; the sizes "
+                f"are {', '.join(self.sizes)}"
             )
         if wanted.dim > dims[-1]:
             raise ValueError(f"size: {size} asks for {wanted.dim} dimensions; the head has 1 to {dims[-1]}")
         return wanted
 
     def check(self) -> None:
-        """ValueError naming the first field whose value is not allowed."""
+        """ValueError that names the first field whose value is not allowed."""
         for name, allowed in (
             ("head_type", HEAD_TYPES),
             ("loss_reduction", REDUCTIONS),
@@ -203,21 +227,22 @@ class MatryoshkaConfig(PreTrainedConfig):
             raise ValueError(
                 f"label_smoothing: {self.label_smoothing!r} is not allowed; use a number from 0 to below 1"
             )
-        if self.num_labels < 2:
+        if cast(int, self.num_labels) < 2:
             raise ValueError(f"num_labels: {self.num_labels} is not allowed; a classifier needs at least 2 classes")
         if self.loss_weights is not None:
-            _check_numbers("loss_weights", self.loss_weights, len(self.sizes), "one a size")
+            _check_numbers("loss_weights", self.loss_weights, len(self.sizes), "one per size")
             if min(self.loss_weights) < 0 or not any(self.loss_weights):
-                raise ValueError(f"loss_weights: {self.loss_weights} must not hold negative numbers, nor only zeros")
+                raise ValueError(f"loss_weights: {self.loss_weights} must have no negative numbers and not only zeros")
         if self.thresholds is not None:
-            _check_numbers("thresholds", self.thresholds, len(self.sizes) - 1, "one a size but the largest")
+            _check_numbers("thresholds", self.thresholds, len(self.sizes) - 1, "one for each size but the largest")
         self.find_size()
 
     def _depth(self) -> int:
         depth = getattr(self.backbone_config, "num_hidden_layers", None)
         if depth is None:
             raise ValueError(
-                f"sizes: {self.backbone_config.model_type} does not count its layers; name dimensions alone"
+                f"sizes: the configuration of {self.backbone_config.model_type} has no number of layers; name only "
+                "dimensions"
             )
         return depth
 
@@ -230,7 +255,7 @@ def _check_numbers(name: str, values, length: int, meaning: str) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != length:
         raise ValueError(f"{name}: {values!r} must be a list of {length} numbers, {meaning}")
     if not all(map(_is_number, values)):
-        raise ValueError(f"{name}: {values!r} must hold finite numbers alone")
+        raise ValueError(f"{name}: {values!r} must have only finite numbers")
 
 
 MatryoshkaConfig.register_for_auto_class()

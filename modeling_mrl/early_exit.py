@@ -1,4 +1,4 @@
-"""Running a batch through a backbone's layers from which rows depart at exits, so that no further layer sees them."""
+"""Running a batch through a backbone's layers while rows leave at exits, so that no deeper layer runs for them."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,16 +7,17 @@ from torch import nn
 
 from .backbone import LayerStandIn, apply_norm, layers_of, view
 
-# From the exit, its rows' states (rows, length, hidden) behind the final norm, and their numbers in the batch (rows,)
-# to a mask (rows,) of those that go on.
+# Called with the exit, the states (rows, length, hidden) after the final norm of the rows that are left there, and
+# their numbers in the batch, (rows,). Returns a mask (rows,) of the rows that continue.
 Visit = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Travellers:
-    """The rows of a batch that are still on their way.
+class ActiveRows:
+    """The rows of a batch that have not left yet.
 
     Args:
         batch: rows at the start.
+        device: of the inputs.
     """
 
     def __init__(self, batch: int, device: torch.device):
@@ -25,7 +26,7 @@ class Travellers:
         self.layers = torch.zeros(batch, dtype=torch.long, device=device)
 
     def narrow(self, value):
-        """Of a layer's argument, the part of the rows that are left; what has no row for each is left alone."""
+        """An argument of a layer for only the rows that are left; what does not have one entry per row is kept."""
         if isinstance(value, torch.Tensor):
             return value[self.rows] if value.ndim > 1 and value.shape[0] == self.batch else value
         if isinstance(value, (tuple, list)):
@@ -33,65 +34,75 @@ class Travellers:
         return value
 
 
-class DepartingLayer(LayerStandIn):
-    """Calls its layer on the rows that are left, counts it for them, and lets rows depart behind it."""
+class ExitingLayer(LayerStandIn):
+    """Calls its layer on the rows that are left, counts the layer for them, and lets rows leave after it.
 
-    def __init__(self, layer: nn.Module, travellers: Travellers, depart: Callable[[torch.Tensor], torch.Tensor] | None):
+    Args:
+        layer: the layer.
+        active: the rows that are left; narrowed by `leave`.
+        leave: from the layer's state to a mask of the rows that continue; None if no row may leave here.
+    """
+
+    def __init__(self, layer: nn.Module, active: ActiveRows, leave: Callable[[torch.Tensor], torch.Tensor] | None):
         super().__init__(layer)
-        self._travellers = travellers
-        self._depart = depart
+        self._active = active
+        self._leave = leave
 
     def forward(self, hidden_states, *args, **kwargs):
-        travellers = self._travellers
-        if len(travellers.rows) < travellers.batch:
-            args = tuple(map(travellers.narrow, args))
-            kwargs = {name: travellers.narrow(value) for name, value in kwargs.items()}
+        active = self._active
+        if len(active.rows) < active.batch:
+            args = tuple(map(active.narrow, args))
+            kwargs = {name: active.narrow(value) for name, value in kwargs.items()}
         output = self.layer(hidden_states, *args, **kwargs)
-        travellers.layers[travellers.rows] += 1
-        if self._depart is None:
+        active.layers[active.rows] += 1
+        if self._leave is None:
             return output
         state = output[0] if isinstance(output, tuple) else output
-        state = state[self._depart(state)]
+        state = state[self._leave(state)]
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
-class AllDeparted(Exception):
-    """Ends the pass of a backbone whose batch is empty."""
+class NoRowsLeft(Exception):
+    """Ends the pass of a backbone when every row has left."""
 
 
-def run_departing(
+def run_with_exits(
     backbone: nn.Module, stack: str, norm: str, exits: Sequence[int], visit: Visit, batch: int, **inputs
 ) -> torch.Tensor:
-    """Visit state(n) at each exit n with the rows that are left, in one pass that ends when none is.
+    """Visit state(n) at each exit n with the rows that are left, in one pass that ends when no row is left.
 
     Args:
-        exits: layers, ascending; at the last one `visit` is called and its answer is not read.
+        backbone: a text encoder.
+        stack: path of its list of layers.
+        norm: path of its final norm, `""` for none.
+        exits: numbers of layers, ascending.
+        visit: called at each exit; its result is ignored at the last one.
         batch: rows of the inputs.
-        inputs: what the backbone's forward takes.
+        inputs: arguments of the backbone's forward.
 
     Returns:
-        (batch,) layers that ran for each row.
+        (batch,), the number of layers that ran for each row.
     """
     layers = layers_of(backbone, stack)
-    travellers = Travellers(batch, next(backbone.parameters()).device)
+    active = ActiveRows(batch, next(backbone.parameters()).device)
 
-    def departure(n: int):
-        def depart(state: torch.Tensor) -> torch.Tensor:
-            stay = visit(n, apply_norm(backbone, norm, state), travellers.rows)
-            travellers.rows = travellers.rows[stay]
-            if not len(travellers.rows):
-                raise AllDeparted
+    def leaving_at(n: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        def leave(state: torch.Tensor) -> torch.Tensor:
+            stay = visit(n, apply_norm(backbone, norm, state), active.rows)
+            active.rows = active.rows[stay]
+            if not len(active.rows):
+                raise NoRowsLeft
             return stay
 
-        return depart if n in exits[:-1] else None
+        return leave if n in exits[:-1] else None
 
-    chosen = [DepartingLayer(layer, travellers, departure(n)) for n, layer in enumerate(layers[: exits[-1]], start=1)]
+    chosen = [ExitingLayer(layer, active, leaving_at(n)) for n, layer in enumerate(layers[: exits[-1]], start=1)]
     try:
         state = view(backbone, stack, chosen)(**inputs).last_hidden_state
-        visit(exits[-1], state, travellers.rows)
-    except AllDeparted:
+        visit(exits[-1], state, active.rows)
+    except NoRowsLeft:
         pass
-    return travellers.layers
+    return active.layers
 
 
-__all__ = ["AllDeparted", "DepartingLayer", "Travellers", "run_departing"]
+__all__ = ["ActiveRows", "ExitingLayer", "NoRowsLeft", "run_with_exits"]

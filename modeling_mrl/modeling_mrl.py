@@ -1,31 +1,39 @@
 """MatryoshkaForSequenceClassification and MatryoshkaForImageClassification: nested classifiers and their cascades."""
 
+from collections.abc import Mapping
+
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .backbone import accepted_inputs, run_layers
+from .backbone import accepted_inputs, is_decoder, run_layers
+from .cascade import CascadeWalk
 from .classifier import MatryoshkaClassifier
-from .configuration_mrl import IMAGE_POOLING, TEXT_POOLING
-from .early_exit import run_departing
+from .configuration_mrl import IMAGE_POOLING, TEXT_POOLING, MatryoshkaConfig
+from .early_exit import run_with_exits
 from .outputs import MatryoshkaClassifierOutput
 from .pooling import pool
 
 
 class MatryoshkaForSequenceClassification(MatryoshkaClassifier):
-    """
-    A classifier of texts at nested sizes (MRL, Kusupati et al. 2022): logits(m) = head_m(pool(state)[:m]).
+    """A classifier of texts at nested sizes (MRL, Kusupati et al. 2022): logits(m) = head_m(pool(state)[:m]).
 
-    With sizes such as `6x64`, heads stand on several exits of the backbone, state(n) being what n layers and the
-    backbone's own final norm give, and a cascade saves layers too.
+    With sizes such as `6x64` there are heads at several exits of the backbone, where state(n) is the output of n layers
+    and the backbone's own final norm. A cascade then saves layers as well as dimensions.
+
+    Args:
+        config: the backbone's configuration, the sizes and the heads.
     """
 
     main_input_name = "input_ids"
     poolings = TEXT_POOLING
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The word embeddings of the backbone."""
         return self.backbone.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Replace the word embeddings of the backbone."""
         self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
@@ -39,70 +47,79 @@ class MatryoshkaForSequenceClassification(MatryoshkaClassifier):
         labels: torch.Tensor | None = None,
         size: int | str | None = None,
     ) -> MatryoshkaClassifierOutput:
-        """
-        Logits of every size.
+        """Logits of every size.
 
         Args:
-            input_ids: (batch, length); or `inputs_embeds`, (batch, length, width).
-            attention_mask: (batch, length), 1 for real tokens; all real when left out.
+            input_ids: (batch, length) token ids, or give `inputs_embeds`.
+            attention_mask: (batch, length), 1 for real tokens, 0 for padding; default: no padding.
+            token_type_ids: (batch, length), for backbones that have segments.
+            position_ids: (batch, length), for backbones that accept them.
+            inputs_embeds: (batch, length, width) embeddings instead of `input_ids`.
             labels: (batch,) classes, -100 for rows that do not count.
-            size: the size whose logits are `logits`; `config.size` when left out, else the largest.
+            size: the size whose logits are `logits`; default: `config.size`, else the largest.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, or there is no head for `size`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
-        inputs = {
+        given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
+        inputs = {name: value for name, value in given.items() if value is not None}
         return self._classify(self._pooled(inputs), labels, size)
 
-    def _pooled(self, inputs):
-        inputs, mask = self._prepare(inputs)
+    def _pooled(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        options, mask = self._prepare(inputs)
         if self.config.exits:
             stack, norm = self.config.layer_stack, self.config.final_norm
-            states = run_layers(self.backbone, stack, norm, self.config.exits, **inputs)
+            states = run_layers(self.backbone, stack, norm, self.config.exits, **options)
         else:
-            states = [self.backbone(**inputs).last_hidden_state]
+            states = [self.backbone(**options).last_hidden_state]
         return [pool(state, mask, self.config.pooling) for state in states]
 
-    def _walk(self, inputs, walk):
+    def _walk(self, inputs: Mapping[str, torch.Tensor], walk: CascadeWalk) -> torch.Tensor | None:
         config = self.config
         if not config.exits:
             return super()._walk(inputs, walk)
-        inputs, mask = self._prepare(inputs)
+        options, mask = self._prepare(inputs)
 
         def visit(n: int, state: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             return walk.visit(n, pool(state, mask[rows], config.pooling), rows)
 
-        return run_departing(
-            self.backbone, config.layer_stack, config.final_norm, config.exits, visit, walk.batch, **inputs
+        return run_with_exits(
+            self.backbone, config.layer_stack, config.final_norm, config.exits, visit, walk.batch, **options
         )
 
-    def _prepare(self, inputs: dict) -> tuple[dict, torch.Tensor]:
-        """What the backbone's forward takes of the inputs, and the mask of real tokens."""
+    def _prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict, torch.Tensor]:
+        """The arguments of the backbone's forward, and the mask of real tokens."""
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
-        inputs = {name: value for name, value in inputs.items() if name in accepted and value is not None}
-        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        if "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        options: dict = {name: value for name, value in inputs.items() if name in accepted}
+        tokens = options["input_ids"] if "input_ids" in options else options["inputs_embeds"]
+        if "attention_mask" not in options:
+            options["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        return inputs, inputs["attention_mask"]
+            options["use_cache"] = False
+        return options, options["attention_mask"]
 
     @staticmethod
-    def _default_pooling(backbone):
-        causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
-        return "lasttoken" if causal or getattr(backbone.config, "is_decoder", False) else "mean"
+    def _default_pooling(backbone: PreTrainedModel) -> str:
+        return "lasttoken" if is_decoder(backbone) else "mean"
 
 
 class MatryoshkaForImageClassification(MatryoshkaClassifier):
-    """A classifier of images at nested sizes (MRL, Kusupati et al. 2022): logits(m) = head_m(pool(state)[:m])."""
+    """A classifier of images at nested sizes (MRL, Kusupati et al. 2022): logits(m) = head_m(pool(state)[:m]).
+
+    Args:
+        config: the backbone's configuration, the sizes and the heads.
+    """
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     poolings = IMAGE_POOLING
 
     @can_return_tuple
@@ -112,17 +129,19 @@ class MatryoshkaForImageClassification(MatryoshkaClassifier):
         labels: torch.Tensor | None = None,
         size: int | str | None = None,
     ) -> MatryoshkaClassifierOutput:
-        """
-        Logits of every size.
+        """Logits of every size.
 
         Args:
             pixel_values: (batch, channels, height, width).
             labels: (batch,) classes, -100 for rows that do not count.
-            size: the size whose logits are `logits`; `config.size` when left out, else the largest.
+            size: the size whose logits are `logits`; default: `config.size`, else the largest.
+
+        Raises:
+            ValueError: there is no head for `size`, or the backbone does not have the state that is pooled.
         """
         return self._classify(self._pooled({"pixel_values": pixel_values}), labels, size)
 
-    def _pooled(self, inputs):
+    def _pooled(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         output = self.backbone(pixel_values=inputs["pixel_values"])
         if self.config.pooling == "pooler":
             pooled = getattr(output, "pooler_output", None)
@@ -137,14 +156,14 @@ class MatryoshkaForImageClassification(MatryoshkaClassifier):
         return [state[:, 0]]
 
     @staticmethod
-    def _default_pooling(backbone):
+    def _default_pooling(backbone: PreTrainedModel) -> str:
         has_first_token = any(name.endswith("cls_token") for name, _ in backbone.named_parameters())
         return "cls" if has_first_token else "pooler"
 
     @classmethod
-    def _check_exits_allowed(cls, config):
+    def _check_exits_allowed(cls, config: MatryoshkaConfig) -> None:
         if config.exits:
-            raise ValueError(f"sizes: {config.sizes[0]} names layers; heads on several exits are for texts alone")
+            raise ValueError(f"sizes: {config.sizes[0]} names layers; only classifiers of texts have several exits")
 
 
 MatryoshkaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -1,6 +1,7 @@
 """What nested classifiers and their cascades return."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers.utils import ModelOutput
@@ -8,15 +9,14 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MatryoshkaClassifierOutput(ModelOutput):
-    """
-    Output of a nested classifier.
+    """Output of a nested classifier.
 
     Args:
-        loss (`torch.Tensor`, scalar): weighted sum or mean of `losses`; None without labels.
-        losses (`torch.Tensor`, (sizes,)): cross-entropy of each size; None without labels.
-        logits (`torch.Tensor`, (batch, classes)): at the chosen size.
-        logits_by_row (`torch.Tensor`, (batch, sizes, classes)): of every size, batch first, as pipelines and gathering
-            across processes want it; `size_logits` is the same by size.
+        loss: scalar, weighted sum or mean of `losses`; None without labels.
+        losses: (sizes,), cross-entropy of each size; None without labels.
+        logits: (batch, classes), at the chosen size.
+        logits_by_row: (batch, sizes, classes), at every size. The batch comes first, as pipelines and gathering across
+            processes expect; `size_logits` has the sizes first.
     """
 
     loss: torch.Tensor | None = None
@@ -27,21 +27,20 @@ class MatryoshkaClassifierOutput(ModelOutput):
     @property
     def size_logits(self) -> torch.Tensor:
         """Logits of every size, (sizes, batch, classes)."""
-        return self.logits_by_row.transpose(0, 1)
+        return cast(torch.Tensor, self.logits_by_row).transpose(0, 1)
 
 
 @dataclass
 class CascadeOutput(ModelOutput):
-    """
-    Output of `predict_cascade`.
+    """Output of `predict_cascade`.
 
     Args:
-        labels (`torch.Tensor`, (batch,)): predicted classes.
-        sizes (`torch.Tensor`, (batch,)): index in `config.ladder` of the size that each sample stopped at.
-        confidences (`torch.Tensor`, (batch,)): its highest probability there.
-        dims (`torch.Tensor`, (batch,)): dimensions of that size.
-        layers (`torch.Tensor`, (batch,)): layers that ran for the sample, counted as they ran; None where heads stand
-            behind the whole backbone alone.
+        labels: (batch,), predicted classes.
+        sizes: (batch,), index in `config.ladder` of the size at which each sample stopped.
+        confidences: (batch,), the highest probability at that size.
+        dims: (batch,), dimensions of that size.
+        layers: (batch,), layers that ran for the sample, counted as they ran; None if all heads come after the whole
+            backbone.
     """
 
     labels: torch.Tensor | None = None
@@ -53,7 +52,7 @@ class CascadeOutput(ModelOutput):
     @property
     def expected_dim(self) -> float:
         """Mean of `dims`."""
-        return self.dims.double().mean().item()
+        return cast(torch.Tensor, self.dims).double().mean().item()
 
     @property
     def mean_layers(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Pooling of token states into one vector a text, in float32."""
+"""Pooling of token states into one vector per text, in float32."""
 
 import torch
 
@@ -14,6 +14,9 @@ def pool(state: torch.Tensor, attention_mask: torch.Tensor, mode: str) -> torch.
 
     Returns:
         (batch, hidden) in float32.
+
+    Raises:
+        ValueError: `mode` is unknown.
     """
     mask = attention_mask.to(torch.long)
     if mode == "cls":

@@ -1,4 +1,4 @@
-"""Search in embeddings of several sizes: few dimensions for all vectors, more for those that are left."""
+"""Search in embeddings of several sizes: few dimensions of all vectors, then more dimensions of the best ones."""
 
 from .funnel import FunnelIndex
 from .stages import Stage, parse_stages

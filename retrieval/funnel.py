@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -15,18 +16,26 @@ from .stages import APPROXIMATE, PRECISIONS, Stage, check_stages, select
 from .store import Writer, read
 
 VECTORS, IDS, TEXTS, OFFSETS, GRAPH = "vectors.f32", "ids", "texts.utf8", "text_offsets", "graph.faiss"
-# Numbers (scores, copied entries) that are held at once, vectors that are written at once, and entries of a small
-# precision that are made float32 at once: few enough to stay in a processor's cache.
+# Numbers (scores, copied entries) in memory at once, vectors that are written at once, and entries of a small precision
+# that are converted to float32 at once: few enough to stay in a processor's cache.
 _SCORES, _ROWS, _CACHED = 2**23, 2**14, 2**18
-# For int8: so many standard deviations of a random unit vector's entries become 127.
+# For int8: this many standard deviations of a random unit vector's entries become 127. It is the format of
+# `modeling_2dmse.formats.quantize`, which retrieval may not import; a test compares the two.
 _DEVIATIONS = 4
 
 
 class FunnelIndex:
-    """
-    Unit vectors on disk, and copies of their first dimensions for the first stage of a search.
+    """Unit vectors on disk, and copies of their first dimensions for the first stage of a search.
 
-    Use `FunnelIndex.build` to make one and `FunnelIndex.open` to open it; `search` finds neighbours.
+    `FunnelIndex.build` makes an index, `FunnelIndex.open` opens it, and `search` finds neighbours.
+
+    Args:
+        path: the index's folder.
+        meta: the description in `index.json`.
+        arrays: the files of the index, by name.
+
+    Attributes:
+        seconds: time of each stage of the last search.
     """
 
     def __init__(self, path: str | os.PathLike, meta: dict, arrays: dict[str, np.ndarray]):
@@ -40,8 +49,8 @@ class FunnelIndex:
         self._prefixes[meta["width"], "float32"] = VECTORS
         ids = arrays.get(IDS)
         self._ids = None if ids is None else np.asarray(ids)
-        # The place of each id in sorted order, by which ties are broken.
-        self._rank = None if ids is None else np.argsort(np.argsort(self._ids, kind="stable"), kind="stable")
+        # The place of each id in sorted order, which breaks ties.
+        self._rank = None if self._ids is None else np.argsort(np.argsort(self._ids, kind="stable"), kind="stable")
 
     @classmethod
     def build(
@@ -55,44 +64,39 @@ class FunnelIndex:
         approximate: tuple[int, str] | None = None,
         overwrite: bool = False,
     ) -> "FunnelIndex":
-        """
-        Write an index and open it.
+        """Write an index and open it.
 
         Args:
-            embeddings: (N, width), or blocks of such rows one after the other, of which one is held at a time. They
-                are normalised here, and are not changed.
+            embeddings: (N, width), or an iterable of blocks of rows, of which only one is in memory at a time. They are
+                normalised for the index; the arrays themselves are not changed.
             path: the index's folder, which appears when it is complete.
-            prefixes: what first stages will ask for: dims, or (dim, `int8` or `binary`). Each is a copy of the
-                vectors' first dimensions; without one, a first stage reads them out of the whole vectors.
-            ids: N distinct ids; the row's number when left out. Equal scores are ordered by id.
-            texts: N texts, which `text` gives back.
-            model: what made the vectors (name, num_layers, ...); `open` can be told to insist on it.
-            approximate: dim and FAISS' name of a graph for an approximate first stage, as in (32, "HNSW32") or
+            prefixes: what first stages will use: dims, or pairs (dim, `int8` or `binary`). Each is a copy of the
+                vectors' first dimensions; without one, a first stage reads them from the whole vectors.
+            ids: N distinct ids; default: the row's number. Equal scores are ordered by id.
+            texts: N texts, which `text` returns.
+            model: a description of the model that made the vectors (name, num_layers, ...), which `open` can check.
+            approximate: dim and FAISS' name of a graph for an approximate first stage, for example (32, "HNSW32") or
                 (32, "IVF1024,Flat"); needs the extra `faiss`.
-            overwrite: replace an index that stands there.
+            overwrite: whether to replace an existing index.
 
         Raises:
-            ValueError: naming the row, for a vector that is zero or not finite, or the argument.
+            ValueError: a vector is zero or not finite (the message names its row), or an argument is not allowed.
+
+        >>> import tempfile
+        >>> vectors = np.array([[1.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     index = FunnelIndex.build(vectors, f"{folder}/index", prefixes=[2], ids=["a", "b", "c"])
+        ...     scores, ids = index.search(vectors[1], k=2, stages=[(2, 2), (4, 2)])
+        >>> ids.tolist()
+        ['b', 'a']
         """
-        wanted = [(prefix, "float32") if isinstance(prefix, int) else tuple(prefix) for prefix in prefixes]
-        blocks = [embeddings] if hasattr(embeddings, "shape") else embeddings
+        wanted = [(prefix, "float32") if isinstance(prefix, int) else (prefix[0], prefix[1]) for prefix in prefixes]
+        blocks = cast("Iterable[np.ndarray]", [embeddings] if hasattr(embeddings, "shape") else embeddings)
         if approximate is not None:
             faiss()
         writer = Writer(path, overwrite)
         try:
-            count, width = 0, None
-            for block in blocks:
-                for start in range(0, len(block), _ROWS):
-                    rows = _unit(block[start : start + _ROWS], width, count, "embeddings")
-                    if width is None:
-                        width = rows.shape[1]
-                        _check_prefixes([*wanted, *([(approximate[0], "float32")] if approximate else [])], width)
-                    writer.append(VECTORS, rows)
-                    for dim, precision in wanted:
-                        writer.append(_file(dim, precision), _prefix(rows, dim, precision))
-                    count += len(rows)
-            if count == 0:
-                raise ValueError("embeddings: there are none")
+            count, width = _append_vectors(writer, blocks, wanted, approximate)
             _append_companions(writer, ids, texts, count)
             if approximate is not None:
                 _append_graph(writer, *approximate, count)
@@ -106,15 +110,16 @@ class FunnelIndex:
 
     @classmethod
     def open(cls, path: str | os.PathLike, model: dict | None = None, verify: bool = True) -> "FunnelIndex":
-        """
-        Open an index; its arrays stay on disk and are read as they are needed.
+        """Open an index; its arrays stay on disk and are read as they are needed.
 
         Args:
-            model: what must have made the vectors, as it was given to `build`.
-            verify: compare every file's checksum, which reads the whole index once.
+            path: the index's folder.
+            model: the description that must have been given to `build`; default: any.
+            verify: whether to compare every file's checksum, which reads the whole index once.
 
         Raises:
-            ValueError: the folder is no index, a file of it is missing, cut off or damaged, or the model is another.
+            ValueError: the folder is not an index, one of its files is missing, truncated or damaged, or the model is
+                another one.
         """
         meta, arrays = read(path, verify)
         if model is not None and model != meta["model"]:
@@ -131,11 +136,15 @@ class FunnelIndex:
 
     @property
     def has_texts(self) -> bool:
-        """Whether `text` can be asked."""
+        """Whether the index was built with texts."""
         return TEXTS in self._arrays
 
-    def text(self, id) -> str:
-        """The text of an id."""
+    def text(self, id: str | int) -> str:
+        """The text of an id.
+
+        Raises:
+            ValueError: the index was built without texts.
+        """
         if not self.has_texts:
             raise ValueError("texts: this index was built without them")
         row = int(np.flatnonzero(self._ids == id)[0]) if self._ids is not None else int(id)
@@ -145,31 +154,33 @@ class FunnelIndex:
     def search(
         self, queries: np.ndarray, k: int = 10, stages: Sequence[Stage | tuple] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """
-        The nearest vectors of each query by cosine similarity.
+        """The nearest vectors of each query by cosine similarity.
 
         Args:
-            queries: (Q, width) or (width,); they are normalised here, and are not changed.
-            k: results of a query.
-            stages: (dim, keep) or (dim, keep, precision) of each stage; one exact stage at the full width when left
-                out. The last stage's scores are returned.
+            queries: (Q, width) or (width,). They are normalised for the search; the array itself is not changed.
+            k: results per query.
+            stages: (dim, keep) or (dim, keep, precision) of each stage; default: one exact stage at the full width.
+                The last stage's scores are returned.
 
         Returns:
-            scores and ids, (Q, k) or (k,), best first; of equal scores, the lower id first. `seconds` then holds the
-            time of each stage.
+            Scores and ids, (Q, k) or (k,), best first; of equal scores, the lower id first. `seconds` then has the time
+            of each stage.
+
+        Raises:
+            ValueError: a query is zero or not finite, or `k` or `stages` is not allowed.
         """
         single = np.ndim(queries) == 1
         queries = _unit(np.atleast_2d(np.asarray(queries)), self.width, 0, "queries")
-        stages = check_stages(stages or [(self.width, k)], k, len(self), self.width)
-        self._check_graph(stages[0])
-        first, *others = [stage._replace(keep=min(stage.keep, len(self))) for stage in stages]
+        checked = check_stages(stages or [(self.width, k)], k, len(self), self.width)
+        self._check_graph(checked[0])
+        first, *others = [stage._replace(keep=min(stage.keep, len(self))) for stage in checked]
         self.seconds = []
         start = time.perf_counter()
         scores, rows = (self._graph if first.precision == APPROXIMATE else self._first)(queries, first)
         self.seconds.append(time.perf_counter() - start)
         for stage in others:
             start = time.perf_counter()
-            scores, rows = self._again(queries, rows, stage)
+            scores, rows = self._rescore(queries, rows, stage)
             self.seconds.append(time.perf_counter() - start)
         scores, ids = scores[:, :k], rows[:, :k] if self._ids is None else self._ids[rows[:, :k]]
         return (scores[0], ids[0]) if single else (scores, ids)
@@ -206,11 +217,11 @@ class FunnelIndex:
         scores, rows = search_graph(self._faiss, _prefix(queries, stage.dim, "float32"), stage.keep)
         if (rows < 0).any():
             found = int((rows >= 0).sum(axis=1).min())
-            raise ValueError(f"stages: the graph found {found} vectors where {stage} keeps {stage.keep}; keep fewer")
+            raise ValueError(f"stages: the graph found {found} vectors, but {stage} keeps {stage.keep}; keep fewer")
         return scores, rows
 
-    def _again(self, queries: np.ndarray, rows: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the best among each query's own, at more dimensions."""
+    def _rescore(self, queries: np.ndarray, rows: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the best among each query's own rows, at more dimensions."""
         asked, results = _prefix(queries, stage.dim, "float32"), []
         for query, own in zip(asked, rows, strict=True):
             scores = _prefix(self.vectors[own, : stage.dim], stage.dim, "float32") @ query
@@ -218,7 +229,10 @@ class FunnelIndex:
             results.append((scores[top], own[top]))
         return np.stack([r[0] for r in results]), np.stack([r[1] for r in results])
 
-    def _merge(self, left, right, keep: int):
+    def _merge(
+        self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray], keep: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the best of two results."""
         if not len(left[0]):
             return right
         scores, rows = (np.concatenate(pair) for pair in zip(left, right, strict=True))
@@ -227,7 +241,7 @@ class FunnelIndex:
 
 
 def _unit(rows, width: int | None, first: int, name: str) -> np.ndarray:
-    """Rows of unit norm in float32, a copy; ValueError naming a row that has no direction."""
+    """A copy of the rows, of unit norm in float32; ValueError that names a row without a direction."""
     rows = np.array(rows, dtype=np.float32)
     if rows.ndim != 2 or (width is not None and rows.shape[1] != width):
         raise ValueError(f"{name}: a shape of {rows.shape} is not allowed; use (rows, {width or 'dimensions'})")
@@ -253,7 +267,7 @@ def _file(dim: int, precision: str) -> str:
 
 
 def _prefix(rows: np.ndarray, dim: int, precision: str) -> np.ndarray:
-    """The first dims of unit vectors, of unit norm again, in a precision; bits are 64 to a number."""
+    """The first dimensions of unit vectors, normalised again, in a precision; 64 bits go into a number."""
     rows = rows[:, :dim]
     if precision == "binary":
         bits = np.packbits(rows > 0, axis=1)
@@ -267,7 +281,7 @@ def _prefix(rows: np.ndarray, dim: int, precision: str) -> np.ndarray:
 
 
 def _score(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
-    """(Q, rows): cosine similarity, or for bits the share that agrees."""
+    """(Q, rows): cosine similarity, or for bits the share of equal ones."""
     if stage.precision == "float32":
         return _products(queries, rows)
     step = max(1, _CACHED // stage.dim)
@@ -278,13 +292,36 @@ def _score(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
 def _score_small(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
     if stage.precision == "int8":
         return _products(queries * (_DEVIATIONS / (127 * stage.dim**0.5)), rows.astype(np.float32))
-    ones = np.ones(rows.shape[1], np.float32)  # a product with it is the fastest sum of a few columns
-    apart = np.stack([np.bitwise_count(rows ^ query).astype(np.float32) @ ones for query in queries])
-    return 1 - apart / stage.dim
+    ones = np.ones(rows.shape[1], np.float32)  # a product with ones is the fastest sum of a few columns
+    different = np.stack([np.bitwise_count(rows ^ query).astype(np.float32) @ ones for query in queries])
+    return 1 - different / stage.dim
 
 
 def _products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return queries @ rows.T if len(queries) > 1 else (rows @ queries[0])[None]
+
+
+def _append_vectors(
+    writer: Writer,
+    blocks: Iterable[np.ndarray],
+    wanted: Sequence[tuple[int, str]],
+    approximate: tuple[int, str] | None,
+) -> tuple[int, int]:
+    """Write the vectors and their prefixes; returns the number of vectors and their width."""
+    count, width = 0, 0
+    for block in blocks:
+        for start in range(0, len(block), _ROWS):
+            rows = _unit(block[start : start + _ROWS], width or None, count, "embeddings")
+            if not width:
+                width = rows.shape[1]
+                _check_prefixes([*wanted, *([(approximate[0], "float32")] if approximate else [])], width)
+            writer.append(VECTORS, rows)
+            for dim, precision in wanted:
+                writer.append(_file(dim, precision), _prefix(rows, dim, precision))
+            count += len(rows)
+    if count == 0:
+        raise ValueError("embeddings: there are no vectors")
+    return count, width
 
 
 def _append_graph(writer: Writer, dim: int, spec: str, count: int) -> None:
@@ -296,14 +333,17 @@ def _append_graph(writer: Writer, dim: int, spec: str, count: int) -> None:
     build_graph(spec, dim, blocks, count, writer.add_file(GRAPH))
 
 
-def _append_companions(writer: Writer, ids, texts, count: int) -> None:
+def _append_companions(
+    writer: Writer, ids: Sequence[str] | Sequence[int] | None, texts: Iterable[str] | None, count: int
+) -> None:
+    """Write the ids and the texts, if any."""
     if ids is not None:
-        ids = np.asarray(ids)
-        if len(ids) != count:
-            raise ValueError(f"ids: {len(ids)} are given for {count} vectors")
-        if len(np.unique(ids)) != count:
-            raise ValueError("ids: one of them stands twice")
-        writer.append(IDS, ids)
+        array = np.asarray(ids)
+        if len(array) != count:
+            raise ValueError(f"ids: {len(array)} are given for {count} vectors")
+        if len(np.unique(array)) != count:
+            raise ValueError("ids: one of them appears twice")
+        writer.append(IDS, array)
     if texts is None:
         return
     ends = [0]

@@ -1,27 +1,28 @@
-"""Which size for which budget: costs of every size on this machine, the Pareto front, and one choice."""
+"""Which size for which budget: costs of every size on this machine, the Pareto front, and a choice."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
-# Texts that are embedded one at a time for the latency, and together for the throughput.
+# Number of texts that are embedded one by one for the latency, and together for the throughput.
 _ALONE, _TOGETHER = 16, 128
 BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a size costs here, and how good it is.
+    """What a size costs on this machine, and how good it is.
 
     Args:
         size: for example `2x64`.
-        ms_per_text: milliseconds from a text to its embedding, one text at a time, median.
-        texts_per_second: of many texts at once.
-        parameters: of the model cut to the size's layers.
-        memory_mb: of these parameters, in megabytes.
-        bytes_per_vector: in the precision asked for.
-        score: mean over tasks of the main metric, None where nothing was evaluated.
+        ms_per_text: median milliseconds from a text to its embedding, one text at a time.
+        texts_per_second: when many texts are embedded at once.
+        parameters: number of parameters of the model cut to the size's layers.
+        memory_mb: memory of these parameters, in megabytes.
+        bytes_per_vector: in the chosen precision.
+        score: mean over tasks of the main metric, None if nothing was evaluated.
     """
 
     size: str
@@ -35,7 +36,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a size may cost at most, and must score at least; None for no limit."""
+    """What a size may cost at most, and must score at least.
+
+    Args:
+        max_ms_per_text: in milliseconds, None for no limit.
+        max_bytes_per_vector: None for no limit.
+        min_score: None for no limit.
+
+    Raises:
+        ValueError: a limit on costs is not above 0.
+    """
 
     max_ms_per_text: float | None = None
     max_bytes_per_vector: float | None = None
@@ -47,16 +57,16 @@ class Limits:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value} is not allowed; use a number above 0")
 
-    def faults(self, cell: Cell) -> list[str]:
+    def problems(self, cell: Cell) -> list[str]:
         """Which of the limits a size breaks."""
-        faults = []
+        problems = []
         if self.max_ms_per_text is not None and cell.ms_per_text > self.max_ms_per_text:
-            faults.append(f"takes {cell.ms_per_text:.2f} ms")
+            problems.append(f"takes {cell.ms_per_text:.2f} ms")
         if self.max_bytes_per_vector is not None and cell.bytes_per_vector > self.max_bytes_per_vector:
-            faults.append(f"needs {cell.bytes_per_vector:g} bytes a vector")
+            problems.append(f"needs {cell.bytes_per_vector:g} bytes per vector")
         if self.min_score is not None and (cell.score is None or cell.score < self.min_score):
-            faults.append("has no score" if cell.score is None else f"scores {cell.score:.4f}")
-        return faults
+            problems.append("has no score" if cell.score is None else f"scores {cell.score:.4f}")
+        return problems
 
 
 def plan(
@@ -68,32 +78,38 @@ def plan(
     max_length: int | None = None,
     runs: int = 3,
 ) -> list[Cell]:
-    """
-    Measure sizes of a model on this machine; dims cost nothing to speak of, so that each depth is measured once.
+    """Measure sizes of a model on this machine.
+
+    The number of dimensions hardly changes the costs, so each depth is measured only once.
 
     Args:
         model: a `TwoDMSEModel`.
-        sizes: (num_layers, dim) of each.
-        texts: like those that will be embedded; as many as there are, up to 128.
-        scores: {size: score}, for example the mean of `results.json`.
+        sizes: (num_layers, dim) of each size.
+        texts: similar to the texts that will be embedded; the first 128 are used.
+        scores: {size: score}, for example the means of `results.json`.
         precision: of the stored vectors: `float32`, `float16`, `int8` or `binary`.
-        runs: of which the median is taken.
+        max_length: in tokens; longer texts are truncated.
+        runs: number of runs that the median is taken over.
 
     Returns:
-        a cell a size, in the order given.
+        One cell per size, in the order of `sizes`.
+
+    Raises:
+        ValueError: `precision` is unknown, or there are no texts.
     """
     if precision not in BYTES:
         raise ValueError(f"precision: {precision!r} is unknown; choose one of {', '.join(BYTES)}")
     if not texts:
-        raise ValueError("texts: none is given to measure on")
+        raise ValueError("texts: the list is empty; give at least one text to measure on")
     options = {"max_length": max_length, "show_progress_bar": False}
     small = {n: model.truncate(n) for n in sorted({n for n, _ in sizes})}
     alone, together = list(texts[:_ALONE]), list(texts[:_TOGETHER])
     times: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in small}
-    for run in range(runs + 1):  # depths in turn, so that a slow moment meets them all; the first run warms up
+    for run in range(runs + 1):  # depths take turns, so that a slow moment affects them all; the first run warms up
         for n, cut in small.items():
-            each = [_seconds(lambda cut=cut, text=text: cut.encode(text, **options), model.device) for text in alone]
-            all_at_once = _seconds(lambda cut=cut: cut.encode(together, **options), model.device)
+            encode = partial(cut.encode, **options)
+            each = [_seconds(partial(encode, text), model.device) for text in alone]
+            all_at_once = _seconds(partial(encode, together), model.device)
             if run:
                 times[n][0].extend(each)
                 times[n][1].append(all_at_once)
@@ -115,7 +131,7 @@ def plan(
 
 
 def pareto(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that no other one beats: as good in score, time and bytes, and better in one of them."""
+    """The cells that no other cell beats by being as good in score, time and bytes and better in one of them."""
 
     def key(cell: Cell) -> tuple[float, float, float]:
         return (-(cell.score or 0.0), cell.ms_per_text, cell.bytes_per_vector)
@@ -128,17 +144,22 @@ def pareto(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def choose(cells: Sequence[Cell], limits: Limits) -> tuple[Cell, str]:
-    """
-    One size within the limits, and why.
+    """One size within the limits, and the reason for the choice.
 
-    Where a score must be reached, the fastest, and of these the one of fewest bytes; else the best score, and of these
-    the fastest. Where no size has a score, more layers and dims count as better. ValueError where no size is within
-    the limits, naming what comes nearest.
+    With `min_score`, the fastest size is chosen, and of equally fast ones the one with the fewest bytes. Without it,
+    the best score is chosen, and of equally good ones the fastest. If no size has a score, more layers and dimensions
+    count as better.
+
+    Returns:
+        The cell, and the reason as text.
+
+    Raises:
+        ValueError: no size is within the limits; the message names the nearest one.
     """
-    fitting = [cell for cell in cells if not limits.faults(cell)]
+    fitting = [cell for cell in cells if not limits.problems(cell)]
     if not fitting:
-        nearest = min(cells, key=lambda cell: len(limits.faults(cell)))
-        raise ValueError(f"limits: no size is within them; {nearest.size} {' and '.join(limits.faults(nearest))}")
+        nearest = min(cells, key=lambda cell: len(limits.problems(cell)))
+        raise ValueError(f"limits: no size is within them; {nearest.size} {' and '.join(limits.problems(nearest))}")
     scored = [cell for cell in fitting if cell.score is not None]
     fitting = scored or fitting
 
@@ -153,7 +174,7 @@ def choose(cells: Sequence[Cell], limits: Limits) -> tuple[Cell, str]:
 
 
 def as_rows(cells: Sequence[Cell]) -> list[dict]:
-    """The cells as dicts, with whether each is on the front."""
+    """The cells as dicts, each with whether it is on the Pareto front."""
     front = pareto(cells)
     return [asdict(cell) | {"on_front": cell in front} for cell in cells]
 
@@ -161,9 +182,9 @@ def as_rows(cells: Sequence[Cell]) -> list[dict]:
 def _rest(limits: Limits) -> str:
     parts = []
     if limits.max_ms_per_text is not None:
-        parts.append(f"at most {limits.max_ms_per_text:g} ms a text")
+        parts.append(f"at most {limits.max_ms_per_text:g} ms per text")
     if limits.max_bytes_per_vector is not None:
-        parts.append(f"at most {limits.max_bytes_per_vector:g} bytes a vector")
+        parts.append(f"at most {limits.max_bytes_per_vector:g} bytes per vector")
     return f" within {' and '.join(parts)}" if parts else ""
 
 

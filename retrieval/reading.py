@@ -1,4 +1,4 @@
-"""Texts out of files, one after the other and with ids; a line that cannot be used is reported, not raised."""
+"""Texts from files, one after another and with ids; a line that cannot be used is reported, not raised."""
 
 import csv
 import gzip
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 STDIN = "-"
@@ -22,22 +22,23 @@ class Text(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A line that holds no text, by its number from 1, and why."""
+    """A line without a usable text: its number from 1, and the reason."""
 
     line: int
     reason: str
 
 
 def read_texts(path: str, text_column: str = "text", id_column: str | None = None) -> Iterator[Text | Malformed]:
-    """
-    The texts of a file, of a folder in BEIR layout (its corpus) or of standard input (`-`, a text a line).
+    """The texts of a file, of the corpus of a folder in BEIR layout, or of standard input.
 
     Args:
-        path: .txt (a text a line), .csv, .tsv, .jsonl or .parquet, all but the last also .gz.
-        text_column: of a table; id_column: by default `_id` or `id` where there is one, else the row's number from 0.
+        path: .txt (one text per line), .csv, .tsv, .jsonl or .parquet, all except the last also with .gz; or a folder
+            with a `corpus.jsonl`, or `-` for standard input (one text per line).
+        text_column: column of a table.
+        id_column: default: `_id` or `id` if there is one, else the row's number from 0.
 
     Raises:
-        ValueError: the file is missing, of an unknown kind, or has no such column.
+        ValueError: the file is missing, has an unknown format, or does not have the column.
     """
     if path == STDIN:
         return _lines(sys.stdin.buffer)
@@ -61,7 +62,7 @@ def read_texts(path: str, text_column: str = "text", id_column: str | None = Non
 
 
 def count_lines(path: str) -> int | None:
-    """About how many texts there are, None where that cannot be known."""
+    """Approximate number of texts; None if it cannot be known."""
     if path == STDIN:
         return None
     if _suffix(path) == ".parquet":
@@ -82,7 +83,7 @@ def _suffix(path: str) -> str:
 
 
 def _open(path: str) -> BinaryIO:
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb"))
 
 
 def _numbered(file: Iterable[bytes]) -> Iterator[tuple[int, str] | Malformed]:
@@ -95,7 +96,7 @@ def _numbered(file: Iterable[bytes]) -> Iterator[tuple[int, str] | Malformed]:
             except UnicodeDecodeError as error:
                 yield Malformed(number, f"byte {error.start + 1} is not UTF-8")
     except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"input: the compressed file ends behind line {number}: {error}") from error
+        raise ValueError(f"input: the compressed file ends after line {number}: {error}") from error
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[Text | Malformed]:
@@ -136,7 +137,7 @@ def _table(file: BinaryIO, delimiter: str, text_column: str, id_column: str | No
     for index, row in enumerate(reader):
         number = reader.line_num
         if None in row or None in row.values():
-            yield Malformed(number, f"it has not {len(names)} columns")
+            yield Malformed(number, f"it does not have {len(names)} columns")
         else:
             yield _row(number, row, text_column, id_column, index)
 

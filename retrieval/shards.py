@@ -1,4 +1,4 @@
-"""Embeddings in shards: each appears whole, and is not made again while its texts are the same."""
+"""Embeddings in shards: each appears complete, and is not computed again while its texts are the same."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ SETTINGS, SUMMARY, DONE, IDS = "settings.json", "embeddings.json", "done", "ids"
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Note how the embeddings are made; ValueError where a folder holds embeddings that were made otherwise."""
+    """Record how the embeddings are made; ValueError if the folder has embeddings that were made differently."""
     path = folder / SETTINGS
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     for name in settings:
         if before.get(name) != settings[name]:
             raise ValueError(
-                f"output_dir: {folder} holds embeddings made with {name} {before.get(name)}, not {settings[name]}; "
+                f"output_dir: {folder} has embeddings made with {name} {before.get(name)}, not {settings[name]}; "
                 "choose another folder"
             )
 
@@ -42,18 +42,24 @@ def encode_shards(
     on_error: str = "stop",
     progress: Callable[[int, bool], None] = lambda rows, is_new: None,
 ) -> dict:
-    """
-    Write this process' shards: each `processes`-th, from the `process`-th on.
+    """Write this process's shards: every `processes`-th shard, starting from the `process`-th.
 
     Args:
         texts: in the same order in every process and run.
-        encode: from texts to (len(texts), dim) of each size by name.
-        folder: holds `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
+        encode: from texts to a (len(texts), dim) array per size, by name.
+        folder: gets `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
+        shard_size: texts per shard.
+        format: `npy` or `parquet`.
+        process: number of this process, from 0.
+        processes: number of processes.
         on_error: `stop` with a ValueError at the first malformed line, or `skip` it.
-        progress: told of each finished shard's rows, and whether they were encoded now.
+        progress: called for each finished shard with its rows, and whether they were encoded now.
 
     Returns:
-        {"rows": all texts, "shards": their number, "skipped": [[line, reason], ...]}, of all processes.
+        {"rows": number of texts, "shards": number of shards, "skipped": [[line, reason], ...]} over all processes.
+
+    Raises:
+        ValueError: a line is malformed and `on_error` is `stop`.
     """
     skipped: list[list] = []
     rows = shards = 0
@@ -66,7 +72,7 @@ def encode_shards(
         is_new = not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["crc32"] == key)
         if is_new:
             marker.unlink(missing_ok=True)
-            (folder / SUMMARY).unlink(missing_ok=True)  # until all is done again, the folder is not complete
+            (folder / SUMMARY).unlink(missing_ok=True)  # until everything is done again, the folder is not complete
             _write_shard(folder, number, shard, encode([text for _, text in shard]), format)
             _write_json(marker, {"rows": len(shard), "crc32": key})
         progress(len(shard), is_new)
@@ -74,7 +80,7 @@ def encode_shards(
 
 
 def finish(folder: Path, settings: dict, summary: dict) -> None:
-    """Drop shards of an earlier, longer input, and say what there is."""
+    """Delete shards of an earlier, longer input, and write the summary."""
     for path in folder.glob("*/*.*"):
         if path.stem.isdigit() and int(path.stem) >= summary["shards"]:
             path.unlink()
@@ -82,12 +88,12 @@ def finish(folder: Path, settings: dict, summary: dict) -> None:
 
 
 def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Ids and embeddings of one size, shard by shard; ValueError where the folder is not complete."""
+    """Ids and embeddings of one size, shard by shard; ValueError if the folder is not complete or lacks the size."""
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"embeddings: {folder} is not complete; run encode.py to its end")
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     if size not in summary["sizes"]:
-        raise ValueError(f"size: {size} is not in {folder}; it holds {', '.join(summary['sizes'])}")
+        raise ValueError(f"size: {size} is not in {folder}, which has {', '.join(summary['sizes'])}")
     for number in range(summary["shards"]):
         path = folder / size / f"{number:05d}"
         if summary["format"] == "npy":
@@ -101,19 +107,19 @@ def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray
             yield table["id"].to_pylist(), vectors.flatten().to_numpy().reshape(len(table), -1)
 
 
-def _shards(texts, size: int, on_error: str, skipped: list) -> Iterator[list[Text]]:
+def _shards(texts: Iterable[Text | Malformed], size: int, on_error: str, skipped: list[list]) -> Iterator[list[Text]]:
     good = _good(texts, on_error, skipped)
     while shard := list(itertools.islice(good, size)):
         yield shard
 
 
-def _good(texts, on_error: str, skipped: list) -> Iterator[Text]:
+def _good(texts: Iterable[Text | Malformed], on_error: str, skipped: list[list]) -> Iterator[Text]:
     for item in texts:
         if not isinstance(item, Malformed):
             yield item
         elif on_error == "stop":
             raise ValueError(
-                f"input: line {item.line} is malformed: {item.reason}; --on_error skip leaves such lines out, and "
+                f"input: line {item.line} is malformed: {item.reason}; --on_error skip leaves malformed lines out, and "
                 "finished shards are kept"
             )
         else:

@@ -1,4 +1,4 @@
-"""One stage of a funnel: what it computes, how many it keeps, and the exact selection of the best."""
+"""One stage of a funnel: its dimensions, how many results it keeps, and the exact selection of the best."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,14 +7,19 @@ import numpy as np
 
 PRECISIONS = ("float32", "int8", "binary")
 APPROXIMATE = "approximate"
-# Scores are looked at in groups of this many to find a value that enough of them reach.
+# Scores are examined in groups of this size to find a value that enough of them reach.
 _GROUP = 256
 
 
 class Stage(NamedTuple):
     """Score at `dim` dimensions and keep the `keep` best.
 
-    The first stage alone may be of a smaller precision (`int8`, `binary`), or `approximate`, by the index's graph.
+    Only the first stage may use a smaller precision, or the index's graph.
+
+    Attributes:
+        dim: dimensions that are compared.
+        keep: results that are passed on.
+        precision: `float32`, `int8`, `binary` or `approximate`.
 
     >>> str(Stage(32, 200)), str(Stage(384, 50, "binary"))
     ('32:200', '384:50:binary')
@@ -29,7 +34,10 @@ class Stage(NamedTuple):
 
 
 def parse_stages(text: str) -> list[Stage]:
-    """Stages from `DIM:KEEP[:PRECISION],...`; ValueError for anything else.
+    """Stages from text of the form `DIM:KEEP[:PRECISION],...`.
+
+    Raises:
+        ValueError: the text has another form.
 
     >>> [str(stage) for stage in parse_stages("32:200:int8,384:10")]
     ['32:200:int8', '384:10']
@@ -39,24 +47,30 @@ def parse_stages(text: str) -> list[Stage]:
         dim, _, rest = part.strip().partition(":")
         keep, _, precision = rest.partition(":")
         if not (dim.isdigit() and keep.isdigit()):
-            raise ValueError(f"stages: {part!r} is not DIM:KEEP or DIM:KEEP:PRECISION, as in 32:200,384:10")
+            raise ValueError(f"stages: {part!r} is not DIM:KEEP or DIM:KEEP:PRECISION; write for example 32:200,384:10")
         stages.append(Stage(int(dim), int(keep), precision or "float32"))
     return stages
 
 
-def check_stages(stages: Sequence[Stage], k: int, count: int, width: int) -> list[Stage]:
-    """The stages as such; ValueError where they cannot be searched with.
+def check_stages(stages: Sequence[Stage | tuple], k: int, count: int, width: int) -> list[Stage]:
+    """The stages as `Stage` objects, checked against an index.
 
     Args:
-        k: results asked for; count: vectors in the index; width: dimensions of a vector.
+        stages: (dim, keep) or (dim, keep, precision) of each stage.
+        k: results per query.
+        count: vectors in the index.
+        width: dimensions of a vector.
+
+    Raises:
+        ValueError: the index cannot be searched with these stages.
     """
     if not 1 <= k <= count:
-        raise ValueError(f"k: {k} is not allowed; this index holds {count} vectors, so use 1 to {count}")
-    stages = [Stage(*stage) for stage in stages]
-    if not stages:
-        raise ValueError("stages: none is given")
-    shown = ",".join(map(str, stages))
-    for index, stage in enumerate(stages):
+        raise ValueError(f"k: {k} is not allowed; this index has {count} vectors, so use 1 to {count}")
+    checked = [Stage(*stage) for stage in stages]
+    if not checked:
+        raise ValueError("stages: the list is empty; give at least one stage")
+    shown = ",".join(map(str, checked))
+    for index, stage in enumerate(checked):
         if not 1 <= stage.dim <= width:
             raise ValueError(f"stages: {stage.dim} dimensions in {shown} are not allowed; the vectors have {width}")
         if stage.precision not in (*PRECISIONS, APPROXIMATE):
@@ -64,20 +78,24 @@ def check_stages(stages: Sequence[Stage], k: int, count: int, width: int) -> lis
             raise ValueError(f"stages: {stage.precision!r} is unknown; choose one of {known}")
         if index and stage.precision != "float32":
             raise ValueError(f"stages: {stage} is not allowed; only the first stage may be {stage.precision}")
-    keeps = [stage.keep for stage in stages]
+    keeps = [stage.keep for stage in checked]
     if keeps != sorted(keeps, reverse=True):
         raise ValueError(f"stages: {shown} keeps more in a later stage than in an earlier one")
     if keeps[-1] < k:
-        raise ValueError(f"stages: {shown} keeps {keeps[-1]} in the end, fewer than k ({k})")
-    return stages
+        raise ValueError(f"stages: {shown} keeps {keeps[-1]} in the last stage, fewer than k ({k})")
+    return checked
 
 
 def select(scores: np.ndarray, keep: int, rank: np.ndarray | None = None) -> np.ndarray:
-    """Positions of the `keep` highest scores, best first; of equal ones, those of lower rank.
+    """Positions of the `keep` highest scores, best first; of equal scores, those of lower rank first.
 
     Args:
         scores: (N,).
-        rank: (N,) place of each in the order that ties are broken by; their positions when left out.
+        keep: number of positions.
+        rank: (N,) place of each score in the order that breaks ties; default: the positions themselves.
+
+    >>> select(np.array([0.5, 0.9, 0.1, 0.9]), 3).tolist()
+    [1, 3, 0]
     """
     candidates = np.flatnonzero(scores >= _reached_by(scores, keep))
     second = candidates if rank is None else rank[candidates]
@@ -86,7 +104,7 @@ def select(scores: np.ndarray, keep: int, rank: np.ndarray | None = None) -> np.
 
 
 def _reached_by(scores: np.ndarray, keep: int) -> float:
-    """A value that at least `keep` scores reach, and not many more: that many groups have a score so high."""
+    """A value that at least `keep` scores reach, but not many more: `keep` groups have a score this high."""
     groups = len(scores) // _GROUP
     if groups <= keep:
         return np.partition(scores, len(scores) - keep)[len(scores) - keep] if keep < len(scores) else scores.min()

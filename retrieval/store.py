@@ -1,10 +1,11 @@
-"""A folder of arrays that appears whole or not at all, and is checked when it is opened."""
+"""A folder of arrays that appears complete or not at all, and is checked when it is opened."""
 
 import json
 import os
 import shutil
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,25 +15,33 @@ _READ = 2**24
 
 
 class Writer:
-    """Collects files beside the place where the folder will stand; `commit` moves it there."""
+    """Collects files in a temporary folder beside `path`; `commit` moves it to `path`.
+
+    Args:
+        path: the folder to write.
+        overwrite: whether to replace an index at `path`.
+
+    Raises:
+        ValueError: `path` exists, and may not or must not be replaced.
+    """
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
         self.path = Path(path)
         if self.path.exists() and any(self.path.iterdir()) and not overwrite:
             raise ValueError(f"path: {path} exists; name another folder, or overwrite it")
         if overwrite and self.path.exists() and not (self.path / META).is_file():
-            raise ValueError(f"path: {path} exists and is no index, so it is not overwritten")
+            raise ValueError(f"path: {path} exists and is not an index, so it is not overwritten")
         self.partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
-        self._open = {}
+        self._open: dict[str, BinaryIO] = {}
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Add rows to the end of an array."""
         rows = np.ascontiguousarray(rows)
         if name not in self._open:
-            self._open[name] = open(self.partial / name, "wb")  # noqa: SIM115, closed in the end
+            self._open[name] = open(self.partial / name, "wb")  # noqa: SIM115, closed by commit or discard
             self.files[name] = {"dtype": rows.dtype.str, "shape": [0, *rows.shape[1:]], "crc32": 0}
         entry = self.files[name]
         data = rows.tobytes()
@@ -41,18 +50,18 @@ class Writer:
         entry["shape"][0] += len(rows)
 
     def array(self, name: str) -> np.ndarray:
-        """What was appended so far, mapped into memory."""
+        """The rows that were appended so far, mapped into memory."""
         self._open[name].flush()
         entry = self.files[name]
         return np.memmap(self.partial / name, dtype=entry["dtype"], mode="r", shape=tuple(entry["shape"]))
 
     def add_file(self, name: str) -> Path:
-        """Where to write a file that another library writes, before `commit`."""
+        """The path for a file that another library writes before `commit`."""
         self.files[name] = {"dtype": "|u1", "shape": [0], "crc32": 0}
         return self.partial / name
 
     def commit(self, meta: dict) -> None:
-        """Write the description and give the folder its name."""
+        """Write the description, and move the folder to its place."""
         for file in self._open.values():
             file.flush()
             os.fsync(file.fileno())
@@ -69,21 +78,25 @@ class Writer:
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Leave no trace."""
+        """Delete everything that was written."""
         for file in self._open.values():
             file.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def read(path: str | os.PathLike, verify: bool) -> tuple[dict, dict[str, np.ndarray]]:
-    """The description of a folder, and its arrays, mapped into memory; ValueError where something is amiss.
+    """The description of a folder, and its arrays, mapped into memory.
 
     Args:
-        verify: read every file once and compare its checksum.
+        path: the folder.
+        verify: whether to read every file once and compare its checksum.
+
+    Raises:
+        ValueError: the folder is not an index, or one of its files is missing, truncated or damaged.
     """
     folder = Path(path)
     if not (folder / META).is_file():
-        raise ValueError(f"path: {path} holds no {META}, so it is not an index")
+        raise ValueError(f"path: {path} has no {META}, so it is not an index")
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         version, files = meta["format"], meta["files"]
@@ -99,7 +112,7 @@ def _map(path: Path, entry: dict, verify: bool) -> np.ndarray:
     expected = dtype.itemsize * int(np.prod(shape))
     found = path.stat().st_size if path.is_file() else -1
     if found != expected:
-        state = "is missing" if found < 0 else f"has {found} bytes in place of {expected}: it was cut off or changed"
+        state = "is missing" if found < 0 else f"has {found} bytes instead of {expected}: it was truncated or changed"
         raise ValueError(f"path: {path} {state}; build the index again")
     if verify and _checksum(path) != entry["crc32"]:
         raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")

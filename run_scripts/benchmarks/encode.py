@@ -1,4 +1,4 @@
-"""Encoding: texts per second against sentence-transformers, in float32 and at the best precision, and by depth."""
+"""Encoding: texts per second against sentence-transformers in float32 and at the best precision, and time by depth."""
 
 import copy
 import importlib.util
@@ -19,12 +19,12 @@ from trainer.evaluation import StsData, evaluate_sts
 from trainer.shared.arguments import cpu_has_bf16
 
 BATCH = 32
-# A precision may move no task's Spearman by more.
+# The most that a precision may change the Spearman of any task.
 TOLERANCE = 0.001
 
 
 class OnnxEncoder:
-    """What `export(format="onnx")` wrote, with the part of a [`TwoDMSEModel`] that encodes."""
+    """The model that `export(format="onnx")` writes, with the encoding methods of a [`TwoDMSEModel`]."""
 
     def __init__(self, model: TwoDMSEModel, folder: str, dtype: str):
         import onnxruntime
@@ -46,7 +46,7 @@ class OnnxEncoder:
         max_length: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> torch.Tensor:
-        """(1, len(texts), dim), of the one size that was exported."""
+        """(1, len(texts), dim) embeddings, of the one size that was exported."""
         length = min(max_length or self.max_length, self.max_length)
         return pooled_states(self._run, self.tokenizer, texts, length, batch_size, "cpu", show_progress_bar)
 
@@ -61,8 +61,8 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
     Args:
         args: the benchmark's arguments.
         texts: what is encoded.
-        tasks: sentence pairs that say what a precision costs; without any, the best is sought in float32 alone.
-        folder: an empty one, for exports.
+        tasks: sentence pairs that show what a precision costs; without them, only float32 is measured.
+        folder: an empty folder for exports.
     """
     peers.check_installed()
     name = models.resolve_model(args.model_name_or_path)
@@ -76,12 +76,12 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
     calls["theirs"] = partial(peer.encode, texts, batch_size=BATCH)
     if args.profile:
         write_profile(calls["float32"], Path(args.output_dir) / "profile-encode.txt")
-    in_turn(1, {way: partial(seconds, call) for way, call in calls.items()})  # pays for memory and threads
+    in_turn(1, {way: partial(seconds, call) for way, call in calls.items()})  # allocates memory and starts threads
     taken = in_turn(args.runs, {way: partial(seconds, call) for way, call in calls.items()})
     more = {"texts": len(texts), "batch": BATCH}
     lines = [row("encode.fp32", ">= 1.3", taken["theirs"], taken["float32"], **more)]
     for way in list(ways)[1:]:
-        line = row(f"encode.{way}", "beside it", taken["theirs"], taken[way], **more, spearman_lost=lost[way])
+        line = row(f"encode.{way}", "none", taken["theirs"], taken[way], **more, spearman_lost=lost[way])
         lines.append(line)
     best = max((line for line in lines if line.get("spearman_lost", 0) <= TOLERANCE), key=lambda line: line["ratio"])
     lines.append(best | {"id": "encode.best", "target": ">= 3", "precision": best["id"].removeprefix("encode.")})
@@ -89,7 +89,7 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
 
 
 def depth_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) -> list[dict]:
-    """Time at n layers over time at all N, which should be n/N, and by how much the worst n is above."""
+    """Time at n layers over time at all N, which should be n/N, and the largest excess over n/N."""
     count = model.num_layers
     calls = {n: partial(model.encode, texts, num_layers=n, **options) for n in range(1, count + 1)}
     taken = in_turn(runs, {f"{n} layers": partial(seconds, call) for n, call in calls.items()})
@@ -103,7 +103,7 @@ def depth_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) 
 
 
 def precisions(model: TwoDMSEModel, folder: str) -> dict[str, TwoDMSEModel | OnnxEncoder]:
-    """The model in what else this machine may be faster at."""
+    """The model in other precisions and runtimes that may be faster on this machine, by name."""
     ways = {}
     if model.device.type != "cpu" or cpu_has_bf16():
         ways["bf16"] = copy.deepcopy(model).to(torch.bfloat16)
@@ -117,7 +117,7 @@ def precisions(model: TwoDMSEModel, folder: str) -> dict[str, TwoDMSEModel | Onn
 
 
 def spearman_lost(encoder, model: TwoDMSEModel, tasks: list[StsData], size: Size, max_length: int) -> float:
-    """By how much an encoder's Spearman differs from the model's, on the task where it differs most."""
+    """The largest difference over tasks between an encoder's Spearman and the model's."""
     if encoder is model:
         return 0.0
     options = {"max_length": max_length, "show_progress_bar": False}

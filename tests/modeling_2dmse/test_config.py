@@ -18,7 +18,7 @@ def test_ladders():
     assert parse_ladder(["4x32", "1x8"]) == [Size(1, 8), Size(4, 32)]
     with pytest.raises(ValueError, match="the ladder is empty"):
         parse_ladder([])
-    with pytest.raises(ValueError, match="1x8 stands more than once"):
+    with pytest.raises(ValueError, match="1x8 appears more than once"):
         parse_ladder(["1x8", "1x8"])
     with pytest.raises(ValueError, match="7x8 asks for 7 layers, but the backbone has 1 to 6"):
         parse_ladder(["7x8"], 6, 384)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from modeling_2dmse import encoding
-from modeling_2dmse.encoding import back_in_order, even_groups, quantize, tight_groups, token_batches
+from modeling_2dmse import batching
+from modeling_2dmse.batching import back_in_order, even_groups, tight_groups, token_batches
+from modeling_2dmse.formats import quantize
 from modeling_2dmse.pooling import cut_and_normalize, pool
 
 
@@ -40,9 +41,7 @@ def test_order_batch_size_and_single_string(tiny_model):
 def test_long_input_in_pieces(tiny_model, monkeypatch):
     model = tiny_model()
     expected = model.encode(SENTENCES)
-    import modeling_2dmse.encoding as encoding
-
-    monkeypatch.setattr(encoding, "max", lambda *_: 6, raising=False)
+    monkeypatch.setattr(batching, "max", lambda *_: 6, raising=False)
     assert np.allclose(model.encode(SENTENCES, batch_size=4), expected, atol=1e-5)
 
 
@@ -196,5 +195,5 @@ def test_a_corpus_of_several_pieces_keeps_its_order(tiny_model, monkeypatch):
     model = tiny_model()
     texts = [f"{text} {i}" for i, text in enumerate(SENTENCES * 4)]
     whole = model.encode(texts)
-    monkeypatch.setattr(encoding, "_PIECE", 5)
+    monkeypatch.setattr(batching, "_PIECE", 5)
     assert np.allclose(model.encode(texts, batch_size=2), whole, atol=1e-6)

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.backbone import find_layer_stack, layers_of
-from modeling_2dmse.encoding import row_lengths
+from modeling_2dmse.batching import row_lengths
 
 
 def batch(padding: str) -> dict[str, torch.Tensor]:

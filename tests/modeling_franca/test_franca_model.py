@@ -241,7 +241,7 @@ def test_encode_refuses_and_handles_nothing():
             model.encode([draw_picture(0, 0)], dim=dim)
     with pytest.raises(ValueError, match="batch_size: 0 is not allowed"):
         model.encode([draw_picture(0, 0)], batch_size=0)
-    with pytest.raises(ValueError, match="pixel_values: pictures of 18x16 pixels are not allowed; both must be mult"):
+    with pytest.raises(ValueError, match="pixel_values: images of 18x16 pixels are not allowed; both must be mult"):
         model.encode(torch.randn(2, 3, 18, 16))
     model.teacher.image_processor = None
     with pytest.raises(ValueError, match="image_processor: this model was not loaded from a folder"):
@@ -283,16 +283,16 @@ def test_batches_that_cannot_be_trained_on_are_refused():
     with pytest.raises(ValueError, match="koleo_weight: a batch of 1 has no nearest neighbour"):
         model(**tiny_batch(1))
     assert torch.isfinite(tiny_model(koleo_weight=0.0)(**tiny_batch(1)).loss)
-    with pytest.raises(ValueError, match="global_crops: pictures of 15x16 pixels are not allowed"):
+    with pytest.raises(ValueError, match="global_crops: images of 15x16 pixels are not allowed"):
         model(batch["global_crops"][..., :15, :])
-    with pytest.raises(ValueError, match="local_crops: pictures of 8x6 pixels are not allowed"):
+    with pytest.raises(ValueError, match="local_crops: images of 8x6 pixels are not allowed"):
         model(batch["global_crops"], batch["local_crops"][..., :6])
-    with pytest.raises(ValueError, match="global_crops: one crop alone has no other to predict"):
+    with pytest.raises(ValueError, match="global_crops: a single crop has no other crop to predict"):
         model(batch["global_crops"][:, :1])
 
 
 def test_other_backbones_are_refused():
-    with pytest.raises(ValueError, match="backbone_config: bert is no vision transformer; use dinov2, dinov3_vit, vit"):
+    with pytest.raises(ValueError, match="backbone_config: bert is not a vision transformer; use dinov2, dinov3_vit or vit"):
         FrancaConfig({"model_type": "bert"})
     shape = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 16, "patch_size": 2}
     swin = FrancaModel(FrancaConfig({"model_type": "swin", **shape}))

@@ -114,7 +114,7 @@ def test_folding_into_the_model_survives_saving(tmp_path):
     assert not torch.allclose(output.patch_tokens, plain.patch_tokens, atol=1e-3)
     with pytest.raises(ValueError, match="projector: this model has one folded in already"):
         model.fold(projector)
-    with pytest.raises(ValueError, match="projector: it is for 12 dimensions, the model has 16"):
+    with pytest.raises(ValueError, match="projector: it is for 12 dimensions, not for the model's 16"):
         tiny_model().teacher.fold(RasaProjector(torch.eye(12)[:, :2]))
 
 
@@ -124,5 +124,5 @@ def test_wrong_input(features):
         RasaProjector.fit(features, positions, "svd")
     with pytest.raises(ValueError, match="iterations: 0 is not allowed"):
         RasaProjector.fit(features, positions, iterations=0)
-    with pytest.raises(ValueError, match=r"positions: \(9, 2\) does not fit features \(60, 16, 12\)"):
+    with pytest.raises(ValueError, match=r"positions: \(9, 2\) does not match features \(60, 16, 12\)"):
         RasaProjector.fit(features, grid_positions(3, 3))

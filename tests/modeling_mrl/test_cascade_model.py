@@ -149,7 +149,7 @@ def test_cascades_that_cannot_be(backbone_path, tokenizer):
     with pytest.raises(ValueError, match="dataset: there are no rows"):
         model.fit_cascade(rows(tokenizer, 4).select([]), collator)
     assert model.config.thresholds is None
-    with pytest.raises(ValueError, match="sizes: a cascade needs at least two sizes, and there is 8 alone"):
+    with pytest.raises(ValueError, match="sizes: a cascade needs at least two sizes, but there is only 8"):
         model.truncate(8).fit_cascade(rows(tokenizer, 10), collator)
     model.config.thresholds = [0.5]
     with pytest.raises(ValueError, match=r"thresholds: .* must be a list of 2 numbers"):

@@ -62,7 +62,7 @@ def test_every_weight_learns(family, pixels, tmp_path):
 def test_poolings_that_do_not_fit(pixels, tmp_path):
     with pytest.raises(ValueError, match="pooling: ResNetModel has no first token; use mean or pooler"):
         image_classifier("resnet", tmp_path, pooling="cls")(pixels)
-    with pytest.raises(ValueError, match="pooling: 'lasttoken' is not for MatryoshkaForImageClassification"):
+    with pytest.raises(ValueError, match="pooling: 'lasttoken' does not work with MatryoshkaForImageClassification"):
         image_classifier("vit", tmp_path, pooling="lasttoken")
-    with pytest.raises(ValueError, match="sizes: 1x8 names layers; heads on several exits are for texts alone"):
+    with pytest.raises(ValueError, match="sizes: 1x8 names layers; only classifiers of texts have several exits"):
         image_classifier("vit", tmp_path, sizes=["1x8", "2x32"])

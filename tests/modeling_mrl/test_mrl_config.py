@@ -28,8 +28,8 @@ def test_sizes_are_sorted_and_weights_follow_them():
     ("values", "message"),
     [
         ({"sizes": []}, "sizes: the list is empty"),
-        ({"sizes": [8, 16, 8]}, "sizes: 8 stands more than once"),
-        ({"sizes": ["4x8", 8]}, "sizes: 4x8 stands more than once"),
+        ({"sizes": [8, 16, 8]}, "sizes: 8 appears more than once"),
+        ({"sizes": ["4x8", 8]}, "sizes: 4x8 appears more than once"),
         ({"sizes": [0, 8]}, "sizes: '0' is not a size"),
         ({"sizes": [-8]}, "sizes: '-8' is not a size"),
         ({"sizes": [2.5]}, "sizes: '2.5' is not a size"),
@@ -39,18 +39,18 @@ def test_sizes_are_sorted_and_weights_follow_them():
         ({"head_type": "shared"}, "head_type: 'shared' is unknown; choose one of separate, tied"),
         ({"pooling": "max"}, "pooling: 'max' is unknown"),
         ({"loss_reduction": "none"}, "loss_reduction: 'none' is unknown; choose one of sum, mean"),
-        ({"loss_weights": [1, 1]}, "loss_weights: .* must be a list of 3 numbers, one a size"),
-        ({"loss_weights": [1, -1, 1]}, "loss_weights: .* must not hold negative numbers"),
-        ({"loss_weights": [0, 0, 0]}, "loss_weights: .* nor only zeros"),
-        ({"loss_weights": [1, math.nan, 1]}, "loss_weights: .* must hold finite numbers alone"),
-        ({"loss_weights": [1, "1", 1]}, "loss_weights: .* must hold finite numbers alone"),
-        ({"thresholds": [0.5]}, "thresholds: .* must be a list of 2 numbers, one a size but the largest"),
-        ({"thresholds": [0.5, math.nan]}, "thresholds: .* must hold finite numbers alone"),
+        ({"loss_weights": [1, 1]}, "loss_weights: .* must be a list of 3 numbers, one per size"),
+        ({"loss_weights": [1, -1, 1]}, "loss_weights: .* must have no negative numbers"),
+        ({"loss_weights": [0, 0, 0]}, "loss_weights: .* and not only zeros"),
+        ({"loss_weights": [1, math.nan, 1]}, "loss_weights: .* must have only finite numbers"),
+        ({"loss_weights": [1, "1", 1]}, "loss_weights: .* must have only finite numbers"),
+        ({"thresholds": [0.5]}, "thresholds: .* must be a list of 2 numbers, one for each size but the largest"),
+        ({"thresholds": [0.5, math.nan]}, "thresholds: .* must have only finite numbers"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0 is not allowed"),
         ({"label_smoothing": math.nan}, "label_smoothing: nan is not allowed"),
         ({"num_labels": 1}, "num_labels: 1 is not allowed"),
-        ({"size": 5}, "size: 5 has no head of its own, and with head_type separate no other fits it"),
-        ({"size": "2x8"}, "size: 2x8 is at no exit with heads"),
+        ({"size": 5}, "size: 5 has no head, and with head_type separate it cannot use another size's head"),
+        ({"size": "2x8"}, "size: 2x8 is not at an exit with a head"),
         ({"size": 33, "head_type": "tied"}, "size: 33 asks for 33 dimensions; the head has 1 to 32"),
         ({"size": "big"}, "size: 'big' is not a size"),
     ],
@@ -68,7 +68,7 @@ def test_a_tied_head_has_every_prefix():
 
 def test_widths_of_backbones():
     assert MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16])).hidden_size == 16
-    with pytest.raises(ValueError, match="sizes: resnet does not count its layers"):
+    with pytest.raises(ValueError, match="sizes: the configuration of resnet has no number of layers; name only dimensions"):
         MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16]), sizes=["2x8"])
     with pytest.raises(ValueError, match=r"backbone_config: .* names neither hidden_size nor hidden_sizes"):
         MatryoshkaConfig(backbone_config=AutoConfig.for_model("t5gemma"))

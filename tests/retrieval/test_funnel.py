@@ -133,10 +133,10 @@ def test_wrong_searches_end_in_one_clear_error(tmp_path):
     broken = query.copy()
     broken[0, 3] = np.nan
     for arguments, message in (
-        ((query, 21), "k: 21 is not allowed; this index holds 20 vectors, so use 1 to 20"),
+        ((query, 21), "k: 21 is not allowed; this index has 20 vectors, so use 1 to 20"),
         ((query, 0), "k: 0 is not allowed"),
         ((query, 5, [(8, 5), (WIDTH, 10)]), "stages: 8:5,48:10 keeps more in a later stage than in an earlier one"),
-        ((query, 5, [(8, 10), (WIDTH, 4)]), "stages: 8:10,48:4 keeps 4 in the end, fewer than k"),
+        ((query, 5, [(8, 10), (WIDTH, 4)]), "stages: 8:10,48:4 keeps 4 in the last stage, fewer than k"),
         ((query, 5, [(49, 10)]), "stages: 49 dimensions in 49:10 are not allowed; the vectors have 48"),
         ((query, 5, [(8, 10, "int4")]), "stages: 'int4' is unknown; choose one of float32, int8, binary, approximate"),
         ((query, 5, [(8, 10), (8, 5, "int8")]), "only the first stage may be int8"),
@@ -194,9 +194,9 @@ def test_wrong_vectors_leave_nothing_behind(tmp_path):
         ({"embeddings": documents}, "embeddings: the vector in row 13 is zero"),
         ({"embeddings": iter([vectors(9), other])}, "embeddings: the vector in row 16 is not finite"),
         ({"embeddings": iter([vectors(9), vectors(9, width=40)])}, r"a shape of \(9, 40\) is not allowed"),
-        ({"embeddings": iter([])}, "embeddings: there are none"),
+        ({"embeddings": iter([])}, "embeddings: there are no vectors"),
         ({"embeddings": vectors(5), "ids": ["a"]}, "ids: 1 are given for 5 vectors"),
-        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: one of them stands twice"),
+        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: one of them appears twice"),
         ({"embeddings": vectors(5), "prefixes": [64]}, "prefixes: 64 is not allowed"),
         ({"embeddings": vectors(5), "prefixes": [(8, "int4")]}, "prefixes: 'int4' is unknown"),
     ):
@@ -217,7 +217,7 @@ def test_an_index_is_never_lost_to_a_failed_build(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["index"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(ValueError, match="is no index, so it is not overwritten"):
+    with pytest.raises(ValueError, match="is not an index, so it is not overwritten"):
         FunnelIndex.build(documents, tmp_path / "mine", overwrite=True)
 
 
@@ -237,7 +237,7 @@ def test_damaged_files_are_refused(tmp_path):
         return content
 
     for name in ("vectors.f32", "prefix-8.float32"):
-        for edit, message in ((flip, "is damaged, its checksum is wrong"), (lambda c: c[:-4], "cut off or changed")):
+        for edit, message in ((flip, "is damaged, its checksum is wrong"), (lambda c: c[:-4], "truncated or changed")):
             change(name, edit)
             with pytest.raises(ValueError, match=message):
                 FunnelIndex.open(path)
@@ -257,7 +257,7 @@ def test_damaged_files_are_refused(tmp_path):
     FunnelIndex.open(path, model={"name": "m", "num_layers": 2})
     with pytest.raises(ValueError, match=r"was built with .*'num_layers': 2.*, not with .*'num_layers': 3"):
         FunnelIndex.open(path, model={"name": "m", "num_layers": 3})
-    with pytest.raises(ValueError, match=r"holds no index\.json"):
+    with pytest.raises(ValueError, match=r"has no index\.json"):
         FunnelIndex.open(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_a_plan_measures_every_size(tiny_model):
     assert all(value > 0 for cell in cells for value in dataclasses.astuple(cell)[1:3])
     for arguments, message in (
         ({"precision": "int4"}, "precision: 'int4' is unknown"),
-        ({"texts": []}, "texts: none is given"),
+        ({"texts": []}, "texts: the list is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(model, sizes, **({"texts": ["a"]} | arguments))

@@ -60,8 +60,8 @@ def test_malformed_lines_are_named(tmp_path):
     reasons = ("it is not JSON", "not a JSON object", "it has no text", "its text is a int", "is empty", "has no _id")
     assert all(reason in item.reason for reason, item in zip(reasons, others, strict=True))
     found = list(read_texts(str(tmp_path / "a.csv")))
-    assert found == [Text("1", "two\nlines"), Malformed(4, "it has not 2 columns"),
-                     Malformed(5, "it has not 2 columns"), Text("4", "fine")]  # fmt: skip
+    assert found == [Text("1", "two\nlines"), Malformed(4, "it does not have 2 columns"),
+                     Malformed(5, "it does not have 2 columns"), Text("4", "fine")]  # fmt: skip
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -76,7 +76,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("a.parquet", "cannot be read as parquet"),
         ("empty", r"is a folder without a corpus\.jsonl"),
         ("none.txt", "is not a file"),
-        ("cut.txt.gz", "the compressed file ends behind line"),
+        ("cut.txt.gz", "the compressed file ends after line"),
     ):
         with pytest.raises(ValueError, match=message):
             list(read_texts(str(tmp_path / name)))

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from modeling_2dmse import modeling_2dmse
-from modeling_2dmse.encoding import even_groups
+from modeling_2dmse.batching import even_groups
 from run_scripts.shared import runs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.distributed import shard_by_layers
@@ -281,12 +281,12 @@ def test_fsdp_refuses_what_needs_whole_weights(under_fsdp, tiny_model, tmp_path,
 
     case = ("starbucks", "score_kl", "infonce")
     for settings, message in (
-        ({"teacher": "start"}, "teacher: start is a copy of whole weights, not adapters nor what FSDP"),
-        ({"initial_share": 0.5}, "initial_share: whole weights are averaged, not adapters nor what FSDP"),
+        ({"teacher": "start"}, "teacher: start needs all weights in one process, without adapters, FSDP"),
+        ({"initial_share": 0.5}, "initial_share: the average needs all weights in one process, without adapters, FSDP"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tiny_model(), tmp_path, *case, **settings)
-    with pytest.raises(ValueError, match="model: adapters are not trained under FSDP; use DDP"):
+    with pytest.raises(ValueError, match="model: adapters cannot be trained under FSDP; use DDP"):
         make_trainer(get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear")), tmp_path, *case)
     trainer = make_trainer(tiny_model(), tmp_path, *case, exit_projections=True)
     trainer.is_fsdp_enabled = False  # this process trains whole weights, and then ends as under FSDP
@@ -296,7 +296,7 @@ def test_fsdp_refuses_what_needs_whole_weights(under_fsdp, tiny_model, tmp_path,
     with caplog.at_level("WARNING"):
         trainer.train()
     assert fitted == [None], "exits off the ladder are not fitted anew"
-    assert "the exits [3], off the ladder, keep those of the start" in caplog.text
+    assert "the exits [3], which are not on the ladder, keep their initial fit" in caplog.text
 
 
 class EndUnderFsdp(TrainerCallback):
