@@ -44,9 +44,13 @@ def main(argv=None) -> None:
             checks.check_files("recipe", rest[0])
 
     from run_scripts import finetune
-    from run_scripts.comparing.ideas import idea_trainer
 
-    finetune.main(rest, idea_trainer(strengths))
+    def make_trainer(*args, **kwargs):
+        from run_scripts.comparing.ideas import idea_trainer  # when finetune.py has checked its flags
+
+        return idea_trainer(strengths)(*args, **kwargs)
+
+    finetune.main(rest, make_trainer)
 
 
 def _parse(idea: str) -> tuple[str, float]:

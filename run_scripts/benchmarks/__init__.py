@@ -1,1 +1,1 @@
-"""What benchmark.py measures, a file a subject."""
+"""What benchmark.py measures, a file per subject."""

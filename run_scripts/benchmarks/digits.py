@@ -1,4 +1,4 @@
-"""What nesting gives: kNN accuracy of prefixes on scikit-learn's digits, against flat and projection heads."""
+"""The effect of nesting: kNN accuracy of prefixes on scikit-learn's digits, against flat and projection heads."""
 
 import math
 import tempfile
@@ -38,7 +38,7 @@ LEARNING_RATE = 3e-3
 
 
 class DigitEncoderConfig(PreTrainedConfig):
-    """A perceptron over a picture of 8x8 pixels."""
+    """Configuration of a perceptron on pictures of 8x8 pixels."""
 
     model_type = "digit-encoder"
 
@@ -49,7 +49,7 @@ class DigitEncoderConfig(PreTrainedConfig):
 
 
 class DigitEncoder(PreTrainedModel):
-    """Gives one token, no patches."""
+    """A perceptron that returns one token and no patches."""
 
     config_class = DigitEncoderConfig
     main_input_name = "pixel_values"
@@ -68,7 +68,7 @@ class DigitEncoder(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
-        """(batch, 1, 8, 8) to (batch, 1, D)."""
+        """From (batch, 1, 8, 8) pictures to (batch, 1, D) states."""
         return BaseModelOutput(last_hidden_state=self.layers(pixel_values.flatten(1))[:, None])
 
 
@@ -78,7 +78,7 @@ AutoModel.register(DigitEncoderConfig, DigitEncoder, exist_ok=True)
 
 @dataclass(frozen=True)
 class Digits:
-    """Pictures (n, 1, 8, 8) from 0 to 1 and labels, to train on and to classify."""
+    """Pictures (n, 1, 8, 8) with values from 0 to 1, and labels, to train on and to classify."""
 
     train: torch.Tensor
     train_labels: np.ndarray
@@ -87,7 +87,7 @@ class Digits:
 
 
 def load_parts(validation: bool = False) -> Digits:
-    """1,347 digits to train on and 450 to test; with `validation`, 1,010 of the former and the other 337."""
+    """1,347 digits to train on and 450 to test; with `validation`, the former are split into 1,010 and 337."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -102,9 +102,9 @@ def load_parts(validation: bool = False) -> Digits:
 
 
 class DigitViews:
-    """Two global views of each digit, turned, scaled, shifted, noisy, and two local ones with more of it hidden.
+    """Two global views of each digit, turned, scaled, shifted and noisy, and two local ones with more of it hidden.
 
-    As with [`trainer.crops.MultiCrop`], `epoch` is set from outside; the choices follow from it, the seed and the
+    As with [`trainer.franca.crops.MultiCrop`], `epoch` is set from outside. The views depend only on epoch, seed and
     batch.
     """
 
@@ -128,7 +128,7 @@ class DigitViews:
 
         angle, zoom = draw(self.turn), 1 / (1 + draw(self.scale))
         rows = [(zoom * angle.cos(), -zoom * angle.sin()), (zoom * angle.sin(), zoom * angle.cos())]
-        # In affine_grid's units the picture is 2 wide.
+        # In the units of affine_grid, the picture is 2 wide.
         moves = [draw(self.shift) * 2 / pictures.shape[-1] for _ in rows]
         matrix = torch.stack([torch.stack([*row, move], 1) for row, move in zip(rows, moves, strict=True)], 1)
         grid = F.affine_grid(matrix, list(pictures.shape), align_corners=False)
@@ -138,7 +138,7 @@ class DigitViews:
 
 
 def train_digits(head: str, seed: int, digits: Digits, steps: int) -> FrancaForPretraining:
-    """Train one kind of head on the digits, without labels."""
+    """Train one kind of head (a key of HEADS) on the digits, without labels."""
     torch.manual_seed(seed)
     model = FrancaForPretraining(FrancaConfig(DigitEncoderConfig(), **SETTINGS, **HEADS[head]))
     rows = [{"pixels": pixels, "index": index} for index, pixels in enumerate(digits.train)]
@@ -165,6 +165,6 @@ def score_digits(model: FrancaForPretraining, digits: Digits) -> dict[str, float
 
 
 def mean_scores(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of several seeds, size by size, and `4 and 8`, the mean of these two sizes."""
+    """The mean over seeds at each size, and `4 and 8`, the mean of these two sizes."""
     means = {size: math.fsum(run[size] for run in runs) / len(runs) for size in runs[0]}
     return means | {"4 and 8": (means["4"] + means["8"]) / 2}

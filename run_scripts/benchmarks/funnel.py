@@ -23,7 +23,7 @@ NOISE = 0.5
 EXACT = ("32:1000,384:10", "32:2000,384:10", "64:1000,384:10", "64:1000:int8,384:10", "384:2000:binary,384:10")
 FUNNELS = (*EXACT, *(f"64:{keep}:approximate,384:10" for keep in (200, 500, 1000, 2000)))
 GRAPH = (64, "HNSW32")
-# What is judged on real questions, where a corpus is small.
+# Funnels for real questions, where the corpus is small.
 JUDGED = ("32:10", "32:50,384:10", "32:200,384:10", "32:200,128:50,384:10", "64:100,384:10", "384:100:binary,384:10")
 
 
@@ -32,7 +32,7 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
 
     Args:
         args: the benchmark's arguments.
-        texts: their embeddings are the million vectors' centres.
+        texts: their embeddings are the centres of the million vectors.
     """
     model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     centres = model.encode(texts, max_length=args.max_length)
@@ -55,13 +55,13 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
 
 
 def funnel_quality(args, tasks: list[RetrievalData]) -> list[dict]:
-    """nDCG@10 of funnels over that of exact search at the full width, on real questions."""
+    """nDCG@10 of funnels over that of exact search at the full width, on each task."""
     model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     return [line for task in tasks for line in _judge(model, task, args.max_length)]
 
 
 def _judge(model: TwoDMSEModel, task: RetrievalData, max_length: int) -> list[dict]:
-    """nDCG@10 of funnels over that of exact search at the full width."""
+    """The rows of one task."""
     documents = model.encode(list(task.corpus.values()), max_length=max_length)
     queries = model.encode(list(task.queries.values()), max_length=max_length)
     gains = [task.qrels[query] for query in task.queries]
@@ -79,7 +79,7 @@ def _judge(model: TwoDMSEModel, task: RetrievalData, max_length: int) -> list[di
 
 
 def many(centres: np.ndarray, count: int, seed: int = 0):
-    """Blocks of `count` vectors in all, each a centre and noise of a fixed expected length."""
+    """Yield `count` vectors in blocks, each a centre plus noise of a fixed expected length."""
     rng = np.random.default_rng(seed)
     scale = NOISE / centres.shape[1] ** 0.5
     for start in range(0, count, 2**16):
@@ -88,7 +88,7 @@ def many(centres: np.ndarray, count: int, seed: int = 0):
 
 
 def exact_search(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """What numpy gives in three lines: the rows of the ten best of each query, unit vectors on both sides."""
+    """Exact search in three lines of numpy: the rows of the ten best vectors of each query; all are unit vectors."""
     scores = queries @ vectors.T if len(queries) > 1 else (vectors @ queries[0])[None]
     best = np.argpartition(scores, -K, axis=1)[:, -K:]
     order = np.take_along_axis(scores, best, axis=1).argsort(axis=1)[:, ::-1]
@@ -96,7 +96,7 @@ def exact_search(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def _compare(index: FunnelIndex, queries: np.ndarray, name: str, funnels: dict, runs: int) -> list[dict]:
-    """Single queries one after the other, or all at once."""
+    """Rows of exact search and all funnels, for single queries one after another or all queries at once."""
     vectors = np.array(index.vectors)  # in memory, where numpy is fastest
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     parts = [queries[i : i + 1] for i in range(len(queries))] if name == "single" else [queries]
@@ -120,7 +120,7 @@ def _compare(index: FunnelIndex, queries: np.ndarray, name: str, funnels: dict, 
     rows = []
     for text in funnels:
         same = [len(set(a) & set(b)) / K for a, b in zip(truth, np.concatenate(found[text]), strict=True)]
-        target = ">= 8" if name == "single" else "as it is"
+        target = ">= 8" if name == "single" else "none"
         line = row(f"funnel.{name}.{text}", target, taken["exact"], taken[text], recall=float(np.mean(same)))
         rows.append(line | {"seconds": taken[text], "exact_seconds": taken["exact"]})
         print(f"{line['id']}: recall@{K} {line['recall']:.4f}", flush=True)
@@ -128,7 +128,7 @@ def _compare(index: FunnelIndex, queries: np.ndarray, name: str, funnels: dict, 
 
 
 def _peak(path: Path, queries: np.ndarray, stages: str) -> float:
-    """GB that a process of its own holds which searches, one query at a time and all at once."""
+    """Most memory, in GB, of a separate process that searches one query at a time and then all at once."""
     asked = path.with_name("queries.npy")
     np.save(asked, queries)
     command = [sys.executable, "-m", "run_scripts.shared.peak", str(path), str(asked), stages, str(K)]

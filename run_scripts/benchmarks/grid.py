@@ -1,4 +1,4 @@
-"""Evaluating the whole grid: against one cell of it, and against sentence-transformers a cell at a time."""
+"""Evaluating the whole grid: against one cell, and against sentence-transformers, which evaluates cell by cell."""
 
 import itertools
 from functools import partial
@@ -9,7 +9,7 @@ from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds
 from trainer.evaluation import RetrievalData, StsData, evaluate_tasks, grid_sizes, main_scores
 
-# Every cell costs the peer a pass over all texts: 36 of them are long enough on a part of the data.
+# Every cell costs sentence-transformers a pass over all texts; 36 passes take long enough on a part of the data.
 PAIRS, QUERIES, DOCUMENTS = 300, 50, 200
 
 
@@ -37,7 +37,7 @@ def grid_cost(args, tasks: list[StsData | RetrievalData]) -> list[dict]:
 
 
 def peer_scores(peer, tasks, sizes) -> dict[str, dict[str, float]]:
-    """{task: {size: Spearman or nDCG@10}} by sentence-transformers' evaluators, layers cut, dims truncated."""
+    """{task: {size: Spearman or nDCG@10}} by sentence-transformers' evaluators, with layers and dims cut."""
     scores: dict[str, dict[str, float]] = {task.name: {} for task in tasks}
     for num_layers, cells in itertools.groupby(sizes, key=lambda size: size.num_layers):
         cut = peers.cut_layers(peer, num_layers)
@@ -49,7 +49,7 @@ def peer_scores(peer, tasks, sizes) -> dict[str, dict[str, float]]:
 
 
 def check_same_scores(ours: dict, theirs: dict) -> None:
-    """ValueError where the sides' scores differ."""
+    """ValueError if the scores of the two sides differ."""
     for task, scores in theirs.items():
         for size, score in scores.items():
             if abs(ours[task][size] - score) > 1e-4:
@@ -72,7 +72,7 @@ def _evaluator(task: StsData | RetrievalData, dim: int):
 
 
 def _part(task: StsData | RetrievalData) -> StsData | RetrievalData:
-    """The first pairs, or the first queries with their documents and others beside them."""
+    """The first pairs, or the first queries with their relevant documents and some others."""
     if isinstance(task, StsData):
         return StsData(task.name, task.sentence1[:PAIRS], task.sentence2[:PAIRS], task.score[:PAIRS])
     queries = dict(itertools.islice(task.queries.items(), QUERIES))

@@ -13,15 +13,15 @@ from trainer.losses import Rows
 from trainer.objectives import Objective, plan_loss
 
 WORK = ("encode", "train")
-# What is held while another quantity grows.
+# The values that stay fixed while another quantity grows.
 BASE = {"length": 128, "batch": 16}
 LENGTHS, BATCHES = (32, 64, 128, 256, 512), (8, 16, 32, 64)
 
 
 def growth_cost(args) -> list[dict]:
-    """Seconds and GB of each kind of work at each value of each quantity, and a picture of them.
+    """Seconds and GB of each kind of work at each value of each quantity; also draws OUTPUT_DIR/growth.png.
 
-    The ratio of a row is the time at the quantity's largest value over that at its smallest.
+    The ratio of a row is the time at the largest value of the quantity over the time at its smallest.
     """
     model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
     layers, width = model.num_layers, model.config.hidden_size
@@ -43,7 +43,7 @@ def growth_cost(args) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Seconds above, GB below, a column a quantity, a line a kind of work, on double logarithmic axes."""
+    """Plot seconds above and GB below, a column per quantity and a line per kind of work, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(line["id"].rsplit(".", 1)[1] for line in rows))
@@ -64,9 +64,9 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def _measure(model: TwoDMSEModel, work: str, shape: dict, runs: int) -> tuple[list[float], float]:
-    """Seconds of each run, and GB at the peak."""
+    """Seconds of each run, and GB above the weights at the peak."""
     call = partial(_encode if work == "encode" else _train, model, **shape)
-    call()  # the first call pays for memory
+    call()  # the first call allocates memory
     times = [seconds(call) for _ in range(runs)]
     if model.device.type == "cuda":
         held = torch.cuda.memory_allocated()
@@ -88,7 +88,7 @@ def _encode(model: TwoDMSEModel, length: int, batch: int, layers: int, dims: int
 
 
 def _train(model: TwoDMSEModel, length: int, batch: int, layers: int, dims: int) -> None:
-    """Forward and backward of the ladder's sizes up to the given one, each text a pair of its own."""
+    """Forward and backward at sizes up to the given one, with pairs of different texts."""
     model.train()
     ladder = [Size(n, max(1, dims * n // layers)) for n in range(1, layers + 1)]
     plan = Objective("starbucks", ladder, layers, model.config.hidden_size, alignment="score_kl").plan(None)

@@ -1,4 +1,4 @@
-"""What visual tokens cost: the time that the language model takes to read a prompt at each level."""
+"""The cost of visual tokens: the time that the language model takes to read a prompt at each level."""
 
 from functools import partial
 
@@ -9,18 +9,18 @@ from modeling_m3 import MatryoshkaLlavaConfig, MatryoshkaLlavaForConditionalGene
 from run_scripts.shared.measure import in_turn, row, seconds
 
 IMAGE_TOKEN = 4
-# A 24 x 24 grid as LLaVA-1.5's, and a language model small enough for a CPU; one image and 30 words of text.
+# The 24 x 24 grid of LLaVA-1.5, and a language model small enough for a CPU; one image and 30 words of text.
 SIDE, HIDDEN, LAYERS, VOCABULARY, WORDS = 24, 512, 8, 2000, 30
 
 
 def m3_cost(runs: int) -> list[dict]:
-    """The time of each level over that of all visual tokens, beside the same ratio of operations and of cache bytes."""
+    """The time at each level over that with all visual tokens, and the same ratio for operations and cache bytes."""
     model = make_model()
     states = torch.randn(1, SIDE**2, HIDDEN, device=model.device)
     sizes = model.config.visual_token_sizes
     prompts = {size: partial(read_prompt, model, states, size) for size in sizes}
     for size in sizes:
-        prompts[size]()  # the first call pays for memory and threads
+        prompts[size]()  # the first call allocates memory and starts threads
     taken = in_turn(runs, {str(size): partial(seconds, prompts[size]) for size in sizes})
     full, rows = model.prefill_cost(WORDS, sizes[-1]), []
     for size in sizes[:-1]:
@@ -31,7 +31,7 @@ def m3_cost(runs: int) -> list[dict]:
 
 
 def make_model() -> MatryoshkaLlavaForConditionalGeneration:
-    """A random LLaVA, on the GPU where there is one."""
+    """A LLaVA with random weights, on the GPU if there is one."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_attention_heads": 8}
     config = MatryoshkaLlavaConfig(
         vision_config=CLIPVisionConfig(**shape, num_hidden_layers=1, image_size=14 * SIDE, patch_size=14),
@@ -45,8 +45,12 @@ def make_model() -> MatryoshkaLlavaForConditionalGeneration:
 
 @torch.no_grad()
 def read_prompt(model: MatryoshkaLlavaForConditionalGeneration, states: torch.Tensor, size: int) -> torch.Tensor:
-    """The logits of the first answer token, from an image that the vision tower has encoded; the tower's work is the
-    same at every level."""
+    """The logits of the first answer token.
+
+    Args:
+        states: (1, SIDE**2, HIDDEN), the image after the vision tower, whose work is the same at every level.
+        size: number of visual tokens.
+    """
     words = torch.arange(WORDS) + IMAGE_TOKEN + 1
     ids = torch.cat([torch.full((size,), IMAGE_TOKEN), words]).unsqueeze(0).to(states.device)
     features = {"image": visual_output(model.pool_images(states, size))}

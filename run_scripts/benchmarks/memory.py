@@ -1,4 +1,4 @@
-"""What the gradient cache and the loss cost in memory and time."""
+"""Memory and time of the gradient cache, and memory of the loss."""
 
 import tempfile
 
@@ -17,11 +17,11 @@ QUERIES, DOCUMENTS, DIM = 128, 1024, 768
 
 
 def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
-    """Peak memory and time of a cached step on 2,048 triplets, and peak memory of the loss alone."""
+    """Peak memory and time of a cached step on 2,048 triplets, and peak memory of the loss without a model."""
     peaks = {side: in_a_fresh_process(_measure_peak, side, name_or_path, sizes) for side in ("cached", "plain")}
     print(f"peak: cached {peaks['cached']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     cached, plain = (make_step(side, name_or_path, sizes) for side in ("cached", "plain"))
-    plain(0)  # the first step pays for memory and threads
+    plain(0)  # the first step allocates memory and starts threads
     sides = {
         "cached": lambda: seconds(lambda: cached(0)),
         "plain": lambda: seconds(lambda: [plain(i) for i in range(EXAMPLES // CHUNK)]),
@@ -37,7 +37,11 @@ def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
 
 
 def make_step(side: str, name_or_path: str, sizes: list[str]):
-    """A function of the batch's number: forward and backward of 2,048 triplets in chunks, or of 64 at once."""
+    """A function of the batch's number that runs forward and backward of 2,048 triplets in chunks, or of 64 at once.
+
+    Args:
+        side: `cached` or `plain`.
+    """
     model = models.load_encoder(name_or_path, sizes)
     texts = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
     args = TwoDMSETrainingArguments(
@@ -65,7 +69,7 @@ def make_step(side: str, name_or_path: str, sizes: list[str]):
 
 
 def loss_memory() -> int:
-    """Bytes that `starbucks` with score_kl holds at its peak, forward and backward, beyond the states' gradient."""
+    """Peak bytes of `starbucks` with score_kl, forward and backward, without the gradient of the states."""
     ladder = [Size(n, d) for n, d in zip(range(2, 13, 2), (32, 64, 128, 256, 512, 768), strict=True)]
     plan = Objective("starbucks", ladder, 12, DIM, alignment="score_kl").plan(None)
     torch.manual_seed(0)

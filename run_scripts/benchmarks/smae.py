@@ -1,4 +1,4 @@
-"""What an SMAE step costs, against computing every token's logits size by size as the published code does."""
+"""The cost of an SMAE step, against the published code's way: the logits of every token, size by size."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ SIDES = ("ours", "plain")
 
 
 def smae_cost(sizes: list[str], runs: int) -> list[dict]:
-    """Step time and peak memory of ours over the plain reference's, on all-MiniLM-L6's geometry."""
+    """Step time and peak memory, ours over those of the plain reference, with the shape of all-MiniLM-L6."""
     peaks = {side: in_a_fresh_process(_measure_peak, side, sizes) for side in SIDES}
     print(f"peak: ours {peaks['ours']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
     model, batch = make_model(sizes), make_batch()
@@ -27,7 +27,7 @@ def smae_cost(sizes: list[str], runs: int) -> list[dict]:
         raise ValueError(f"smae: the two sides do not compute the same loss ({ours} and {plain})")
     model.train()
     for side in SIDES:
-        step(side, model, batch)  # the first step pays for memory and threads
+        step(side, model, batch)  # the first step allocates memory and starts threads
     sides = {side: partial(seconds, partial(step, side, model, batch)) for side in SIDES}
     taken = in_turn(runs, sides)
     shape = {"rows": ROWS, "length": LENGTH, "sizes": len(sizes)}
@@ -38,7 +38,7 @@ def smae_cost(sizes: list[str], runs: int) -> list[dict]:
 
 
 def make_model(sizes: list[str]) -> StarbucksForMaskedAutoencoding:
-    """A random model of all-MiniLM-L6's shape, without dropout, so that both sides compute the same loss."""
+    """A random model with the shape of all-MiniLM-L6, without dropout, so that both sides compute the same loss."""
     backbone = BertConfig(
         vocab_size=30_522,
         hidden_size=384,
@@ -55,7 +55,7 @@ def make_model(sizes: list[str]) -> StarbucksForMaskedAutoencoding:
 
 
 def make_batch() -> dict[str, torch.Tensor]:
-    """Full rows of random words, masks of 0.2 and 0.4."""
+    """Rows of random words without padding, with masks of 0.2 and 0.4."""
     torch.manual_seed(1)
     ids = torch.randint(1000, 30_000, (ROWS, LENGTH))
     drawn = torch.rand(ids.shape)
@@ -95,7 +95,7 @@ def plain_loss(model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Ten
 
 
 def step(side: str, model: StarbucksForMaskedAutoencoding, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward."""
+    """Forward and backward of a side, `ours` or `plain`."""
     model.zero_grad()
     output: StarbucksOutput | None = model(**batch) if side == "ours" else None
     (output.loss if output else plain_loss(model, batch)).backward()

@@ -1,4 +1,4 @@
-"""From the start of Python to the first embedding, with the model on disk."""
+"""Startup: from the start of Python to the first embedding, with the model on disk."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model(
 
 
 def startup_cost(args) -> list[dict]:
-    """Ratio of the time that a fresh process takes, ours over sentence-transformers'."""
+    """Time that a new process takes, ours over that of sentence-transformers."""
     peers.check_installed()
     name = models.resolve_model(args.model_name_or_path)
     with tempfile.TemporaryDirectory() as folder:

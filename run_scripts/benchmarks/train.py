@@ -19,10 +19,10 @@ from trainer.data import draw_texts, text_columns
 from trainer.shared.arguments import cpu_has_bf16
 
 BATCH, WARM_UP, STEPS = 64, 2, 8
-# Of recipes/minilm-best.yaml: what it adds to `starbucks`.
+# What recipes/minilm-best.yaml adds to `starbucks`.
 PROJECTIONS = {"exit_projections": True}
 RECIPE = PROJECTIONS | {"teacher": "start", "alignment_weight": 3.0}
-# Neither side evaluates, saves or logs while it is measured.
+# Neither side evaluates, saves or logs during the measurement.
 QUIET = {
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -33,7 +33,7 @@ QUIET = {
 
 
 def train_cost(args, rows: Dataset) -> list[dict]:
-    """Ratios of samples per second: float32, bf16, defaults; and what a step costs more with our recipe, with a ladder.
+    """Ratios of samples per second: float32, bf16, defaults; and what our recipe and the ladder add to a step.
 
     Args:
         args: the benchmark's arguments.
@@ -65,24 +65,24 @@ def train_cost(args, rows: Dataset) -> list[dict]:
     more = {"batch": BATCH, "steps": STEPS, "unit": "samples per second"}
     lines = [
         row("train.fp32", ">= 1.5", rates["ours"], rates["theirs"], **more),
-        row("train.fp32_sampled", "beside it", rates["ours"], rates["theirs-sampled"], **more),
+        row("train.fp32_sampled", "none", rates["ours"], rates["theirs-sampled"], **more),
         row("train.default", ">= 3", rates["ours-default"], rates["theirs-default"], **more | {"batch": [BATCH, 8]}),
-        row("train.projections_cost", "beside it", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
-        row("train.recipe_cost", "beside it", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
-        row("train.unlabeled_cost", "beside it", rates["ours"], rates["ours-unlabeled"], batch=BATCH, steps=STEPS),
+        row("train.projections_cost", "none", rates["ours"], rates["ours-projections"], batch=BATCH, steps=STEPS),
+        row("train.recipe_cost", "none", rates["ours"], rates["ours-recipe"], batch=BATCH, steps=STEPS),
+        row("train.unlabeled_cost", "none", rates["ours"], rates["ours-unlabeled"], batch=BATCH, steps=STEPS),
         ladder_cost(args, rows),
     ]
     if "ours-bf16" in rates:
         lines.insert(1, row("train.bf16", ">= 1.7", rates["ours-bf16"], rates["theirs-bf16"], **more))
     else:
-        print("train.bf16 is left out: this CPU has no instructions for bf16", flush=True)
+        print("train.bf16 is left out: this CPU does not have bf16 instructions", flush=True)
     return lines
 
 
 def ladder_cost(args, rows: Dataset) -> dict:
-    """Time of forward and backward with the whole ladder over that with its largest size alone, step by step in turn.
+    """Time of forward and backward with the whole ladder over that with only its largest size, in turn after each step.
 
-    Single steps, since the difference is smaller than what a minute of the machine does to a run.
+    Single steps are compared because the difference is smaller than the drift of the machine's speed during a run.
     """
     sides = {"ladder": {}, "one size": {"objective": "separate", "sizes": args.sizes[-1:]}}
     trainers = {name: _ours(args, rows, TrainerCallback(), bf16=False, **more) for name, more in sides.items()}
@@ -97,13 +97,13 @@ def ladder_cost(args, rows: Dataset) -> dict:
         trainer.model.zero_grad()
         return taken
 
-    in_turn(1, {name: partial(step, name) for name in sides})  # pays for memory and threads
+    in_turn(1, {name: partial(step, name) for name in sides})  # allocates memory and starts threads
     taken = in_turn(4 * args.runs, {name: partial(step, name) for name in sides})
     return row("train.ladder_cost", "<= 1.08", taken["ladder"], taken["one size"], batch=BATCH)
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the warm-up's last step to the end of the run's last."""
+    """Measures the seconds from the end of the warm-up's last step to the end of the run's last step."""
 
     def __init__(self):
         self.marks: list[float] = []
@@ -139,7 +139,7 @@ def _ours(
 def _theirs(
     args, rows: Dataset, clock: TrainerCallback, whole: bool, batch: int = BATCH, bf16: bool = False
 ) -> Trainer:
-    """Matryoshka2dLoss on every layer and dim of the ladder, or (its default) on one of each, drawn a step."""
+    """Matryoshka2dLoss on every layer and dim of the ladder (`whole`), or by its default on one of each per step."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
 
@@ -147,7 +147,7 @@ def _theirs(
     each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
     loss = Matryoshka2dLoss(peer, MultipleNegativesRankingLoss(peer), dims, **each)
-    # transformers refuses bf16 where there is no GPU, unless it is told that the CPU is meant.
+    # Without a GPU, transformers refuses bf16 unless use_cpu is set.
     on_cpu = bf16 and not torch.accelerator.is_available()
     arguments = SentenceTransformerTrainingArguments(**_shared(batch), bf16=bf16, use_cpu=on_cpu)
     return SentenceTransformerTrainer(
