@@ -1,4 +1,4 @@
-"""Alignment losses: what a smaller size learns from a larger one. The teacher is always detached."""
+"""Alignment losses: a smaller size (the student) learns from a larger one (the teacher), which is always detached."""
 
 import torch
 import torch.nn.functional as F
@@ -6,33 +6,45 @@ from torch.utils.checkpoint import checkpoint
 
 from .losses import SCALE
 
-# Similarities that score_kl holds at once (1 MB in float32).
+# Similarities that score_kl holds in memory at once (1 MB in float32).
 _BLOCK_SCORES = 2**18
 
 
 def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) between softmaxes over the vectors' own dimensions, mean over rows.
+    """KL(teacher || student) between the softmaxes over the dimensions of each vector, mean over rows.
 
-    2DMSE (eq. 4) takes it on raw pooled states, Starbucks' STS code on truncated, normalised embeddings.
+    2DMSE (eq. 4) applies it to raw pooled states. Starbucks' STS code takes the softmax of raw pooled states that are
+    cut to the student's dimensions, without normalizing them, and does not detach the teacher. The objectives of this
+    project differ from that code: they cut and normalize both sides, and the teacher is detached.
 
     Args:
-        student, teacher: (rows, dim), the same dim.
+        student: (rows, dim).
+        teacher: (rows, dim).
 
-    >>> x = torch.tensor([[1.0, 2.0]])
-    >>> feature_kl(x, x).item()
-    0.0
+    Returns:
+        the divergence, a scalar.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> feature_kl(x, x).item()
+        0.0
     """
     return _kl(student, teacher.detach())
 
 
 def score_kl(student: torch.Tensor, teacher: torch.Tensor, scale: float = SCALE) -> torch.Tensor:
-    """KL(teacher || student) between softmaxes over each row's similarities to all other rows, mean over rows.
+    """KL(teacher || student) between the softmaxes over each row's similarities to all other rows, mean over rows.
 
     Starbucks' retrieval code does this on query-document scores. The diagonal (each row with itself) is left out. Many
-    rows are taken in blocks whose matrices are made again in the backward pass, so that none is kept.
+    rows are processed in blocks. The matrices of a block are computed again in the backward pass, so none is kept.
 
     Args:
-        student: (rows, d), teacher: (rows, D), unit norm; d and D may differ.
+        student: (rows, d), unit norm.
+        teacher: (rows, D), unit norm; D may differ from d.
+        scale: the factor of the similarities (1 / temperature).
+
+    Returns:
+        the divergence, a scalar.
     """
     teacher, rows = teacher.detach(), len(student)
     block = max(1, _BLOCK_SCORES // rows)
@@ -46,7 +58,7 @@ def score_kl(student: torch.Tensor, teacher: torch.Tensor, scale: float = SCALE)
 
 
 def _score_kl_rows(student: torch.Tensor, teacher: torch.Tensor, scale: float, start: int, count: int) -> torch.Tensor:
-    """What `count` rows from `start` on add to the mean over all rows."""
+    """The contribution of `count` rows, from row `start`, to the mean over all rows."""
     rows = slice(start, start + count)
     scores = [_without_self(scale * side[rows] @ side.T, start) for side in (student, teacher)]
     return _kl(*scores) * (len(scores[0]) / len(student))
@@ -56,17 +68,28 @@ def pca_distance(state: torch.Tensor, dim: int) -> torch.Tensor:
     """ESE's learn-to-compress (Li et al. 2024, section 3.2): mean squared error plus KL to a PCA of the state.
 
     Args:
-        state: (rows, hidden), pooled, raw; its first `dim` columns learn, the target is detached.
+        state: (rows, hidden), raw pooled states; the first `dim` columns learn, the target is detached.
+        dim: number of columns.
+
+    Returns:
+        the distance, a scalar.
     """
     target = pca(state.detach(), dim)
     return F.mse_loss(state[:, :dim], target) + _kl(state[:, :dim], target)
 
 
 def pca(state: torch.Tensor, dim: int) -> torch.Tensor:
-    """The state on the `dim` strongest directions of softmax(X^T X / sqrt(H)), (rows, dim).
+    """The state projected on the `dim` strongest directions of softmax(X^T X / sqrt(H)).
 
-    ESE's code draws a random low-rank SVD; this one is exact, and each direction's sign is fixed by its largest
-    entry, so that the target is the same in every run and process.
+    ESE's code uses a randomized low-rank SVD. This one is exact, and the largest entry of each direction fixes its
+    sign, so the target is the same in every run and process.
+
+    Args:
+        state: (rows, hidden), X.
+        dim: number of directions.
+
+    Returns:
+        (rows, dim).
     """
     dependencies = torch.softmax(state.T @ state / state.shape[1] ** 0.5, dim=-1)
     directions, strengths, _ = torch.linalg.svd(dependencies)
@@ -76,7 +99,7 @@ def pca(state: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _without_self(scores: torch.Tensor, start: int) -> torch.Tensor:
-    """Row i's score with itself, in column start + i, gets a value whose softmax and gradient are zero."""
+    """Replace the score of row i with itself, in column start + i, by a value whose softmax and gradient are zero."""
     scores.diagonal(offset=start).fill_(-1e4)
     return scores
 

@@ -1,103 +1,110 @@
-"""What the arguments of all trainers share; TwoDMSETrainingArguments and SmaeTrainingArguments.
-
-TwoDMSETrainingArguments' defaults that differ from transformers': batch size 64 (in-batch negatives need company),
-warm-up over the first tenth, unused columns kept (the collator reads the text columns), evaluation and checkpoints at
-each quarter of the run with the best checkpoint (by the ladder's mean) kept in the end, and bf16 switched on where a
-CPU has instructions for it or `accelerate launch` asks for it.
-"""
+"""The arguments of `TwoDMSETrainer`."""
 
 from dataclasses import dataclass, field
 
 from .losses import LOSSES, SCALE
-from .objectives import ALIGNMENTS, OBJECTIVES, TEACHERS
-from .shared.arguments import BestKeepingTrainingArguments
-from .shared.sampling import BATCH_SAMPLERS, MIXINGS
+from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
+
+# The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
+OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
+ALIGNMENTS = ("none", "feature_kl", "score_kl")
+TEACHERS = ("largest", "start")
 
 
 @dataclass
 class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
-    """Arguments of [`TwoDMSETrainer`]; see the module's docstring for the defaults that differ."""
+    """Arguments of `TwoDMSETrainer`.
 
-    objective: str = field(default="starbucks", metadata={"help": f"What a step trains: {', '.join(OBJECTIVES)}."})
+    The defaults that differ from transformers' `TrainingArguments`, besides those of `BaseTrainingArguments`:
+
+    - a batch size of 64, because in-batch negatives need many examples;
+    - warm-up over the first tenth of the steps;
+    - the checkpoint with the best `eval_ladder_mean` is kept at the end, if evaluations and checkpoints coincide.
+
+    `initial_share` is weight-space ensembling (WiSE-FT, Wortsman et al. 2022), with a share per layer: see
+    `trainer.averaging`.
+
+    Raises:
+        ValueError: values that are not allowed; the message names all of them.
+    """
+
+    objective: str = field(default="starbucks", metadata={"help": f"The training objective: {', '.join(OBJECTIVES)}."})
     alignment: str | None = field(
         default=None,
-        metadata={"help": "What smaller sizes learn from the largest: none, feature_kl or score_kl. "
-                  "Default: feature_kl for 2dmse, score_kl for starbucks, none otherwise."},
+        metadata={"help": "How sizes learn from the largest: none, feature_kl, score_kl. Default: feature_kl for "
+                  "2dmse, score_kl for starbucks."},
     )  # fmt: skip
     alignment_weight: float | None = field(
-        default=None,
-        metadata={"help": "Factor of the alignment. Default: 1, and 0.3 for starbucks with feature_kl."},
+        default=None, metadata={"help": "Weight of the alignment. Default: 1; 0.3 for starbucks with feature_kl."}
     )
     unlabeled_weight: float = field(
-        default=1.0, metadata={"help": "Factor of the alignment on texts without labels, where such are given."}
+        default=1.0, metadata={"help": "Weight of the alignment on texts without labels, if there are any."}
     )
     teacher: str = field(
         default="largest",
-        metadata={"help": "Whom sizes learn from by score_kl. largest: the largest size in the same step; start: the "
-                  "largest size as it was before training, which it learns from as well, for a third more time."},
+        metadata={"help": "Teacher of score_kl: largest (the largest size in the same step) or start (the model before "
+                  "training; a third slower)."},
     )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
         default=0.0,
-        metadata={"help": "Factor of the loss of queries at each shallower size against documents at the deepest one."},
+        metadata={"help": "Weight of the loss of queries at each shallower size and documents at the deepest."},
     )
     initial_share: float = field(
         default=0.0,
-        metadata={"help": "After training, average with the initial weights: their share in the last layer, 0 to 1; "
-                  "it falls evenly to 0 in the first layer. Keeps the largest size under a large learning rate."},
+        metadata={"help": "After training, average with the initial weights (WiSE-FT): their share, 0 to 1, in the "
+                  "last layer; 0 in the first."},
     )  # fmt: skip
     exit_projections: bool = field(
         default=False,
-        metadata={"help": "Give each exit a square matrix of its own, fitted before training to what the full size "
-                  "says of the training texts, and trained with the rest."},
-    )  # fmt: skip
+        metadata={
+            "help": "Give each exit its own square matrix, fitted to the full size's embeddings and then trained."
+        },
+    )
     loss: str | None = field(
         default=None,
         metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "
-                  "scored pairs."},
+                  "scores."},
     )  # fmt: skip
     loss_scale: float = field(
         default=SCALE, metadata={"help": "Factor of the similarities in the loss (1 / temperature)."}
     )
-    dropout: bool = field(
-        default=True, metadata={"help": "Dropout in training, as the backbone's configuration says; false: none."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Longest text, in tokens; longer ones are cut."})
+    dropout: bool = field(default=True, metadata={"help": "Train with the dropout of the backbone's configuration."})
+    max_length: int = field(default=128, metadata={"help": "Maximum length of a text in tokens; longer texts are cut."})
     num_buckets: int = field(
-        default=6,
-        metadata={"help": "Groups of similar length that the rows of a step run in, inside one call of the model."},
+        default=6, metadata={"help": "Groups of similar length that the rows of a step are run in, to save padding."}
     )
     gather_negatives: bool = field(
         default=True,
-        metadata={"help": "With several processes, compute the loss on the rows of all of them; off, each process sees "
-                  "its own negatives and pairs alone."},
-    )  # fmt: skip
+        metadata={"help": "With several processes, compute the loss on the rows of all processes, not of each alone."},
+    )
     gradient_cache_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Examples that run through the model at a time, for batches that do not fit into memory: the "
-                  "loss is still that of the whole batch, for a third more time. Default: all at once."},
+        metadata={"help": "Examples per chunk, for batches larger than the memory; same loss, a third slower. Default: "
+                  "no chunks."},
     )  # fmt: skip
     batch_sampler: str = field(
         default="random",
-        metadata={"help": "Which examples meet in a step: random; no_duplicates: no text in two examples of a step, "
-                  "where it would be its own negative; group_by_length: examples of similar length."},
+        metadata={"help": "Examples of a step: random, no_duplicates (no text twice) or group_by_length (similar "
+                  "lengths)."},
     )  # fmt: skip
     mixing: str = field(
         default="proportional",
-        metadata={"help": "With several training files each batch comes from one: proportional to their rows, or "
-                  "round_robin, until the first is used up."},
-    )  # fmt: skip
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step and process."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts a batch of the evaluation."})
+        metadata={
+            "help": "Batches from several files: proportional to their rows, or round_robin until one is used up."
+        },
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples per step and process."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts per batch in evaluations."})
     metric_for_best_model: str | None = field(
-        default="ladder_mean", metadata={"help": "Metric that chooses the best checkpoint."}
+        default="ladder_mean", metadata={"help": "Metric that selects the best checkpoint."}
     )
 
     def __post_init__(self):
-        faults = [
+        problems = [
             f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}"
             for name, value, allowed in (
-                ("objective", self.objective, tuple(OBJECTIVES)),
+                ("objective", self.objective, OBJECTIVES),
                 ("alignment", self.alignment or "none", ALIGNMENTS),
                 ("teacher", self.teacher, TEACHERS),
                 ("loss", self.loss or "infonce", LOSSES),
@@ -106,7 +113,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             )
             if value not in allowed
         ]
-        faults += [
+        problems += [
             f"{name}: {value!r} is not allowed; use a number of at least {least}"
             for name, value, least in (
                 ("max_length", self.max_length, 3),
@@ -124,7 +131,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             if value is not None and value < least
         ]
         if not 0 <= self.initial_share <= 1:
-            faults.append(f"initial_share: {self.initial_share} is not allowed; use a share from 0 to 1")
-        if faults:
-            raise ValueError("; ".join(faults))
+            problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
+        if problems:
+            raise ValueError("; ".join(problems))
         super().__post_init__()

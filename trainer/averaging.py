@@ -1,8 +1,9 @@
-"""Averaging the trained weights with those from before training, more in upper layers than in lower ones.
+"""Averaging the trained weights with the initial weights, more in upper layers than in lower ones.
 
-The average of a fine-tuned model and its start keeps more of what the start could do than either a smaller learning
-rate or fewer steps (Wortsman et al. 2022, Robust fine-tuning of zero-shot models, section 4). In an elastic model, the
-start could do the largest size alone: lower layers, which shallow sizes end in, have to move far, upper ones do not.
+This is weight-space ensembling (WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 4):
+the average of a fine-tuned model and its initial weights keeps more of the initial model's abilities than a smaller
+learning rate or fewer steps do. In an elastic model, the initial weights are good at the largest size only. The lower
+layers, where the shallow sizes end, have to change a lot; the upper layers do not. So each layer has its own share.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,18 @@ from modeling_2dmse import TwoDMSEModel
 
 
 def initial_shares(model: TwoDMSEModel, last: float) -> dict[str, float]:
-    """The share of the initial weights, by parameter: rising evenly from 0 in the first layer to `last` in the last.
+    """The share of the initial weights in the average of each parameter.
 
-    An exit's projection has its layer's share, embeddings have 0, the final norm behind the last layer has `last`. A
-    model of one layer has 0 throughout.
+    It rises linearly from 0 in the first layer to `last` in the last layer. The projection of an exit has the share of
+    its layer, the embeddings have 0, and the final norm after the last layer has `last`. In a model of one layer, every
+    share is 0.
+
+    Args:
+        model: the model.
+        last: the share in the last layer, from 0 to 1.
+
+    Returns:
+        the share of each parameter, by name.
     """
     stack = f"backbone.{model.config.layer_stack}."
     norm, step = f"backbone.{model.config.final_norm}.", last / max(1, model.num_layers - 1)
@@ -37,8 +46,9 @@ def average_with_initial(model: TwoDMSEModel, initial: Mapping[str, torch.Tensor
     """Set each parameter to share * initial + (1 - share) * trained, with the shares of `initial_shares`.
 
     Args:
-        initial: the parameters by name, as they were before training.
-        last: share of the initial weights in the last layer, 0 to 1.
+        model: the trained model, which is changed in place.
+        initial: the parameters before training, by name.
+        last: the share of the initial weights in the last layer, from 0 to 1.
     """
     shares = initial_shares(model, last)
     for name, parameter in model.named_parameters():

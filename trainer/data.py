@@ -1,4 +1,4 @@
-"""Training tables: reading, checking, splitting, and collating their texts into one batch of rows."""
+"""Training tables: checking them, joining them, and collating their texts into one batch of rows."""
 
 import random
 import re
@@ -11,38 +11,45 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modeling_2dmse.encoding import check_texts as as_texts
+from modeling_2dmse.batching import check_texts as as_texts
 
 from .shared.tables import check_texts, draw_rows
 
-# Numbered negatives may be empty: not every row has as many.
-# The column of texts without labels that `add_unlabeled_texts` puts behind the others.
+# The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
-
-
 ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
 
 
 def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
-    """Check columns and values of a training or evaluation table.
+    """Check the columns and values of a training or evaluation table.
+
+    Args:
+        table: the table.
+        argument: the name that errors give to the table.
 
     Returns:
-        the table with its columns in the order of their roles; ValueError naming column and row otherwise.
+        the table with its columns in the order of their roles.
+
+    Raises:
+        ValueError: columns or values are not as they should be; the message names the column and the row.
     """
     names = _ordered_columns(table.column_names, argument)
     table = table.select_columns(names)
     for name in names:
         if name == "score":
             table = _check_scores(table, argument)
-        else:
+        else:  # numbered negatives may be empty: rows may have different numbers of negatives
             check_texts(table, name, argument, optional=name.startswith("negative_"))
     return table
 
 
 def join_tables(tables: Sequence[Dataset]) -> Dataset:
-    """Checked tables one behind the other; ValueError if some have scores and others anchors.
+    """Concatenate checked tables.
 
-    Where one table has fewer columns of negatives than another, its rows have no text there.
+    Rows of a table with fewer columns of negatives than another table have no text in the missing columns.
+
+    Raises:
+        ValueError: some tables have scores and others have anchors.
     """
     if len(tables) == 1:
         return tables[0]
@@ -53,34 +60,56 @@ def join_tables(tables: Sequence[Dataset]) -> Dataset:
 
 
 def text_columns(table: Dataset) -> list[str]:
-    """The columns that hold texts, in the order of their roles."""
+    """The columns that contain texts, in the order of their roles."""
     return [name for name in table.column_names if name != "score"]
 
 
 def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Dataset, float]:
-    """Scores divided by their highest (0 to 5 becomes 0 to 1), which cosine_mse needs, and that highest score."""
+    """Divide scores by the highest score (0 to 5 becomes 0 to 1), as cosine_mse requires.
+
+    Args:
+        table: a table with scores.
+        highest: divide by this value; by default the highest score of the table, but at least 1.
+
+    Returns:
+        the table, and the divisor.
+
+    Raises:
+        ValueError: a score is negative.
+    """
     scores = np.asarray(table["score"], dtype=np.float64)
     if scores.min() < 0:
-        raise ValueError("loss: cosine_mse needs scores from 0 up; the score column holds negative ones")
+        raise ValueError("loss: cosine_mse needs scores of at least 0; the column score has negative values")
     highest = max(1.0, float(scores.max())) if highest is None else highest
     return table.remove_columns("score").add_column("score", (scores / highest).tolist()), highest
 
 
 def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> list[str]:
-    """At most `limit` different texts of the tables' columns, drawn by the seed."""
+    """At most `limit` different texts from the tables, drawn at random."""
     tables = [draw_rows(table, limit, seed) for table in tables]
     texts = dict.fromkeys(text for table in tables for name in text_columns(table) for text in table[name] if text)
     return random.Random(seed).sample(list(texts), min(limit, len(texts)))
 
 
 def add_unlabeled_texts(table: Dataset, texts: Sequence[str], seed: int, batch: int) -> Dataset:
-    """The table with a column `unlabeled`: one of the texts for each row, in an order drawn by the seed, over and over.
+    """Add a column `unlabeled` to a table, with one of the texts for each row.
 
-    ValueError where they are fewer than a batch, in which texts would then stand twice, or not all texts.
+    Args:
+        table: the training table.
+        texts: the texts. They come in a random order, which is repeated if there are fewer texts than rows.
+        seed: seed of the order.
+        batch: rows per batch.
+
+    Returns:
+        the table with the column.
+
+    Raises:
+        ValueError: there are fewer texts than rows in a batch, so that a batch would have one twice; or an item is
+            empty or not a string.
     """
     texts, _ = as_texts(texts)
     if len(texts) < batch:
-        raise ValueError(f"unlabeled_texts: {len(texts)} are fewer than one batch of {batch}; add some")
+        raise ValueError(f"unlabeled_texts: there are {len(texts)}, fewer than the {batch} of one batch; add more")
     empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise ValueError(f"unlabeled_texts: item {empty} is empty; remove it")
@@ -89,7 +118,7 @@ def add_unlabeled_texts(table: Dataset, texts: Sequence[str], seed: int, batch: 
 
 
 def texts_to_fit(tables: Sequence[Dataset], joined: Dataset, seed: int) -> list[str]:
-    """What new projections are fitted to: texts of all tables, and those without labels that `joined` may hold."""
+    """The texts that new projections are fitted to: those of all tables, and the texts without labels in `joined`."""
     unlabeled = [joined.select_columns([UNLABELED])] if UNLABELED in joined.column_names else []
     return draw_texts([*tables, *unlabeled], seed)
 
@@ -97,15 +126,19 @@ def texts_to_fit(tables: Sequence[Dataset], joined: Dataset, seed: int) -> list[
 class PairCollator:
     """Turns examples into ONE batch of rows, column after column, padded on the right.
 
-    Args:
-        tokenizer: of the model.
-        columns: the text columns in the order of their roles; `unlabeled`, the last one, where there are texts without
-            labels.
-        max_length: in tokens.
+    A batch contains:
 
-    Returns (per call): `input_ids`, `attention_mask` (rows, length), `lengths` (tokens of each row), `counts` (rows of
-    each column; a row without a text in a column of negatives adds none), `unlabeled` (rows of texts without labels behind
-    these) where the examples hold such, and `scores` (B,) where they carry a score.
+    - `input_ids` and `attention_mask`, (rows, length); `token_type_ids` if the tokenizer returns them;
+    - `lengths`: tokens of each row;
+    - `counts`: rows of each column; an example without a text in a column of negatives adds none;
+    - `unlabeled`: number of rows of texts without labels, after the others, if the examples have any;
+    - `scores`, (B,), if the examples have a score.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        columns: the text columns in the order of their roles. If there are texts without labels, `unlabeled` is the
+            last.
+        max_length: maximum length of a text in tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):

@@ -1,4 +1,4 @@
-"""The rows of all processes as one batch, with gradients; what FSDP takes apart."""
+"""Joining the rows of all processes into one batch, with gradients, and the units that FSDP shards."""
 
 import torch
 import torch.distributed as dist
@@ -11,15 +11,19 @@ from .losses import Rows
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def shard_by_layers(accelerator: Accelerator, encoder: TwoDMSEModel) -> None:
-    """Make each transformer layer a unit of FSDP, where its configuration names no classes.
+    """Make each transformer layer a unit of FSDP, unless FSDP's configuration names classes.
 
-    accelerate would take transformers' `_no_split_modules`. BERT's and others' name the module around the word
-    embeddings too, which accelerate makes a unit of their own under FSDP2: they would be split twice.
+    accelerate would use transformers' `_no_split_modules`. Those of BERT and others also name the module around the
+    word embeddings. Under FSDP2, accelerate makes the word embeddings their own unit, so they would be sharded twice.
+
+    Args:
+        accelerator: the accelerator, before it prepares the model.
+        encoder: the model.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
@@ -28,17 +32,18 @@ def shard_by_layers(accelerator: Accelerator, encoder: TwoDMSEModel) -> None:
 
 
 def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
-    """
-    Join the batches of all processes: every process then computes the loss of one large batch.
+    """Join the batches of all processes, so that every process computes the loss of one large batch.
+
+    Gradients reach only the rows of this process, multiplied by the number of processes: DDP, FSDP and DeepSpeed
+    average gradients over processes, but here the sum of their contributions is needed.
 
     Args:
-        states: (L, rows, H) pooled states of this process, column after column.
-        rows: the roles of these rows; the number of rows, not that of columns, may differ between processes.
+        states: (L, rows, H), the pooled states of this process, column after column.
+        rows: the roles of these rows. Processes may have different numbers of rows, but not of columns.
 
     Returns:
-        (L, rows of all processes, H), column after column, within each the processes in order; and the roles. Gradients
-        reach this process's own rows alone, times the number of processes: DDP, FSDP and DeepSpeed take the mean over
-        processes, and the sum of what each contributes is wanted.
+        (L, rows of all processes, H), column after column, with the processes in order within each column; and the
+        roles of these rows.
     """
     world = world_size()
     if world == 1:
@@ -50,8 +55,8 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
         own.register_hook(lambda gradient: gradient * world)
     parts = [part.transpose(0, 1) for part in parts]
     parts[dist.get_rank()] = own
-    columns = zip(*(part.split(count, dim=1) for part, count in zip(parts, counts, strict=True)), strict=True)
-    joined = torch.cat([part for column in columns for part in column], dim=1)
+    by_column = zip(*(part.split(count, dim=1) for part, count in zip(parts, counts, strict=True)), strict=True)
+    joined = torch.cat([part for column in by_column for part in column], dim=1)
     scores = rows.scores
     if scores is not None:
         scores = torch.cat(_gather_uneven(scores, [count[0] for count in counts]))
@@ -60,7 +65,7 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
 
 
 def _gather_uneven(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    """Every process's (size, ...); they travel padded to the largest."""
+    """The (size, ...) of every process; they are sent with padding to the largest size."""
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     return [part[:size] for part, size in zip(_gather(padded), sizes, strict=True)]

@@ -1,13 +1,16 @@
-"""Training without dropout, whatever a backbone's configuration says."""
+"""Training without dropout, whatever the configuration of the backbone sets."""
 
 import torch
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Let every layer keep all of its values, and of its attention's, in training.
+    """Set every dropout rate of a model to 0, those of the attention too.
 
-    The configuration is left as it is: a saved model trains on as its backbone would. Attention reads its share from a
-    number that each of transformers' families keeps under a name of its own, with "dropout" in it.
+    The configuration does not change, so a saved model trains like its backbone. Attention reads its rate from a number
+    on the module, which has a different name in each family of transformers, always with "dropout" in it.
+
+    Args:
+        model: the model, which is changed in place.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

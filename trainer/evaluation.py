@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,16 +16,23 @@ from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.pooling import cut_and_normalize
 
 from .data import check_table
-from .ranking import merge_top, ranking_metrics, top_documents
+from .ranking import Top, merge_top, ranking_metrics, top_documents
 from .shared.tables import read_table
 
-# Documents whose states are held at once; a longer corpus is ranked in several pieces.
+# Documents whose states are in memory at once; a longer corpus is ranked in several chunks.
 _CORPUS_CHUNK = 50_000
 
 
 @dataclass(frozen=True)
 class StsData:
-    """Scored sentence pairs."""
+    """Sentence pairs with scores.
+
+    Args:
+        name: name of the task.
+        sentence1: the first sentence of each pair.
+        sentence2: the second sentence of each pair.
+        score: the similarity of each pair, on any scale.
+    """
 
     name: str
     sentence1: Sequence[str]
@@ -34,7 +42,14 @@ class StsData:
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """Queries, documents and judgements; `qrels[query_id][document_id]` is the gain."""
+    """A search task.
+
+    Args:
+        name: name of the task.
+        queries: text of each query, by its id.
+        corpus: text of each document, by its id.
+        qrels: the judgements; `qrels[query_id][document_id]` is the gain.
+    """
 
     name: str
     queries: dict[str, str]
@@ -43,7 +58,7 @@ class RetrievalData:
 
 
 def correlations(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """{"spearman", "pearson"} of two (n,) arrays; 0 where one of them is constant."""
+    """`spearman` and `pearson` of two (n,) arrays; 0 if one of them is constant."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return {"spearman": 0.0, "pearson": 0.0}
     spearman, pearson = spearmanr(predictions, references), pearsonr(predictions, references)
@@ -51,7 +66,7 @@ def correlations(predictions: np.ndarray, references: np.ndarray) -> dict[str, f
 
 
 def load_sts(path: str) -> StsData:
-    """Read a table (sentence1, sentence2, score)."""
+    """Read an STS task from a table with columns (sentence1, sentence2, score)."""
     table = check_table(read_table(path, "sts_files"), "sts_files")
     if "score" not in table.column_names:
         raise ValueError(f"sts_files: {path} needs the columns (sentence1, sentence2, score)")
@@ -60,9 +75,9 @@ def load_sts(path: str) -> StsData:
 
 
 def load_beir(folder: str, split: str = "test") -> RetrievalData:
-    """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+    """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
 
-    A document is its title, a space and its text, stripped.
+    The text of a document is its title, a space and its text, stripped.
     """
     paths = [os.path.join(folder, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
     missing = [path for path in paths if not os.path.isfile(path)]
@@ -80,11 +95,15 @@ def load_beir(folder: str, split: str = "test") -> RetrievalData:
 
 
 def retrieval_from_pairs(name: str, table: datasets.Dataset) -> RetrievalData:
-    """A search task from (anchor, positive[, negative ...]) rows: each distinct anchor is a query, each distinct other
-    text a document, and an anchor's positives are its relevant documents."""
+    """Make a search task from rows (anchor, positive[, negative ...]).
+
+    Each distinct anchor is a query, each distinct text of the other columns is a document, and the positives of an
+    anchor are its relevant documents.
+    """
     documents = list(dict.fromkeys(text for column in table.column_names[1:] for text in table[column]))
     number = {text: f"d{index}" for index, text in enumerate(documents)}
-    queries, qrels = {}, {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
     for anchor, positive in zip(table["anchor"], table["positive"], strict=True):
         query = queries.setdefault(anchor, f"q{len(queries)}")
         qrels.setdefault(query, {})[number[positive]] = 1
@@ -94,20 +113,23 @@ def retrieval_from_pairs(name: str, table: datasets.Dataset) -> RetrievalData:
 
 
 def task_from_table(name: str, table: datasets.Dataset) -> StsData | RetrievalData:
-    """The evaluation task that a checked table stands for: STS with scores, retrieval without."""
+    """Make an evaluation task from a checked table: STS if it has scores, retrieval otherwise."""
     if "score" in table.column_names:
         return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
     return retrieval_from_pairs(name, table)
 
 
-def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **encode) -> dict:
-    """Spearman and Pearson of the cosine similarity at every size.
+def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
+    """Spearman and Pearson correlation of the cosine similarities with the scores, at every size.
 
     Args:
-        encode: `batch_size`, `max_length`, `show_progress_bar` of `TwoDMSEModel.encode_states`.
+        model: the model.
+        data: the task.
+        sizes: the sizes to evaluate, all from one encoding pass.
+        **encode: `batch_size`, `max_length` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Returns:
-        {"n": pairs, "spearman": {"1x32": ...}, "pearson": {"1x32": ...}}
+        `{"n": pairs, "spearman": {"1x32": ...}, "pearson": {"1x32": ...}}`.
     """
     texts = list(dict.fromkeys([*data.sentence1, *data.sentence2]))
     row = {text: index for index, text in enumerate(texts)}
@@ -115,7 +137,7 @@ def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **en
     right = torch.tensor([row[text] for text in data.sentence2])
     gold = np.asarray(data.score, dtype=np.float64)
     states = _states(model, texts, sizes, **encode)
-    result = {"n": len(gold), "spearman": {}, "pearson": {}}
+    result: dict[str, Any] = {"n": len(gold), "spearman": {}, "pearson": {}}
     for size in sizes:
         embeddings = cut_and_normalize(states[size.num_layers], size.dim)
         cosine = (embeddings[left] * embeddings[right]).sum(dim=1)
@@ -125,18 +147,25 @@ def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **en
 
 
 def evaluate_retrieval(
-    model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], cross_sizes: bool = False, **encode
-) -> dict:
-    """nDCG@10, MRR@10 and recall@100 at every size, trec_eval's way (see `ranking`).
+    model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], cross_sizes: bool = False, **encode: Any
+) -> dict[str, Any]:
+    """nDCG@10, MRR@10 and recall@100 at every size, computed as in trec_eval (see `trainer.ranking`).
+
+    Args:
+        model: the model.
+        data: the task.
+        sizes: the sizes to evaluate, all from one encoding pass.
+        cross_sizes: also search with queries of each size among documents of each other size.
+        **encode: `batch_size`, `max_length` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Returns:
-        {"n_queries": ..., "ndcg@10": {"1x32": ...}, "mrr@10": {...}, "recall@100": {...}}; with `cross_sizes` also
-        "cross_ndcg@10", {"1x32": {"6x384": ...}} for queries at the first size against documents at the second, at the
-        smaller of the two dims.
+        `{"n_queries": ..., "ndcg@10": {"1x32": ...}, "mrr@10": {...}, "recall@100": {...}}`. With `cross_sizes`, also
+        `"cross_ndcg@10": {"1x32": {"6x384": ...}}`, for queries at the first size and documents at the second, with
+        the smaller of the two dims.
     """
     cells = [(queries, documents) for queries in sizes for documents in sizes if cross_sizes or queries == documents]
     metrics = _judge(model, data, cells, **encode)
-    result = {"n_queries": len(data.queries), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
+    result: dict[str, Any] = {"n_queries": len(data.queries), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
     for size in sizes:
         for metric, value in metrics[size, size].items():
             result[metric][str(size)] = value
@@ -148,13 +177,13 @@ def evaluate_retrieval(
 def _judge(
     model: TwoDMSEModel, data: RetrievalData, cells: Sequence[tuple[Size, Size]], **encode
 ) -> dict[tuple[Size, Size], dict[str, float]]:
-    """The metrics of every cell, a size of the queries and one of the documents, from one pass over the texts."""
+    """The metrics of each cell, a size of the queries and a size of the documents, from one pass over the texts."""
     layers = [size for cell in cells for size in cell]
     query_ids = list(data.queries)
-    # trec_eval breaks ties by the larger document id; a stable ranking over this order does the same.
+    # With equal scores, trec_eval ranks the larger document id first; a stable ranking in this order does the same.
     document_ids = sorted(data.corpus, reverse=True)
     queries = _states(model, [data.queries[query] for query in query_ids], layers, **encode)
-    top = dict.fromkeys(cells)
+    top: dict[tuple[Size, Size], Top] = {}
     for start in range(0, len(document_ids), _CORPUS_CHUNK):
         chunk = document_ids[start : start + _CORPUS_CHUNK]
         documents = _states(model, [data.corpus[document] for document in chunk], layers, **encode)
@@ -166,7 +195,7 @@ def _judge(
                 k=100,
                 first=start,
             )
-            top[cell] = found if top[cell] is None else merge_top(top[cell], found, k=100)
+            top[cell] = merge_top(top[cell], found, k=100) if cell in top else found
     gains = [data.qrels[query] for query in query_ids]
     return {
         cell: ranking_metrics([[document_ids[i] for i in row] for row in top[cell][1].tolist()], gains)
@@ -179,9 +208,20 @@ def evaluate_tasks(
     tasks: Sequence[StsData | RetrievalData],
     sizes: Sequence[Size],
     cross_sizes: bool = False,
-    **encode,
-) -> dict:
-    """All tasks at all sizes, as `results.json` holds them: {"sts": {name: ...}, "retrieval": {name: ...}}."""
+    **encode: Any,
+) -> dict[str, Any]:
+    """Evaluate all tasks at all sizes.
+
+    Args:
+        model: the model.
+        tasks: the tasks.
+        sizes: the sizes.
+        cross_sizes: see `evaluate_retrieval`.
+        **encode: see `evaluate_sts`.
+
+    Returns:
+        the contents of `results.json`: `{"sts": {name: ...}, "retrieval": {name: ...}}`.
+    """
     results: dict = {}
     for task in tasks:
         if isinstance(task, StsData):
@@ -194,20 +234,20 @@ def evaluate_tasks(
 
 
 def main_scores(results: dict) -> dict[str, dict[str, float]]:
-    """The main metric of every task: {task: {size: Spearman or nDCG@10}}."""
+    """The main metric of every task: `{task: {size: Spearman or nDCG@10}}`."""
     sts = {name: task["spearman"] for name, task in results.get("sts", {}).items()}
     retrieval = {name: task["ndcg@10"] for name, task in results.get("retrieval", {}).items()}
     return sts | retrieval
 
 
 def mean_scores(results: dict) -> dict[str, float]:
-    """The main metric of every size, mean over tasks."""
+    """The main metric of every size, averaged over the tasks."""
     scores = list(main_scores(results).values())
     return {size: float(np.mean([task[size] for task in scores])) for size in scores[0]}
 
 
 def grid_sizes(num_layers: int, dims: Sequence[int]) -> list[Size]:
-    """Every layer by every dim, layer-major."""
+    """Every number of layers with every dim; the dims of one depth come together."""
     return [Size(n, dim) for n in range(1, num_layers + 1) for dim in sorted(set(dims))]
 
 

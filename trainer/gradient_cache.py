@@ -1,4 +1,4 @@
-"""Large batches in little memory: the loss of all rows at once, the encoder in chunks (Gao et al. 2021, GradCache)."""
+"""Large batches in little memory: the encoder runs in chunks, the loss sees all rows (GradCache, Gao et al. 2021)."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from modeling_2dmse.encoding import back_in_order, even_groups, row_lengths
+from modeling_2dmse.batching import back_in_order, even_groups, row_lengths
 
 
 class RandomState:
-    """The random state of the CPU and of the devices at the moment it was taken."""
+    """The random state of the CPU and of the devices of some tensors, at the time of its creation."""
 
     def __init__(self, *tensors: torch.Tensor):
         self.cpu = torch.get_rng_state()
@@ -18,7 +18,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, random numbers come again as they came after this state; behind, as if nothing had happened."""
+        """A context that starts from this random state, and restores the state from before when it ends."""
         with torch.random.fork_rng(devices=self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)
@@ -26,17 +26,17 @@ class RandomState:
 
 
 class CachedForward:
-    """
-    The encoder's forward over all rows of a batch, in chunks of rows of similar length, and its backward.
+    """The forward pass of the encoder over all rows of a batch, in chunks of rows of similar length, and its backward
+    pass.
 
-    `states` are computed without a graph; `backward` runs each chunk once more, with the random numbers of the first
-    time, so that dropout drops the same, and goes backward from it.
+    `states` runs without a graph. `backward` runs each chunk a second time with the same random numbers, so that
+    dropout drops the same values, and then its backward pass.
 
     Args:
-        forward: from a chunk's inputs to its (L, rows, H) states.
-        inputs: tensors of (rows, length), among them `attention_mask`; padding on the right.
-        chunk_rows: rows a chunk.
-        lengths: of the rows, where they are known without asking the GPU.
+        forward: maps the inputs of a chunk to its (L, rows, H) states.
+        inputs: tensors (rows, length), including `attention_mask`; padding is on the right.
+        chunk_rows: rows per chunk.
+        lengths: tokens of each row, if they are known without asking the GPU.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class CachedForward:
             {name: value[rows, :width] for name, value in inputs.items()}
             for rows, width in zip(self.rows, widths, strict=True)
         ]
-        self.random_states = []
+        self.random_states: list[RandomState] = []
 
     @torch.no_grad()
     def states(self) -> torch.Tensor:
-        """(L, rows, H), in the rows' order, without gradient."""
+        """(L, rows, H), in the order of the rows, without gradient."""
         states = []
         for chunk in self.chunks:
             self.random_states.append(RandomState(chunk["attention_mask"]))
@@ -68,10 +68,12 @@ class CachedForward:
         return torch.cat(states, dim=1)[:, self.restore]
 
     def backward(self, gradient: torch.Tensor, run: Callable[[Callable[[], torch.Tensor], bool], None]) -> None:
-        """
+        """Add the gradients of the parameters.
+
         Args:
-            gradient: (L, rows, H), of the loss with respect to the states.
-            run: called with a function that gives a chunk's scalar, and whether it is the last chunk; it goes backward.
+            gradient: (L, rows, H), the gradient of the loss with respect to the states.
+            run: runs the backward pass of a chunk; its arguments are a function that computes the chunk's scalar, and
+                whether this is the last chunk.
         """
         last = len(self.chunks) - 1
         for index, (chunk, rows, state) in enumerate(zip(self.chunks, self.rows, self.random_states, strict=True)):

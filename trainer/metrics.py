@@ -1,6 +1,7 @@
-"""The correlation of similarities with gold scores as a metric of the `evaluate` library.
+"""The correlation of similarities with gold scores, as a metric of the `evaluate` library.
 
-Nothing else here imports that library: in a script's process, run_scripts/evaluate.py would be found under its name.
+This is the only file that imports the library: in the process of a script, `import evaluate` would find
+run_scripts/evaluate.py instead.
 """
 
 import datasets
@@ -13,7 +14,8 @@ from .evaluation import correlations
 class EmbeddingSimilarity(evaluate.Metric):
     """Spearman and Pearson correlation of predicted similarities with gold scores, as an `evaluate.Metric`.
 
-    Instantiated directly, it needs no network: `EmbeddingSimilarity().compute(predictions=..., references=...)`.
+    A direct instance needs no network: `EmbeddingSimilarity().compute(predictions=..., references=...)`. The result is
+    `{"spearman": ..., "pearson": ...}`, 0 if the predictions or the references are constant.
     """
 
     def _info(self):

@@ -1,4 +1,4 @@
-"""Hard negatives: texts that a model finds near an anchor and that are none of its known positives."""
+"""Hard negatives: texts that a model finds near an anchor and that are not among its known positives."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +19,24 @@ from .ranking import Top, merge_top, top_documents
 from .selection import NegativeSelection
 from .shared.tables import read_table
 
-# Texts whose states, at the full hidden size, are held at once.
+# Texts whose states, at the full hidden size, are in memory at once.
 _ENCODE_CHUNK = 50_000
-# The cosines held at once: a block of anchors by a chunk of documents, 17 MB.
+# The cosines in memory at once: a block of anchors by a chunk of documents, 17 MB.
 _QUERY_CHUNK, _CORPUS_CHUNK = 256, 16_384
-# Rows that choose their negatives at once: an anchor of the block may stand in any number of rows.
+# Rows that choose their negatives at once: an anchor of the block may be in any number of rows.
 _ROW_CHUNK = 4096
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class MiningTask:
-    """Rows that want negatives, in numbers.
+    """The rows that need negatives, as numbers of texts.
 
-    Attributes:
-        anchors: A distinct texts.
-        texts: the D documents of the corpus, distinct, and behind them the positives that do not stand there verbatim.
+    Args:
+        anchors: the A distinct anchors.
+        texts: the D distinct documents of the corpus, and after them the positives that are not among them verbatim.
         num_documents: D.
-        rows: (R, 2), each row's place in `anchors` and its positive's place in `texts`.
+        rows: (R, 2), the number of each row's anchor in `anchors` and of its positive in `texts`.
         excluded: for each anchor, the documents that must not be its negatives.
     """
 
@@ -47,29 +48,32 @@ class MiningTask:
 
 
 def text_key(text: str) -> str:
-    r"""What two texts share that differ in case and white space alone.
+    r"""A key that is the same for texts that differ only in case and white space.
 
-    >>> text_key(" A  dog\n")
-    'a dog'
+    Examples:
+        >>> text_key(" A  dog\n")
+        'a dog'
     """
     return " ".join(text.casefold().split())
 
 
 def prepare(pairs: Sequence[Pair], corpus: Iterable[str], known: Iterable[Pair] = ()) -> MiningTask:
-    """
-    Number the texts, and find out what must not be an anchor's negative: its own text and all of its positives.
+    """Number the texts, and find the documents that must not be negatives of an anchor: its own text and its positives.
 
     Args:
         pairs: (anchor, positive) of each row.
-        corpus: candidates; empty texts are left out, and of texts with the same key the first is taken.
+        corpus: the candidates. Empty texts are left out, and the first of several texts with the same key is used.
         known: further (anchor, positive) pairs, which get no row.
+
+    Returns:
+        the task.
     """
     first: dict[str, str] = {}
     for text in corpus:
         first.setdefault(text_key(text), text)
     first.pop("", None)
     documents = {key: number for number, key in enumerate(first)}
-    excluded = defaultdict(set)
+    excluded: dict[str, set[int | None]] = defaultdict(set)
     for anchor, positive in itertools.chain(pairs, known):
         excluded[text_key(anchor)].update((documents.get(text_key(positive)), documents.get(text_key(anchor))))
     anchors = {text: number for number, text in enumerate(dict.fromkeys(anchor for anchor, _ in pairs))}
@@ -80,12 +84,12 @@ def prepare(pairs: Sequence[Pair], corpus: Iterable[str], known: Iterable[Pair] 
         list(texts),
         len(documents),
         torch.tensor([(anchors[anchor], texts[positive]) for anchor, positive in pairs]),
-        [sorted(excluded[text_key(anchor)] - {None}) for anchor in anchors],
+        [sorted(number for number in excluded[text_key(anchor)] if number is not None) for anchor in anchors],
     )
 
 
 def read_documents(path: str) -> list[str]:
-    """The texts of a table with a column `text`, with their titles where it is a corpus of BEIR (_id, title, text)."""
+    """The texts of a table with a column `text`; titles are added if it is a BEIR corpus (_id, title, text)."""
     table = read_table(path, "corpus_file")
     if "text" not in table.column_names:
         raise ValueError(f"corpus_file: {path} has no column text among {', '.join(table.column_names)}")
@@ -99,10 +103,18 @@ def read_documents(path: str) -> list[str]:
 
 
 def read_beir(folder: str, split: str) -> tuple[list[Pair], list[str], list[Pair]]:
-    """(query, relevant document) pairs of a split of a BEIR folder, its corpus, and such pairs of all other splits."""
+    """Read a BEIR folder.
+
+    Args:
+        folder: the folder.
+        split: the split to mine negatives for.
+
+    Returns:
+        the (query, relevant document) pairs of the split, the corpus, and the pairs of all other splits.
+    """
     others = sorted(path.stem for path in Path(folder, "qrels").glob("*.tsv") if path.stem != split)
     data = load_beir(folder, split)
-    # By their texts, not their ids: a query of this split may stand in another one under another id.
+    # Texts, not ids: a query of this split may be in another split with another id.
     known = [pair for other in others for pair in _relevant_pairs(load_beir(folder, other))]
     return _relevant_pairs(data), list(data.corpus.values()), known
 
@@ -117,15 +129,17 @@ def _relevant_pairs(data: RetrievalData) -> list[Pair]:
     return [(query, document) for query, document in pairs if query.strip() and document]
 
 
-def embed(model: TwoDMSEModel, texts: Sequence[str], size: Size, **encode) -> torch.Tensor:
-    """
-    Embeddings at one size; the hidden states of the whole corpus, many times as wide, are never held.
+def embed(model: TwoDMSEModel, texts: Sequence[str], size: Size, **encode: Any) -> torch.Tensor:
+    """Embeddings at one size. The hidden states of the whole corpus, which are much wider, are never in memory at once.
 
     Args:
-        encode: `batch_size`, `max_length` of `TwoDMSEModel.encode`.
+        model: the model.
+        texts: the texts.
+        size: the size.
+        **encode: `batch_size` and `max_length` of `TwoDMSEModel.encode`.
 
     Returns:
-        (len(texts), dim), float32, unit norm. Prompts are left out, as in training.
+        (len(texts), dim), float32, unit norm. As in training, no prompt is used.
     """
     output = torch.empty(len(texts), size.dim)
     for start in range(0, len(texts), _ENCODE_CHUNK):
@@ -142,25 +156,27 @@ def top_candidates(
     query_chunk: int = _QUERY_CHUNK,
     corpus_chunk: int = _CORPUS_CHUNK,
 ) -> Iterator[Top]:
-    """
-    The k nearest documents of each query that are not excluded for it, block of queries after block.
+    """The k nearest documents of each query that are not excluded for it, one block of queries after another.
 
     Args:
-        queries: (Q, dim), documents: (D, dim), unit norm.
+        queries: (Q, dim), unit norm.
+        documents: (D, dim), unit norm.
+        k: number of documents per query.
         excluded: for each query, numbers of documents.
-        query_chunk, corpus_chunk: at most (query_chunk, corpus_chunk) cosines are held at once.
+        query_chunk: queries per block.
+        corpus_chunk: documents per chunk; at most query_chunk * corpus_chunk cosines are in memory at once.
 
     Yields:
-        cosines and document numbers, (block, min(k, D)), best first, equal cosines in the documents' order; -inf where
-        a query has fewer candidates.
+        cosines and document numbers, (block, min(k, D)), best first, equal cosines in the order of the documents; the
+        cosine is -inf if a query has fewer candidates.
     """
     steps = math.ceil(len(queries) / query_chunk) * math.ceil(len(documents) / corpus_chunk)
     with logging.tqdm(total=steps, desc="Searching", unit="block", leave=False, disable=None) as bar:
         for start in range(0, len(queries), query_chunk):
             block = queries[start : start + query_chunk]
-            hidden = [(row, number) for row, numbers in enumerate(excluded[start : start + len(block)])
-                      for number in numbers]  # fmt: skip
-            hidden = torch.tensor(hidden, dtype=torch.long).reshape(-1, 2)
+            pairs = [(row, number) for row, numbers in enumerate(excluded[start : start + len(block)])
+                     for number in numbers]  # fmt: skip
+            hidden = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
             top = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.long)
             for first in range(0, len(documents), corpus_chunk):
                 found = _top_of_chunk(block, documents[first : first + corpus_chunk], k, hidden, first)
@@ -170,9 +186,9 @@ def top_candidates(
 
 
 def _top_of_chunk(queries: torch.Tensor, documents: torch.Tensor, k: int, hidden: torch.Tensor, first: int) -> Top:
-    """At least the k nearest in one chunk of the corpus, -inf for hidden (row, document) pairs, whatever their order.
+    """At least the k nearest documents in one chunk of the corpus, with -inf for hidden (row, document) pairs.
 
-    As many more are looked for as are hidden in this chunk, so never more than the chunk has.
+    The search also returns as many more documents as are hidden in this chunk, so that k others remain.
     """
     rows, numbers = hidden[(hidden[:, 1] >= first) & (hidden[:, 1] < first + len(documents))].T
     mask = torch.zeros(len(queries), len(documents), dtype=torch.bool)
@@ -184,21 +200,23 @@ def _top_of_chunk(queries: torch.Tensor, documents: torch.Tensor, k: int, hidden
 def choose_negatives(
     scores: torch.Tensor, positives: torch.Tensor, selection: NegativeSelection, rng: np.random.Generator
 ) -> torch.Tensor:
-    """
-    Choose among the candidates of each row.
+    """Choose the negatives among the candidates of each row.
 
     Args:
-        scores: (rows, K) cosines, best first, K at least num_negatives; -inf where there is no candidate.
-        positives: (rows,) cosine of each row's positive.
+        scores: (rows, K) cosines, best first, K at least num_negatives; -inf for missing candidates.
+        positives: (rows,), the cosine of each row's positive.
+        selection: the filters.
+        rng: the generator of the random sampling.
 
     Returns:
-        (rows, num_negatives) columns of `scores`, ascending; -1 throughout where the filters leave fewer.
+        (rows, num_negatives) column numbers of `scores`, ascending; all -1 in rows where fewer candidates remain.
 
-    >>> cosines = torch.tensor([[0.9, 0.7, 0.5, 0.3], [0.9, 0.7, 0.5, 0.3]])
-    >>> selection = NegativeSelection(num_negatives=2, range_min=1, margin=0.1)
-    >>> choose_negatives(cosines, torch.tensor([0.8, 0.4]), selection, np.random.default_rng(0))
-    tensor([[ 1,  2],
-            [-1, -1]])
+    Examples:
+        >>> cosines = torch.tensor([[0.9, 0.7, 0.5, 0.3], [0.9, 0.7, 0.5, 0.3]])
+        >>> selection = NegativeSelection(num_negatives=2, range_min=1, margin=0.1)
+        >>> choose_negatives(cosines, torch.tensor([0.8, 0.4]), selection, np.random.default_rng(0))
+        tensor([[ 1,  2],
+                [-1, -1]])
     """
     rank = torch.arange(1, scores.shape[1] + 1)
     allowed = scores.isfinite() & (rank > selection.range_min) & (rank <= selection.range_max)
@@ -217,14 +235,18 @@ def mine(
     query_chunk: int = _QUERY_CHUNK,
     corpus_chunk: int = _CORPUS_CHUNK,
 ) -> torch.Tensor:
-    """
-    Negatives of every row, the same whatever the chunks are.
+    """The negatives of every row; they do not depend on the chunk sizes.
 
     Args:
-        anchors: (A, dim), texts: (T, dim), the embeddings of the task's.
+        task: the rows and texts.
+        anchors: (A, dim), the embeddings of the task's anchors.
+        texts: (T, dim), the embeddings of the task's texts.
+        selection: the filters.
+        query_chunk: see `top_candidates`.
+        corpus_chunk: see `top_candidates`.
 
     Returns:
-        (R, num_negatives) document numbers, best ranked first; -1 throughout where the filters leave fewer.
+        (R, num_negatives) document numbers, best ranked first; all -1 in rows where fewer candidates remain.
     """
     rng = np.random.default_rng(selection.seed)
     chosen = torch.empty(len(task.rows), selection.num_negatives, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The model card of a training run, assembled from what the run itself knows."""
+"""The model card of a training run, made from the results and settings of the run."""
 
 import os
 import statistics
@@ -26,15 +26,17 @@ _TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file_
 
 @dataclass
 class Run:
-    """What a card tells of a run.
+    """The contents of a card.
 
     Args:
-        name: of the model; the Hub name once it is pushed.
+        name: name of the model; its Hub name once it is pushed.
         settings: the training settings to show, in order.
-        results: as `evaluate_tasks` returns them, for the ladder or the grid; may be empty.
-        costs: as `measure_costs` returns them; may be empty.
-        command: that trained the model.
-        base_model, datasets, license: Hub names and licence, where there are any.
+        results: the output of `evaluate_tasks` for the ladder or the grid; may be empty.
+        costs: the output of `measure_costs`; may be empty.
+        command: the command that trained the model.
+        base_model: Hub name of the backbone, if any.
+        datasets: Hub names of the training data, if any.
+        license: licence of the model, if any.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Run:
 
 
 def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard:
-    """The card: metadata with every ladder size, scores, costs, recipe, and how to load a size."""
+    """Make the card: metadata with every size of the ladder, scores, costs, settings, and how to load a size."""
     data = ModelCardData(
         model_name=run.name,
         base_model=run.base_model,
@@ -77,21 +79,26 @@ def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard
     )
 
 
-def write_card(folder: str, card: ModelCard) -> None:
-    """Write the card where the Hub looks for it."""
+def write_card(folder: str | os.PathLike, card: ModelCard) -> None:
+    """Write the card to the README.md of a model folder, where the Hub looks for it."""
     card.save(os.path.join(folder, "README.md"))
 
 
 def measure_costs(
     model: TwoDMSEModel, sizes: Sequence[Size], texts: Sequence[str], max_length: int | None = None, runs: int = 3
 ) -> dict:
-    """What each size costs.
+    """Measure the costs of each size.
 
     Args:
-        texts: what `encode` is timed on, in turn, `runs` times, cut at `max_length` tokens.
+        model: the model.
+        sizes: the sizes.
+        texts: the texts to encode for the timing.
+        max_length: maximum length of a text in tokens.
+        runs: how often the texts are encoded; depths take turns.
 
     Returns:
-        {"2x64": {"parameters": ..., "megabytes": of the weights, "relative_time": median, full depth = 1}}
+        for each size, as in `{"2x64": {"parameters": ..., "megabytes": ..., "relative_time": ...}}`, the number of
+        parameters, the megabytes of the weights, and the median encoding time relative to full depth.
     """
     layers = layers_of(model.backbone, model.config.layer_stack)
     held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]

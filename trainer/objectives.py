@@ -1,7 +1,7 @@
 """Objectives: which sizes a step trains, with which weights, and which sizes learn from which.
 
-An objective turns a ladder and a random generator into a `Plan`; `plan_loss` turns a plan and the pooled states into
-a loss. Nothing else enters, which is what makes gathering across processes and gradient caching the same for all.
+An objective maps a ladder and a random generator to a `Plan`; `plan_loss` maps a plan and the pooled states to a loss.
+They depend on nothing else, so gathering across processes and gradient caching are the same for all objectives.
 """
 
 import math
@@ -18,19 +18,16 @@ from modeling_2dmse.pooling import cut_and_normalize
 from .alignment import feature_kl, pca_distance, score_kl
 from .losses import SCALE, Rows, base_loss
 
-ALIGNMENTS = ("none", "feature_kl", "score_kl")
-TEACHERS = ("largest", "start")
-
 
 class Term(NamedTuple):
-    """weight * loss(size)."""
+    """weight * loss(size), on the embeddings of one size."""
 
     size: Size
     weight: float
 
 
 class Alignment(NamedTuple):
-    """weight * distance of `student` to `teacher`; `kind` is feature_kl, raw_feature_kl, score_kl or pca."""
+    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl` or `pca`."""
 
     kind: str
     student: Size
@@ -39,7 +36,7 @@ class Alignment(NamedTuple):
 
 
 class Cross(NamedTuple):
-    """weight * loss of the first column's texts (queries, anchors) at one size against the others at another.
+    """weight * loss of the first column (queries, anchors) at one size and the other columns at another size.
 
     Both sizes have the same dim.
     """
@@ -50,7 +47,14 @@ class Cross(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step computes: terms, alignments and crosses on the labelled rows, `unlabeled` on those without labels."""
+    """The computation of one step.
+
+    Args:
+        terms: the losses on the labeled rows.
+        alignments: the alignments on the labeled rows.
+        crosses: the losses between sizes on the labeled rows.
+        unlabeled: the alignments on the rows without labels.
+    """
 
     terms: tuple[Term, ...]
     alignments: tuple[Alignment, ...] = ()
@@ -59,7 +63,7 @@ class Plan(NamedTuple):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The exits the step needs, ascending."""
+        """The exits that the step needs, in ascending order."""
         sizes = [term.size for term in self.terms]
         sizes += [size for a in self.alignments + self.unlabeled for size in (a.student, a.teacher)]
         sizes += [size for c in self.crosses for size in (c.queries, c.documents)]
@@ -73,16 +77,17 @@ class Objective:
     Args:
         name: `2dmse`, `starbucks`, `matryoshka`, `separate` or `espresso`.
         ladder: the sizes to train, small to large.
-        num_layers: layers of the model, N.
-        hidden_size: H.
-        alignment: `none`, `feature_kl` or `score_kl`; the objective's own choice when left out.
-        alignment_weight: factor of the alignment; the objective's own when left out.
+        num_layers: number of layers of the model, N.
+        hidden_size: hidden size of the model, H.
+        alignment: `none`, `feature_kl` or `score_kl`; by default the choice of the objective.
+        alignment_weight: factor of the alignment; by default the choice of the objective.
         compression_dim: dimensions that `espresso` compresses to.
-        teacher: `largest`, or `start`: score_kl's teacher is the model before training, for the largest size too.
-        cross_size_weight: factor of the loss of queries at each shallower size against documents at the ladder's
-            deepest layer, cut to the same dim; 0 for none.
-        unlabeled_weight: factor of the alignment on texts without labels, as alignment_weight is on the others; 0 where
-            there are none.
+        teacher: `largest`, or `start`: the teacher of `score_kl` is the model before training, for the largest size
+            too.
+        cross_size_weight: factor of the loss of queries at each shallower size and documents at the deepest layer of
+            the ladder, cut to the same dim; 0 for none.
+        unlabeled_weight: factor of the alignment on texts without labels, as `alignment_weight` on the other texts; 0
+            if there are none.
     """
 
     name: str
@@ -97,12 +102,12 @@ class Objective:
     unlabeled_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
-        """The sizes, weights and alignments of one step; `rng` decides where the objective samples."""
-        unlabeled = ()
+        """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
+        unlabeled: tuple[Alignment, ...] = ()
         if self.unlabeled_weight:
             state = rng.getstate()
             unlabeled = replace(self, alignment_weight=self.unlabeled_weight, unlabeled_weight=0.0).plan(rng).alignments
-            rng.setstate(state)  # the same sizes for both
+            rng.setstate(state)  # so that both have the same sizes
         plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled)
         if self.teacher == "start":
             taught = {a.teacher: a.weight for a in plan.alignments}
@@ -117,21 +122,22 @@ class Objective:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The layers that some step trains an exit behind."""
+        """The layers whose exits are trained, in any step."""
         draws = self.name == "2dmse"
         return tuple(range(1, self.num_layers + 1)) if draws else self.plan(random.Random(0)).layers
 
     @property
     def kind(self) -> str:
-        """The alignment in force."""
+        """The alignment that is used."""
         return self.alignment or DEFAULT_ALIGNMENT.get(self.name, "none")
 
 
 def geometric_dims(hidden_size: int, smallest: int = 8) -> list[int]:
-    """8, 16, 32, ... below H, then H: the dims that `2dmse` draws from.
+    """The dims that `2dmse` draws from: 8, 16, 32, ... below H, and H.
 
-    >>> geometric_dims(384)
-    [8, 16, 32, 64, 128, 256, 384]
+    Examples:
+        >>> geometric_dims(384)
+        [8, 16, 32, 64, 128, 256, 384]
     """
     dims = []
     while smallest < hidden_size:
@@ -155,7 +161,7 @@ def plan_2dmse(spec: Objective, rng: random.Random) -> Plan:
 
 
 def plan_starbucks(spec: Objective, rng: random.Random) -> Plan:
-    """Every size of the ladder, every step, and all but the largest learn from the largest (Starbucks, SRL)."""
+    """Every size of the ladder in every step; all sizes except the largest learn from the largest (Starbucks, SRL)."""
     largest = spec.ladder[-1]
     terms = tuple(Term(size, 1.0) for size in spec.ladder)
     if spec.kind == "none":
@@ -172,7 +178,7 @@ def plan_matryoshka(spec: Objective, rng: random.Random) -> Plan:
 
 
 def plan_separate(spec: Objective, rng: random.Random) -> Plan:
-    """loss at the ladder's largest size alone: the small model that is trained on its own (Starbucks, table A1)."""
+    """loss at the largest size of the ladder only, as for a small model that is trained alone (Starbucks, table A1)."""
     return Plan((Term(spec.ladder[-1], 1.0),))
 
 
@@ -211,19 +217,22 @@ def plan_parts(
     scale: float = SCALE,
     start: torch.Tensor | None = None,
 ) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """The parts of a step's loss, one after the other.
+    """The parts of a step's loss, one after another.
+
+    The parts share only the states. So the backward pass of one part can run, and its graph be freed, before the next
+    part is computed.
 
     Args:
-        plan: what to compute.
-        states: one (rows, hidden) of pooled states, raw, for each of plan.layers.
+        plan: the computation.
+        states: the raw pooled states, (rows, hidden) for each of `plan.layers`.
         rows: the roles of the rows.
         loss: name of the base loss.
-        start: (rows, hidden), what the model before training gives behind the layers of the alignments' teacher, which
-            it then takes the place of in score_kl.
+        scale: the factor of the similarities (1 / temperature).
+        start: (rows, hidden), the pooled states of the model before training after the layers of the teacher, which
+            they replace in `score_kl`.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64`, `cross/2x64`), weight and value. The parts share the
-        states alone, so that each can be gone backward from, and its graph dropped, before the next is made.
+        name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -232,25 +241,27 @@ def plan_parts(
         return states[plan.layers.index(num_layers)].float()
 
     def embedding(size: Size) -> torch.Tensor:
-        return cut_and_normalize(rows.labelled(state(size.num_layers)), size.dim)
+        return cut_and_normalize(rows.labeled_states(state(size.num_layers)), size.dim)
 
     def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         kind, student, teacher, _ = alignment
         above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
         return _distance(kind, student.dim, teacher.dim, part(state(student.num_layers)), part(above), scale)
 
-    # No tensor has a name here: it would be held while the caller goes backward and through the parts behind.
+    # No tensor has a name here: it would stay in memory during the caller's backward pass and the next parts.
     for size, weight in plan.terms:
         yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
     for name, alignments, part in (
-        ("alignment", plan.alignments, rows.labelled),
+        ("alignment", plan.alignments, rows.labeled_states),
         ("unlabeled", plan.unlabeled, rows.unlabeled_states),
     ):
         for alignment in alignments:
             yield f"{name}/{alignment.student}", alignment.weight, distance(alignment, part)
     first = rows.counts[0]
     for queries, documents, weight in plan.crosses:
-        joined = torch.cat((state(queries.num_layers)[:first], rows.labelled(state(documents.num_layers))[first:]))
+        joined = torch.cat(
+            (state(queries.num_layers)[:first], rows.labeled_states(state(documents.num_layers))[first:])
+        )
         yield f"cross/{queries}", weight, base_loss(loss, cut_and_normalize(joined, queries.dim), rows, scale)
 
 
@@ -258,14 +269,16 @@ def plan_parts(
 def plan_gradient(
     plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """The loss of a step, from the arguments of `plan_parts`, with its gradient.
+    """The loss of a step, with its gradient; the arguments are those of `plan_parts`.
+
+    The parts are computed one after another, so the matrices of only one size are in memory at a time.
 
     Returns:
-        the weighted sum, each part by name without its weight, and the gradient with respect to the states; none has a
-        graph. Part by part, so that the matrices of one size at a time are held.
+        the weighted sum, the value of each part by name (without its weight), and the gradient with respect to the
+        states. None of them has a graph.
     """
     gradient = torch.zeros_like(states)
-    # One leaf an exit, which adds to its own slice: the gradient of an index would be as large as all exits.
+    # One leaf per exit, whose gradient is a slice: the gradient of an indexing would be as large as all exits.
     leaves = [state.detach().requires_grad_() for state in states]
     for leaf, slot in zip(leaves, gradient, strict=True):
         leaf.grad = slot
@@ -279,13 +292,25 @@ def plan_gradient(
 def plan_loss(
     plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a step, to go backward from, and each part by name; from the arguments of `plan_parts`."""
+    """The loss of a step; the arguments are those of `plan_parts`.
+
+    Args:
+        plan: the computation.
+        states: (L, rows, hidden), the raw pooled states after each of `plan.layers`.
+        rows: the roles of the rows.
+        loss: name of the base loss.
+        scale: the factor of the similarities (1 / temperature).
+        start: (rows, hidden), the states of the model before training, if it is the teacher.
+
+    Returns:
+        the weighted sum, whose backward can run only once, and the value of each part by name.
+    """
     total, parts, gradient = plan_gradient(plan, states, rows, loss, scale, start)
     return _WithGradient.apply(states, total, gradient), parts
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient with respect to the states is known already, and is used up by going backward once."""
+    """A value whose gradient with respect to the states is known already; backward uses it up."""
 
     @staticmethod
     def forward(ctx, states, value, gradient):
@@ -297,14 +322,14 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, grad_value):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            raise RuntimeError("plan_loss: its loss can be gone backward from once")
+            raise RuntimeError("plan_loss: backward can run only once on its loss")
         return gradient.mul_(grad_value), None, None
 
 
 def _distance(
     kind: str, dim: int, teacher_dim: int, state: torch.Tensor, teacher: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The named distance of one exit's (rows, H) at `dim` to the teacher's (rows, H) at its own."""
+    """The distance of one exit's states (rows, H) at `dim` to the teacher's states (rows, H) at `teacher_dim`."""
     if kind == "pca":
         return pca_distance(state, dim)
     if kind == "raw_feature_kl":

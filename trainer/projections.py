@@ -1,48 +1,59 @@
-"""Fitting the projections of an elastic model's exits, in closed form, to texts without labels."""
+"""Fitting the exit projections of an elastic model, in closed form, to texts without labels."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import normalize
 
 from modeling_2dmse import TwoDMSEModel
-from modeling_2dmse.encoding import check_texts
+from modeling_2dmse.batching import check_texts
+from modeling_2dmse.projection import ExitProjection
 
-# Texts that are encoded at a time: states of all layers are held for so many.
+# Texts that are encoded at a time: the states of all layers are in memory for that many.
 _PIECE = 2048
 
 
 def fit_exit_projections(
-    encoder: TwoDMSEModel, texts: Sequence[str], ridge: float = 0.02, layers: Sequence[int] | None = None, **encode
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    ridge: float = 0.02,
+    layers: Sequence[int] | None = None,
+    **encode: Any,
 ) -> None:
-    """
-    Let each exit say, in as few dimensions as possible, what the full size says of the texts.
+    """Fit a projection for each exit, so that its first dimensions reproduce the embeddings of the full size.
 
-    T are the embeddings of the full size, X_n the pooled states after n layers, one row a text. V are the eigenvectors
-    of T^T T, strongest first, so that the first d columns of T V are the best d of all rotations' (PCA about the
-    origin). The last exit is multiplied by V, which leaves cosines at the full size as they are; exit n < N by
+    Let T be the embeddings of the full size and X_n the pooled states after n layers, one row per text. V are the
+    eigenvectors of T^T T, strongest first: of all rotations, T V has the best first d columns for every d (PCA without
+    centering). The last exit is multiplied by V, which does not change cosines at the full size. Exit n < N is
+    multiplied by
 
         W_n = argmin |X_n W - T V|^2 + r |W|^2 = (X_n^T X_n + r I)^-1 X_n^T T V
 
-    with r = ridge times the mean diagonal of X_n^T X_n.
+    where r is `ridge` times the mean diagonal of X_n^T X_n.
 
-    The encoder gets new projections where it has none; ones that it has are fitted anew.
+    If the encoder has no projections, it gets new ones; existing projections are fitted again.
 
     Args:
-        texts: some thousands, of the kind that will be embedded; no labels are needed.
-        ridge: of the regression.
-        layers: the exits to fit, all when left out. Without the last one, T V is what the last exit gives as it is.
-        encode: `max_length`, `batch_size`, `show_progress_bar` of `TwoDMSEModel.encode_states`.
+        encoder: the model, which is changed in place.
+        texts: some thousands of texts of the kind that will be embedded; no labels are needed.
+        ridge: strength of the regularization.
+        layers: the exits to fit; all by default. Without the last exit, T V is its present output.
+        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+
+    Raises:
+        ValueError: there are no texts, or an item is not a string.
     """
     texts, _ = check_texts(texts)
     if not texts:
-        raise ValueError("texts: there are none; give some thousands of the kind that will be embedded")
+        raise ValueError("texts: there are none; give some thousands of texts of the kind that will be embedded")
     encoder.add_exit_projections()
+    projections = cast(list[ExitProjection], list(encoder.exit_projections or ()))
     last = encoder.num_layers
     layers = range(1, last + 1) if layers is None else layers
-    weights = {n: encoder.exit_projections[n - 1].weight for n in layers}
+    weights = {n: projections[n - 1].weight for n in layers}
     for n in layers:
-        encoder.exit_projections[n - 1].reset()
+        projections[n - 1].reset()
     grams, crosses = _moments(encoder, texts, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
     if last in weights:
@@ -55,7 +66,7 @@ def fit_exit_projections(
 
 
 def _moments(encoder: TwoDMSEModel, texts: list[str], encode: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_n^T X_n and X_n^T T for each n, with T for the last X_n; (N, hidden, hidden), float64."""
+    """X_n^T X_n and X_n^T T for each n, with T instead of the last X_n; (N, hidden, hidden), float64."""
     shape = (encoder.num_layers, encoder.config.hidden_size, encoder.config.hidden_size)
     grams, crosses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for start in range(0, len(texts), _PIECE):

@@ -1,4 +1,4 @@
-"""Ranking documents and judging rankings, by the conventions of trec_eval."""
+"""Ranking documents and scoring rankings, by the conventions of trec_eval."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ def top_documents(queries: torch.Tensor, documents: torch.Tensor, k: int, first:
     """The k nearest documents of each query.
 
     Args:
-        queries: (Q, dim), documents: (D, dim), unit norm.
+        queries: (Q, dim), unit norm.
+        documents: (D, dim), unit norm.
+        k: number of documents per query.
         first: number of the first document of `documents` in the whole corpus.
 
     Returns:
-        scores and document numbers, (Q, min(k, D)), best first; equal scores in the documents' order, also where
-        the k-th place is tied.
+        scores and document numbers, (Q, min(k, D)), best first. Documents with equal scores keep their order, also
+        if they compete for the k-th place.
     """
     scores = queries @ documents.T
     k = min(k, scores.shape[1])
@@ -29,7 +31,7 @@ def top_documents(queries: torch.Tensor, documents: torch.Tensor, k: int, first:
 
 
 def merge_top(left: Top, right: Top, k: int) -> Top:
-    """The k best of two rankings over different documents."""
+    """The k best documents of two rankings of different documents."""
     return _stable_top(torch.cat((left[0], right[0]), dim=1), torch.cat((left[1], right[1]), dim=1), k)
 
 
@@ -40,14 +42,18 @@ def _stable_top(values: torch.Tensor, numbers: torch.Tensor, k: int) -> Top:
 
 
 def ranking_metrics(ranked: Sequence[Sequence[str]], gains: Sequence[dict[str, int]]) -> dict[str, float]:
-    """nDCG@10 (linear gain, log2 discount, ideal from all judged documents), MRR@10, recall@100; means over queries.
+    """nDCG@10 (linear gain, log2 discount, ideal ranking of all judged documents), MRR@10 and recall@100.
 
     Args:
-        ranked: document ids of each query, best first, at least 100 where the corpus has them.
-        gains: the judged documents of each query; a gain above 0 is relevant.
+        ranked: document ids of each query, best first, at least 100 if the corpus has as many.
+        gains: the judged documents of each query; a document with a gain above 0 is relevant.
 
-    >>> ranking_metrics([["a", "b"]], [{"b": 1}])["mrr@10"]
-    0.5
+    Returns:
+        `ndcg@10`, `mrr@10` and `recall@100`, means over queries.
+
+    Examples:
+        >>> ranking_metrics([["a", "b"]], [{"b": 1}])["mrr@10"]
+        0.5
     """
     totals = {"ndcg@10": 0.0, "mrr@10": 0.0, "recall@100": 0.0}
     for documents, judged in zip(ranked, gains, strict=True):

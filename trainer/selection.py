@@ -1,4 +1,4 @@
-"""Which candidates of a row become its negatives. torch is imported late: a script refuses wrong flags at once."""
+"""The filters that select negatives. torch is imported late, so a script refuses wrong flags at once."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,14 +12,17 @@ SAMPLINGS = ("top", "random")
 
 @dataclass(frozen=True)
 class NegativeSelection:
-    """Which candidates of a row become its negatives.
+    """Selects the negatives of a row among its candidates: the corpus without the anchor's own text and its positives.
 
-    Ranks count an anchor's candidates from 1, nearest first: the corpus without the anchor's positives and own text.
+    Ranks count the candidates from 1, nearest first.
+
+    Raises:
+        ValueError: values that are not allowed; the message names all of them.
     """
 
     num_negatives: int = field(default=1, metadata={"help": "Negatives per row; rows with fewer left are dropped."})
     range_min: int = field(
-        default=10, metadata={"help": "Number of best ranks to skip, where unmarked positives are likeliest."}
+        default=10, metadata={"help": "Number of best ranks to skip, which are most likely unlabeled positives."}
     )
     range_max: int = field(default=100, metadata={"help": "Deepest rank that is considered."})
     margin: float | None = field(
@@ -29,7 +32,7 @@ class NegativeSelection:
         default=None,
         metadata={"help": "A negative's cosine is at most the positive's minus this share of it. Default: off."},
     )
-    max_score: float | None = field(default=None, metadata={"help": "Highest cosine of a negative. Default: off."})
+    max_score: float | None = field(default=None, metadata={"help": "Maximum cosine of a negative. Default: off."})
     sampling: str = field(
         default="top", metadata={"help": "top: the best ranked of the candidates left; random: any of them."}
     )
@@ -57,21 +60,29 @@ class NegativeSelection:
     def __str__(self) -> str:
         """The filters that are set, for messages.
 
-        >>> str(NegativeSelection(margin=0.1))
-        'range_min 10, range_max 100, margin 0.1'
+        Examples:
+            >>> str(NegativeSelection(margin=0.1))
+            'range_min 10, range_max 100, margin 0.1'
         """
         names = ("range_min", "range_max", "margin", "relative_margin", "max_score")
         return ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
 
     def highest_cosine(self, positives: "torch.Tensor") -> "torch.Tensor":
-        """The cosine that a negative may have at most, for each positive's cosine; both (rows,).
+        """The maximum cosine of a negative.
 
-        The relative margin is a share of the absolute value: the limit is below the positive's cosine even if that is
-        negative.
+        The relative margin is a fraction of the absolute value, so that the maximum is below the positive's cosine even
+        if that is negative.
 
-        >>> import torch
-        >>> NegativeSelection(margin=0.125, relative_margin=0.5).highest_cosine(torch.tensor([0.5, 0.125, -0.5]))
-        tensor([ 0.2500,  0.0000, -0.7500])
+        Args:
+            positives: (rows,), the cosine of each row's positive.
+
+        Returns:
+            (rows,).
+
+        Examples:
+            >>> import torch
+            >>> NegativeSelection(margin=0.125, relative_margin=0.5).highest_cosine(torch.tensor([0.5, 0.125, -0.5]))
+            tensor([ 0.2500,  0.0000, -0.7500])
         """
         import torch
 

@@ -5,37 +5,38 @@ import copy
 import os
 import random
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse import Size, TwoDMSEModel
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
-from .data import (
-    PairCollator,
-    add_unlabeled_texts,
-    check_table,
-    join_tables,
-    rescale_scores,
-    text_columns,
-    texts_to_fit,
-)
+from .data import PairCollator, check_table, text_columns, texts_to_fit
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
-from .losses import PAIR_LOSSES, SCALE, SCORE_LOSSES, Rows
+from .losses import SCALE, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan, plan_gradient, plan_loss
+from .preparation import (
+    check_training_tables,
+    find_encoder,
+    make_block_sampler,
+    make_objective,
+    prepare_rows,
+    resolve_ladder,
+)
 from .projections import fit_exit_projections
-from .shared.callbacks import EvaluateLastStep, StopSignals, TellEpoch
+from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.part_log import PartLogMixin
-from .shared.sampling import make_block_sampler
 
 logger = logging.get_logger(__name__)
 
@@ -43,25 +44,28 @@ Task = StsData | RetrievalData
 
 
 class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
-    """
-    Trains a [`TwoDMSEModel`] on tables of texts.
+    """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
         model: the model, or a peft model around it.
-        args: [`TwoDMSETrainingArguments`].
+        args: the arguments; `sizes`, if set, replaces the ladder of the model.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
-            (sentence1, sentence2, score), or a list of such, of which each batch draws from one.
-        eval_dataset: a dataset with such columns, or a list of tasks from `trainer.evaluation`; `evaluate` returns
-            Spearman or nDCG@10 of every ladder size, and their mean as `eval_ladder_mean`.
-        processing_class: the tokenizer; the model's own when left out.
-        unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of them:
-            sizes learn from their teacher on these as well, with the factor `unlabeled_weight`, and projections are fitted
-            to them too.
-        kwargs: passed to `Trainer`.
+            (sentence1, sentence2, score), or a list of such tables. Each batch comes from one table.
+        eval_dataset: a table with such columns, or a list of tasks from `trainer.evaluation`.
+        processing_class: the tokenizer; by default the model's own.
+        unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of
+            them. The sizes also learn from their teacher on these texts, with the weight `unlabeled_weight`, and exit
+            projections are fitted to them too.
+        **kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: columns, loss and objective do not fit each other, or a size does not fit the model.
+        ValueError: the columns, the loss and the objective do not fit each other, or a size does not fit the model.
     """
+
+    args: TwoDMSETrainingArguments
+    objective: Objective
+    train_dataset: Dataset
+    eval_dataset: Any
 
     # compute_loss returns the mean of one batch; Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
@@ -72,9 +76,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         args: TwoDMSETrainingArguments,
         train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
-        processing_class=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         unlabeled_texts: Sequence[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.encoder = find_encoder(model)
         if not args.dropout:
@@ -83,92 +87,77 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self.encoder.config.set_ladder(self.ladder)
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
         self.encoder.tokenizer = tokenizer
-        columns = None
-        self.train_tables = []
+        self.train_tables = check_training_tables(train_dataset)
+        rows = None
         if train_dataset is not None:
-            tables = [train_dataset] if isinstance(train_dataset, Dataset) else train_dataset
-            self.train_tables = [check_table(table, "train_dataset") for table in tables]
-            train_dataset = join_tables(self.train_tables)
-            args.loss = resolve_loss(args.loss, train_dataset, self.ladder, args.objective)
-            if args.loss == "cosine_mse":
-                train_dataset, highest = rescale_scores(train_dataset)
-                logger.info(f"cosine_mse: scores were divided by {highest:g}")
-            if unlabeled_texts is not None:
-                batch = args.per_device_train_batch_size
-                train_dataset = add_unlabeled_texts(train_dataset, unlabeled_texts, args.seed, batch)
-            columns = text_columns(train_dataset)
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
-        self._fit_projections = args.exit_projections and self.encoder.exit_projections is None
-        if self._fit_projections:
-            self._add_projections(model)
-        if self.encoder.exit_projections is not None and args.ddp_find_unused_parameters is None:
-            # A step leaves some out, where transformers, under gradient checkpointing, tells DDP that none is.
-            args.ddp_find_unused_parameters = True
-        self.objective = Objective(
-            name=args.objective,
-            ladder=self.ladder,
-            num_layers=self.encoder.num_layers,
-            hidden_size=self.encoder.config.hidden_size,
-            alignment=args.alignment,
-            alignment_weight=args.alignment_weight,
-            compression_dim=args.compression_dim,
-            teacher=args.teacher,
-            cross_size_weight=args.cross_size_weight,
-            unlabeled_weight=0.0 if unlabeled_texts is None else args.unlabeled_weight,
-        )
-        if args.cross_size_weight and not self.objective.plan(random.Random(0)).crosses:
-            raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
-        if args.teacher == "start" and self.objective.kind != "score_kl":
-            raise ValueError(f"teacher: start teaches by the alignment score_kl, not by {self.objective.kind}")
-        if unlabeled_texts is not None and not self.objective.plan(random.Random(0)).unlabeled:
-            raise ValueError(
-                f"unlabeled_texts: {args.objective} learns nothing from them with the alignment {self.objective.kind} and "
-                f"unlabeled_weight {args.unlabeled_weight:g}"
-            )
-        if not eval_dataset:
+            rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
+        tasks = as_tasks(eval_dataset)
+        self._prepare_projections(model, args)
+        self.objective = make_objective(self.encoder, self.ladder, args, unlabeled_texts is not None)
+        if not tasks:
             args.eval_strategy, args.load_best_model_at_end = "no", False
-        self._micro_step, self._start = (-1, 0), None
+        self._micro_step = (-1, 0)
+        self._start: TwoDMSEModel | None = None
         self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
-        if collator is None and columns is not None:
-            collator = PairCollator(tokenizer, columns, min(args.max_length, self.encoder.max_length))
+        if collator is None and rows is not None:
+            collator = PairCollator(tokenizer, text_columns(rows), min(args.max_length, self.encoder.max_length))
         # Made here, so that impossible batches are refused before anything is written.
         self.block_sampler = make_block_sampler(self.train_tables, args)
-        tell_epoch = [TellEpoch(self.block_sampler)] if self.block_sampler is not None else []
+        set_epoch = [SetEpoch(self.block_sampler)] if self.block_sampler is not None else []
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=rows,
+            eval_dataset=tasks,
             processing_class=tokenizer,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), self.stop_signals, *tell_epoch, *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[EvaluateLastStep(), self.stop_signals, *set_epoch, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         shard_by_layers(self.accelerator, self.encoder)
-        if self.encoder is not model and self.is_fsdp_enabled:
-            raise ValueError("model: adapters are not trained under FSDP; use DDP, which holds little for them")
-        if args.initial_share:
-            self._check_whole("initial_share: whole weights are averaged")
-        if args.teacher == "start":
-            self._check_whole("teacher: start is a copy of whole weights")
-        if args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
-            raise ValueError("gradient_cache_chunk_size: DeepSpeed steps after one backward pass; use DDP or FSDP")
+        self._check_launch()
+
+    def _prepare_projections(self, model: PreTrainedModel, args: TwoDMSETrainingArguments) -> None:
+        """Add exit projections, if the arguments ask for them and the model has none."""
+        self._fit_projections = args.exit_projections and self.encoder.exit_projections is None
+        if self._fit_projections:
+            if self.encoder is not model:
+                raise ValueError(
+                    "exit_projections: fit them before adding adapters, with fit_exit_projections(encoder, texts)"
+                )
+            self.encoder.add_exit_projections()
+        if self.encoder.exit_projections is not None and args.ddp_find_unused_parameters is None:
+            # A step may leave some of them out, but with gradient checkpointing transformers tells DDP that none is.
+            args.ddp_find_unused_parameters = True
+
+    def _check_launch(self) -> None:
+        """ValueError if the arguments need something that adapters, FSDP or DeepSpeed do not allow."""
+        if self.encoder is not self.model and self.is_fsdp_enabled:
+            raise ValueError("model: adapters cannot be trained under FSDP; use DDP, whose memory suffices for them")
+        if self.args.initial_share:
+            self._check_whole("initial_share: the average")
+        if self.args.teacher == "start":
+            self._check_whole("teacher: start")
+        if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
+            raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
+
+    def _check_whole(self, what: str) -> None:
+        if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(f"{what} needs all weights in one process, without adapters, FSDP or DeepSpeed")
 
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.block_sampler is None else self.block_sampler
 
-    def _check_whole(self, what: str) -> None:
-        if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(f"{what}, not adapters nor what FSDP or DeepSpeed split")
-
     def train(self, *args, **kwargs):
-        """Train as `Trainer` does, behind fitting new projections (`exit_projections`). A run that comes to its end is
-        then averaged with its start (`initial_share`), that is with the fitted projections and the weights before, and
-        the projections of exits that no step has trained are fitted anew.
+        """Train as `Trainer` does, with the arguments of `Trainer.train`.
 
-        Evaluations and checkpoints on the way, and the choice of the best one, see the weights as they are trained.
+        New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
+        averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
+        of exits that no step has trained are fitted again.
+
+        Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
+        last two steps.
         """
         fitted = self._fit_projections
         if fitted:
@@ -178,7 +167,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             parameters = self.encoder.named_parameters()
             initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
         if self.args.teacher == "start":
-            self._start = copy.deepcopy(self.encoder).to(self.args.device).eval().requires_grad_(False)
+            start = copy.deepcopy(self.encoder)
+            start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
+            self._start = start.eval().requires_grad_(False)
         output = super().train(*args, **kwargs)
         if self.stop_signals.received is not None:
             return output
@@ -187,19 +178,12 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         others = set(range(1, self.encoder.num_layers + 1)).difference(self.objective.exits)
         if fitted and others and self.is_fsdp_enabled:
             logger.warning(
-                f"exit_projections: the exits {sorted(others)}, off the ladder, keep those of the start, since FSDP "
-                "holds weights in pieces; fit_exit_projections on the saved model fits them anew"
+                f"exit_projections: the exits {sorted(others)}, which are not on the ladder, keep their initial fit, "
+                "because FSDP shards the weights; run fit_exit_projections on the saved model to fit them again"
             )
         elif fitted and others:  # the layers before these exits have moved
             self._fit_on_training_texts(sorted(others))
         return output
-
-    def _add_projections(self, model) -> None:
-        if self.encoder is not model:
-            raise ValueError(
-                "exit_projections: fit them before adding adapters, by fit_exit_projections(encoder, texts)"
-            )
-        self.encoder.add_exit_projections()
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         fit_exit_projections(
@@ -213,17 +197,17 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self._fit_projections = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The objective's loss on one batch; all columns go through one call of the wrapped model."""
+        """The loss of the objective on one batch; all columns go through one call of the wrapped model."""
         inputs, lengths, rows, plan = self._step(inputs)
         outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets, lengths=lengths)
         start = self._start_state(plan, inputs, lengths)
         states, start, rows = self._join(outputs.layer_embeddings, start, rows)
-        loss, parts = plan_loss(plan, states, rows, self.args.loss, self.args.loss_scale, start)
+        loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.args.loss_scale, start)
         self.record(loss, parts)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of one batch, in chunks where `gradient_cache_chunk_size` is set."""
+        """Forward and backward pass of one batch, in chunks if `gradient_cache_chunk_size` is set."""
         if self.args.gradient_cache_chunk_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -238,21 +222,21 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         states = cached.states().requires_grad_()
         start = self._start_state(plan, inputs, lengths, chunk_rows)
         joined, start, rows = self._join(states, start, rows)
-        loss, parts, gradient = plan_gradient(plan, joined, rows, self.args.loss, self.args.loss_scale, start)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, str(self.args.loss), self.args.loss_scale, start)
         self.record(loss, parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)
 
         def run(scalar: Callable[[], torch.Tensor], last: bool) -> None:
-            # Gradients travel between processes once, with the last chunk.
+            # The processes exchange gradients once, with the last chunk.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 self.accelerator.backward(scalar())
 
-        cached.backward(states.grad, run)
+        cached.backward(cast(torch.Tensor, states.grad), run)
         return loss / self.current_gradient_accumulation_steps
 
     @torch.no_grad()
     def _start_state(self, plan: Plan, inputs: dict, lengths, chunk_rows: int | None = None) -> torch.Tensor | None:
-        """(rows, H), what the model before training says behind the teacher's layers; None where it does not teach."""
+        """(rows, H), the states of the model before training after the teacher's layers; None if it is no teacher."""
         alignments = plan.alignments or plan.unlabeled
         if self._start is None or not alignments:
             return None
@@ -265,31 +249,34 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             return CachedForward(forward, inputs, chunk_rows, lengths).states()[0]
 
     def _join(self, states: torch.Tensor, start: torch.Tensor | None, rows: Rows):
-        """The same of all processes, where they are to be gathered: states, start, rows."""
+        """States, start and rows of all processes, if `gather_negatives` is set; otherwise those of this process."""
         if start is not None:
             states = torch.cat((states, start[None]))
         states, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
         return (states, None, rows) if start is None else (states[:-1], states[-1].detach(), rows)
 
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
-        """The model's inputs, their rows' lengths and roles, and what the objective does in this step."""
+        """The inputs of the model, the lengths and roles of their rows, and the plan of this step."""
         inputs = dict(inputs)
         rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("unlabeled", 0))
         lengths = inputs.pop("lengths", None)
         if self.args.torch_compile:
-            lengths = None  # numbers from outside would be compiled in, anew in each step
+            lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
         return inputs, lengths, rows, self.objective.plan(self._step_generator())
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Score every ladder size on the evaluation tasks.
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate every size of the ladder on the evaluation tasks.
+
+        Args:
+            eval_dataset: a table or a list of tasks; by default those of the trainer.
+            ignore_keys: not used.
+            metric_key_prefix: the first part of each name.
 
         Returns:
-            `eval_spearman_1x32` or `eval_ndcg@10_1x32`, ... (with the task's name in between when there are
-            several), and `eval_ladder_mean`.
+            `eval_spearman_1x32` or `eval_ndcg@10_1x32` for each size (with several tasks `eval_TASK_spearman_1x32`),
+            and their mean, `eval_ladder_mean`.
         """
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(tasks, Dataset):
-            tasks = [task_from_table("eval", check_table(tasks, "eval_dataset"))]
+        tasks = as_tasks(self.eval_dataset if eval_dataset is None else eval_dataset)
         if not tasks:
             raise ValueError("eval_dataset: there is none; pass one to the trainer or to evaluate")
         metrics = self.score(tasks, self.ladder, metric_key_prefix)
@@ -310,8 +297,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         metrics[f"{prefix}_ladder_mean"] = sum(means.values()) / len(means)
         return metrics
 
-    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode) -> dict:
-        """All metrics of all tasks at the given sizes, as `results.json` holds them."""
+    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
+        """All metrics of all tasks at the given sizes, in the form of `results.json`."""
         encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
         encode.setdefault("max_length", self.args.max_length)
         if self.args.disable_tqdm:
@@ -328,7 +315,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             "alignment": self.objective.kind,
             "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "steps": self.state.max_steps,
-            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+            "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
             "max_length": args.max_length,
             "seed": args.seed,
         } | {
@@ -345,63 +332,33 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             if value != default
         }
 
-    def create_model_card(self, model_name=None, license=None, finetuned_from=None, **kwargs):
-        """Write this project's card, unless a script has written a fuller one."""
-        if not self.is_world_process_zero() or os.path.exists(os.path.join(self.args.output_dir, "README.md")):
+    def create_model_card(self, *args, model_name=None, license=None, finetuned_from=None, **kwargs):
+        """Write the model card of this project, unless a script has already written a more complete one."""
+        folder = str(self.args.output_dir)
+        if not self.is_world_process_zero() or os.path.exists(os.path.join(folder, "README.md")):
             return
-        # Under FSDP this process alone cannot run the model.
-        alone = self.eval_dataset and not self.is_fsdp_enabled
-        results = self.results(self.eval_dataset, self.ladder) if alone else {}
-        name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        # Under FSDP, one process cannot run the model.
+        can_evaluate = self.eval_dataset and not self.is_fsdp_enabled
+        results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
+        name = model_name or os.path.basename(os.path.normpath(folder))
         run = Run(name, self.describe(), results, base_model=finetuned_from, license=license)
-        write_card(self.args.output_dir, build_card(self.encoder, self.objective, run))
+        write_card(folder, build_card(self.encoder, self.objective, run))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.encoder is not self.model:
-            # Beside an adapter, so that the folder says what kind of model it adapts.
-            self.encoder.config.save_pretrained(output_dir or self.args.output_dir)
+            # The folder of an adapter also gets the configuration of the model that it adapts.
+            self.encoder.config.save_pretrained(output_dir or str(self.args.output_dir))
 
     def _step_generator(self) -> random.Random:
-        """A generator that depends on the seed and the position alone: the same in every process and after a resume."""
+        """A generator that depends only on the seed and the step: the same in every process and after a resume."""
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
 
 
-def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
-    """The TwoDMSEModel itself, or the one inside a peft model."""
-    encoder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(encoder, TwoDMSEModel):
-        raise ValueError(f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}")
-    return encoder
-
-
-def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> list[Size]:
-    """The ladder of the arguments, else the model's own; checked against the model."""
-    sizes = args.sizes if args.sizes is not None else encoder.config.sizes
-    if sizes is None:
-        raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
-    ladder = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)
-    args.sizes = [str(size) for size in ladder]
-    if args.objective == "espresso" and args.compression_dim > encoder.config.hidden_size:
-        raise ValueError(
-            f"compression_dim: {args.compression_dim} is not allowed; the backbone has 1 to "
-            f"{encoder.config.hidden_size} dimensions"
-        )
-    return ladder
-
-
-def resolve_loss(loss: str | None, table: Dataset, ladder: Sequence[Size], objective: str) -> str:
-    """The base loss, chosen from the columns when none is named; ValueError where it does not fit them."""
-    scored = "score" in table.column_names
-    fitting = tuple(SCORE_LOSSES) if scored else PAIR_LOSSES
-    loss = loss or ("cosent" if scored else "infonce")
-    if loss not in fitting:
-        raise ValueError(
-            f"loss: {loss} does not fit the columns ({', '.join(table.column_names)}); use {' or '.join(fitting)}"
-        )
-    odd = [str(size) for size in ladder if size.dim % 2]
-    if loss == "angle" and odd:
-        raise ValueError(f"sizes: {', '.join(odd)} has an odd dim, which the angle loss cannot split in two halves")
-    return loss
+def as_tasks(eval_dataset: Dataset | Sequence[Task] | None) -> Any:
+    """The evaluation tasks of a table, a list of tasks or None; the last two are returned as they are."""
+    if isinstance(eval_dataset, Dataset):
+        return [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
+    return eval_dataset

@@ -1,15 +1,27 @@
-"""Reading texts without labels, which sizes learn from beside the training rows."""
+"""Reading texts without labels, which the sizes learn from in addition to the training rows."""
 
 import re
 
 from .data import ACCEPTED, check_table, draw_texts
 from .shared.tables import read_table
-from .smae.corpus import check_corpus, read_corpus
+from .shared.texts import check_corpus, read_corpus
 
 
 def read_unlabeled_texts(path: str, limit: int, seed: int) -> list[str]:
-    """At most `limit` different texts without labels, drawn by the seed: of a .txt file (a text a line), a table with a
-    column `text`, or all texts of a table that one could train on; ValueError naming `unlabeled_file` for anything else."""
+    """Read texts without labels, and draw some at random.
+
+    Args:
+        path: a .txt file (one text per line), a table with a column `text`, or a training table, whose texts are all
+            taken.
+        limit: maximum number of texts.
+        seed: seed of the drawing.
+
+    Returns:
+        at most `limit` different texts.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such column.
+    """
     if re.sub(r"\.gz$", "", path.lower()).endswith(".txt"):
         return draw_texts([read_corpus(path, "text", argument="unlabeled_file")], seed, limit)
     table = read_table(path, "unlabeled_file")
@@ -20,7 +32,7 @@ def read_unlabeled_texts(path: str, limit: int, seed: int) -> list[str]:
         table = check_table(table, "unlabeled_file")
     else:
         raise ValueError(
-            f"unlabeled_file: {path} has no column text among {', '.join(table.column_names)}, nor those of training data: "
-            f"{ACCEPTED}"
+            f"unlabeled_file: {path} has no column text among {', '.join(table.column_names)}, nor those of training "
+            f"data: {ACCEPTED}"
         )
     return draw_texts([table], seed, limit)

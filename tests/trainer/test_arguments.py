@@ -34,7 +34,7 @@ def test_one_process_uses_one_gpu_of_several(kind, tmp_path):
 def test_bf16_is_what_the_launcher_asks_for(kind, tmp_path, monkeypatch):
     """`accelerate launch` with a configuration of mixed precision; DeepSpeed refuses arguments that say otherwise."""
     for capable in (False, True):
-        monkeypatch.setattr("trainer.arguments.cpu_has_bf16", lambda capable=capable: capable)
+        monkeypatch.setattr("trainer.shared.arguments.cpu_has_bf16", lambda capable=capable: capable)
         for launched, expected in (("bf16", True), ("fp16", False), ("no", capable), (None, capable)):
             if launched is None:
                 monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)

@@ -60,5 +60,5 @@ def test_what_cannot_be_averaged_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"initial_share: -0\.1 is not allowed"):
         TwoDMSETrainingArguments(output_dir=str(tmp_path), initial_share=-0.1)
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="initial_share: whole weights are averaged, not adapters"):
+    with pytest.raises(ValueError, match="initial_share: the average needs all weights in one process, without adapters"):
         train(adapted, tmp_path, initial_share=0.5)

@@ -124,7 +124,7 @@ def test_unlabeled_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["one"], "unlabeled_texts: 1 are fewer than one batch of 2"),
+        (["one"], "unlabeled_texts: there are 1, fewer than the 2 of one batch"),
         (["one", " "], "unlabeled_texts: item 1 is empty"),
         (["one", 2], "texts: item 1 is a int"),
     ],

@@ -62,7 +62,7 @@ def test_what_cannot_teach_is_refused(tiny_model, tmp_path):
 
     with pytest.raises(ValueError, match="teacher: 'best' is unknown; choose one of largest, start"):
         make_trainer(tiny_model(), tmp_path, teacher="best")
-    with pytest.raises(ValueError, match="teacher: start teaches by the alignment score_kl, not by feature_kl"):
+    with pytest.raises(ValueError, match="teacher: start needs the alignment score_kl, but the alignment is feature_kl"):
         make_trainer(tiny_model(), tmp_path, alignment="feature_kl")
-    with pytest.raises(ValueError, match="teacher: start is a copy of whole weights, not adapters"):
+    with pytest.raises(ValueError, match="teacher: start needs all weights in one process, without adapters"):
         make_trainer(get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear")), tmp_path)

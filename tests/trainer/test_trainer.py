@@ -107,11 +107,11 @@ def test_unlabeled_texts_are_trained_on_and_logged(tiny_model, tmp_path):
     [
         (
             {"alignment": "none"},
-            "unlabeled_texts: starbucks learns nothing from them with the alignment none and plain_we",
+            "unlabeled_texts: starbucks learns nothing from them with the alignment none and unlab",
         ),
         ({"unlabeled_weight": 0.0}, "with the alignment score_kl and unlabeled_weight 0"),
         ({"objective": "separate"}, "unlabeled_texts: separate learns nothing from them"),
-        ({"per_device_train_batch_size": 64}, "unlabeled_texts: 20 are fewer than one batch of 64"),
+        ({"per_device_train_batch_size": 64}, "unlabeled_texts: there are 20, fewer than the 64 of one batch"),
     ],
 )
 def test_unlabeled_texts_that_teach_nothing_are_refused(kwargs, message, tiny_model, tmp_path):
@@ -250,7 +250,7 @@ def test_bf16_keeps_the_loss_in_float32(tiny_model, tmp_path):
 
 
 def test_bf16_default_follows_the_cpu(tmp_path, monkeypatch):
-    import trainer.arguments as module
+    import trainer.shared.arguments as module
 
     for capable in (True, False):
         monkeypatch.setattr(module, "cpu_has_bf16", lambda capable=capable: capable)

@@ -1,4 +1,4 @@
-"""Several views of each picture for self-distillation: crops, colours, masks of patches."""
+"""Several views of each image for self-distillation: crops, colors and patch masks."""
 
 import math
 from collections.abc import Sequence
@@ -9,35 +9,39 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from modeling_franca import CyclicMask
 
-# Strengths and probabilities of DINO (Caron et al. 2021, appendix A), which are BYOL's.
+# Probabilities and strengths of DINO (Caron et al. 2021, appendix A), which are those of BYOL.
 FLIP, JITTER, GREY = 0.5, 0.8, 0.2
 BRIGHTNESS, CONTRAST, SATURATION = 0.4, 0.4, 0.2
-# Probabilities of blur and of solarising for the first and second global crop, and for local crops.
+# Probabilities of blur and of solarization for the first global crop, the second, and local crops.
 BLUR, SOLARIZE = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
 ASPECT = 3 / 4
 
 
 class MultiCrop:
-    """
-    Makes the batch of [`FrancaForPretraining`] from pictures.
+    """Makes a batch for `FrancaForPretraining` from examples `{"image": PIL image, "index": int}`.
 
-    All random choices are a function of (seed, epoch, the picture's index): the same after a resume, in a worker, and
-    in whichever process the picture comes up.
+    All random choices are a function of the seed, the epoch and the index of the image. They are the same after a
+    resume, in a worker process, and in any process of a run.
 
     Args:
         patch_size: height and width of a patch in pixels.
-        mean, std: of each channel, from 0 to 1, as the image processor has them.
-        global_crops, local_crops: how many of each.
-        global_size, local_size: their edges in pixels.
-        global_scale, local_scale: lowest and highest share of the picture's area that a crop takes.
-        mask_ratio: share of a masked crop's patches that is hidden.
-        mask_probability: share of the global crops that is masked; 0 gives no masks.
-        seed: of the run.
+        mean: mean of each channel, from 0 to 1, as in the image processor.
+        std: standard deviation of each channel, as in the image processor.
+        global_crops: number of global crops.
+        local_crops: number of local crops.
+        global_size: edge of a global crop in pixels.
+        local_size: edge of a local crop in pixels.
+        global_scale: lowest and highest fraction of the image's area that a global crop takes.
+        local_scale: lowest and highest fraction of the image's area that a local crop takes.
+        mask_ratio: fraction of the patches that are hidden in a masked crop.
+        mask_probability: fraction of the global crops that are masked; 0 for no masks.
+        seed: seed of the run.
 
-    `epoch` is set from outside. Examples are {"image": PIL picture, "index": int}.
+    Attributes:
+        epoch: set by a callback of the trainer.
 
     Raises:
-        ValueError: a size that the patches do not divide, or numbers out of range.
+        ValueError: a crop size is not a multiple of the patch size, or a number is out of range.
     """
 
     def __init__(
@@ -77,8 +81,8 @@ class MultiCrop:
         crops, masks = [], []
         for example in examples:
             rng = np.random.default_rng([self.seed, self.epoch, example["index"]])
-            picture = example["image"].convert("RGB")
-            crops.append([self._view(picture, *view, rng) for view in self.views])
+            image = example["image"].convert("RGB")
+            crops.append([self._view(image, *view, rng) for view in self.views])
             masks.append([self._mask(rng) for _ in range(self.global_crops)])
         batch = {"global_crops": self._stack(crop[: self.global_crops] for crop in crops)}
         if len(self.views) > self.global_crops:
@@ -91,10 +95,10 @@ class MultiCrop:
         mask = self.mask(rng)
         return mask if rng.random() < self.mask_probability else np.zeros_like(mask)
 
-    def _view(self, picture: Image.Image, size: int, scale: tuple, kind: int, rng: np.random.Generator) -> np.ndarray:
+    def _view(self, image: Image.Image, size: int, scale: tuple, kind: int, rng: np.random.Generator) -> np.ndarray:
         """One crop as a (size, size, 3) array of bytes."""
-        box = draw_box(picture.size, scale, rng)
-        crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        box = draw_box(image.size, scale, rng)
+        crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         if rng.random() < FLIP:
             crop = ImageOps.mirror(crop)
         if rng.random() < JITTER:
@@ -102,14 +106,14 @@ class MultiCrop:
         if rng.random() < GREY:
             crop = ImageOps.grayscale(crop).convert("RGB")
         if rng.random() < BLUR[kind]:
-            # DINO's radius is meant for crops of 224 pixels.
+            # DINO's radius is for crops of 224 pixels.
             crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * size / 224))
         if rng.random() < SOLARIZE[kind]:
             crop = ImageOps.solarize(crop)
         return np.asarray(crop)
 
     def _stack(self, crops) -> torch.Tensor:
-        """(batch, crops, 3, size, size), normalised."""
+        """(batch, crops, 3, size, size), normalized."""
         pixels = torch.from_numpy(np.array(list(crops))).permute(0, 1, 4, 2, 3)
         return (pixels.float() / 255 - self.mean) / self.std
 
@@ -129,8 +133,19 @@ def _jitter(crop: Image.Image, rng: np.random.Generator) -> Image.Image:
 def draw_box(
     size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a random crop, whose share of the area is uniform in `scale` and whose aspect is
-    log-uniform from 3/4 to 4/3, less where the picture is too narrow for it."""
+    """Draw a random crop.
+
+    Its fraction of the image's area is uniform in `scale`, and its aspect ratio is log-uniform from 3/4 to 4/3, or less
+    if the image is too narrow for it.
+
+    Args:
+        size: width and height of the image.
+        scale: lowest and highest fraction of the area.
+        rng: the random generator.
+
+    Returns:
+        left, top, right and bottom of the crop.
+    """
     width, height = size
     area = rng.uniform(*scale) * width * height
     aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))

@@ -1,1 +1,1 @@
-"""Training a LLaVA at several numbers of visual tokens (M3)."""
+"""Training of a LLaVA at several numbers of visual tokens (M3)."""

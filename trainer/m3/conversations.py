@@ -1,8 +1,9 @@
-"""Conversations about images: reading rows, turning them into tokens, and batches that hold every visual level."""
+"""Conversations about images: reading rows, turning them into tokens, and making batches with every visual level."""
 
 import io
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import torch
@@ -14,15 +15,18 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def read_conversations(path: str, image_dir: str | None = None, argument: str = "train_file") -> Dataset:
-    """
-    Read rows of an image and a conversation from json (a list, as LLaVA's), jsonl or parquet.
+    """Read rows of images and a conversation from a json file (a list, as LLaVA's), a jsonl or a parquet file.
 
     Args:
-        path: the file; image paths in it start at `image_dir`, or at the file's own folder.
-        argument: how errors call the file.
+        path: the file.
+        image_dir: the folder that image paths start from; by default the folder of the file.
+        argument: the name that errors give to the file.
 
     Returns:
-        what `check_conversations` returns.
+        the table that `check_conversations` returns.
+
+    Raises:
+        ValueError: the file cannot be read, or a row is wrong.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{argument}: {path} is not a file")
@@ -38,15 +42,19 @@ def read_conversations(path: str, image_dir: str | None = None, argument: str = 
 
 
 def check_conversations(table: Dataset, image_dir: str = "", argument: str = "train_dataset") -> Dataset:
-    """
-    Rows with the columns `images` (a list, of any length) and `messages`.
+    """Check rows of images and conversations, and bring them into one form.
 
     Args:
-        table: rows with `image` or `images` (pictures, or paths inside `image_dir`), and `messages` (role, content) or
+        table: rows with `image` or `images` (images, or paths inside `image_dir`), and `messages` (role, content) or
             `conversations` (from, value).
+        image_dir: the folder that image paths start from.
+        argument: the name that errors give to the table.
+
+    Returns:
+        rows with the columns `images` (a list of any length) and `messages`; image files are opened when a row is read.
 
     Raises:
-        ValueError: a column is missing, there are no rows, a conversation has no answer, or a picture's file no place.
+        ValueError: a column is missing, there are no rows, a conversation has no answer, or an image file is missing.
     """
     names = table.column_names
     image = next((name for name in ("images", "image") if name in names), None)
@@ -61,7 +69,7 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
     for number, (turns, row) in enumerate(zip(table[text], pictures, strict=True), start=1):
         place = f"{argument}: row {number}"
         if not any(turn["role"] == "assistant" for turn in _messages(turns, place)):
-            raise ValueError(f"{place} has no answer of the assistant to learn or to score")
+            raise ValueError(f"{place} has no answer of the assistant to train on or to score")
         for path in _listed(row[image]):
             if isinstance(path, str) and not os.path.isfile(os.path.join(image_dir, path)):
                 raise ValueError(f"{place}: there is no image {os.path.join(image_dir, path)}")
@@ -74,14 +82,24 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
     )
 
 
-def encode_conversation(processor, messages: list[dict], num_images: int, max_length: int | None = None):
-    """
-    Token ids of a conversation, with one placeholder an image, and labels of the assistant's tokens.
+def encode_conversation(
+    processor, messages: list[dict], num_images: int, max_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids of a conversation, with one placeholder per image, and the labels of the assistant's tokens.
 
-    The processor's chat template decides where the assistant speaks; the last answer ends with the end-of-text token.
+    The processor's chat template decides where the assistant speaks. The last answer ends with the end-of-text token.
+
+    Args:
+        processor: LLaVA's processor, with a chat template.
+        messages: the turns, as `check_conversations` returns them.
+        num_images: number of images of the row.
+        max_length: maximum length in tokens; a longer conversation is cut at the end.
 
     Returns:
-        two `torch.Tensor` (length,): ids, and labels that are -100 wherever the assistant does not speak.
+        two tensors (length,): the ids, and the labels, which are -100 where the assistant does not speak.
+
+    Raises:
+        ValueError: the chat template does not write turn after turn, or placeholders and images differ in number.
     """
     tokenizer = processor.tokenizer
     messages = _with_images(messages, processor.image_token, num_images)
@@ -92,7 +110,7 @@ def encode_conversation(processor, messages: list[dict], num_images: int, max_le
             before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
             after = processor.apply_chat_template(messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
-                raise ValueError("chat_template: a conversation's beginning does not stay as it is when turns follow")
+                raise ValueError("chat_template: the text of the first turns must not change when more turns follow")
             spans.append([len(before), len(after)])
     end = tokenizer.eos_token or ""
     if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(end):
@@ -111,21 +129,23 @@ def encode_conversation(processor, messages: list[dict], num_images: int, max_le
 
 
 class ConversationCollator:
-    """
-    Makes a batch of rows from `check_conversations`: the pictures once, and the texts once for each visual level.
+    """Makes a batch of rows from `check_conversations`: the images once, and the texts once for each visual level.
+
+    A batch contains `pixel_values` (images, channels, height, width), if there are images, and `levels`: for each size
+    a dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right.
 
     Args:
         processor: LLaVA's processor, with a chat template.
-        sizes: numbers of visual tokens; each placeholder is repeated that often.
-        max_length: longest text in tokens, an image counted as one; longer ones are cut at the end.
+        sizes: the numbers of visual tokens; each placeholder is repeated that often.
+        max_length: maximum length of a text in tokens, where an image counts as one; longer texts are cut at the end.
 
-    Returns (per call): `pixel_values` (images, channels, height, width) where there are images, and `levels`, for each
-    size a dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right.
+    Raises:
+        ValueError: the processor has no chat template.
     """
 
-    def __init__(self, processor, sizes: Sequence[int], max_length: int | None = None):
+    def __init__(self, processor: Any, sizes: Sequence[int], max_length: int | None = None):
         if processor.chat_template is None:
-            raise ValueError("chat_template: the processor has none, so that conversations cannot be written as text")
+            raise ValueError("chat_template: the processor has none, which is needed to write conversations as text")
         self.processor = processor
         self.sizes = list(sizes)
         self.max_length = max_length
@@ -159,20 +179,20 @@ class ConversationCollator:
 
 
 def _messages(turns, place: str) -> list[dict]:
-    """Turns of either notation as role and content; ValueError for a role that nobody knows."""
+    """Turns of either notation as role and content; ValueError for an unknown role."""
     messages = []
     for turn in turns or []:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or content is None:
             raise ValueError(f"{place} has a turn of {role!r}; use {', '.join(ROLES)}, each with its content")
-        if not isinstance(content, str):  # a table gives every part all the keys
+        if not isinstance(content, str):  # in a table, every part has all keys
             content = [{key: value for key, value in part.items() if value is not None} for part in content]
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
 
 def _with_images(messages: list[dict], image_token: str, num_images: int) -> list[dict]:
-    """Contents as lists of parts; pictures that no turn names stand in front of the first question."""
+    """Contents as lists of parts; if no turn has a placeholder, the images come before the first question."""
     result = []
     for message in messages:
         content = message["content"]
@@ -189,7 +209,7 @@ def _with_images(messages: list[dict], image_token: str, num_images: int) -> lis
 
 
 def _undecoded(feature):
-    """The same feature, but pictures are not read from it."""
+    """The same feature, but its images are not decoded."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, datasets.List):
@@ -202,7 +222,7 @@ def _listed(value) -> list:
 
 
 def _open(value, root: str):
-    """A picture from what a table holds: the picture, its path inside `root`, or its bytes."""
+    """An image from the value in a table: the image, its path inside `root`, or its bytes."""
     from PIL import Image
 
     if isinstance(value, dict):

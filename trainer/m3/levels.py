@@ -13,16 +13,15 @@ from .conversations import IGNORED
 
 @dataclass
 class LevelScores:
-    """
-    Row by row, at one level; each a `torch.Tensor` (rows,) on the CPU.
+    """The scores of the rows at one level; each is a tensor (rows,) on the CPU.
 
     Args:
-        loss_sum: cross-entropy of the answer's tokens, summed.
-        tokens: the answer's tokens.
-        correct: whether each of them is the likeliest, given those before it: what greedy decoding would answer.
-        confidence: the highest probability of the answer's first token.
-        prompt_tokens: tokens before the answer, visual tokens among them.
-        images: pictures of the row.
+        loss_sum: summed cross-entropy of the answer's tokens.
+        tokens: number of tokens of the answer.
+        correct: whether greedy decoding would give the answer: each token is the most likely one after those before it.
+        confidence: probability of the most likely first token of the answer.
+        prompt_tokens: number of tokens before the answer, including visual tokens.
+        images: number of images of the row.
     """
 
     loss_sum: torch.Tensor
@@ -34,17 +33,18 @@ class LevelScores:
 
     @property
     def accuracy(self) -> float:
+        """Fraction of the rows that are correct."""
         return self.correct.double().mean().item()
 
     @property
     def loss(self) -> float:
-        """Mean over the answers' tokens."""
+        """Mean cross-entropy over the tokens of all answers."""
         return (self.loss_sum.double().sum() / self.tokens.sum()).item()
 
 
 @torch.no_grad()
 def score_batch(model: MatryoshkaLlavaForConditionalGeneration, batch: dict) -> dict[int, LevelScores]:
-    """Scores of a batch of `ConversationCollator` at each of its levels; the vision tower runs once."""
+    """The scores of a batch from `ConversationCollator` at each of its levels; the vision tower runs once."""
     states = model.encode_images(batch["pixel_values"]) if "pixel_values" in batch else None
     return {
         size: _score(model, inputs, None if states is None else model.pool_images(states, size), size)
@@ -53,7 +53,7 @@ def score_batch(model: MatryoshkaLlavaForConditionalGeneration, batch: dict) -> 
 
 
 def join_scores(batches: Iterable[dict[int, LevelScores]]) -> dict[int, LevelScores]:
-    """The scores of several batches as those of one."""
+    """Concatenate the scores of several batches."""
     batches = list(batches)
     names = [field.name for field in fields(LevelScores)]
     return {
@@ -63,18 +63,19 @@ def join_scores(batches: Iterable[dict[int, LevelScores]]) -> dict[int, LevelSco
 
 
 def oracle(correct: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The fewest visual tokens that answer each row correctly (Cai et al. 2024, section 4.4): an upper bound, which needs
-    to know the answer.
+    """The fewest visual tokens that answer each row correctly (Cai et al. 2024, section 4.4).
+
+    This is an upper bound: it uses the correct answer to choose the level.
 
     Args:
-        correct: for each level a `torch.Tensor` (rows,), whether it answers the row.
+        correct: for each level a tensor (rows,), whether the level answers the row correctly.
 
     Returns:
-        two `torch.Tensor` (rows,): the level, the smallest where none is right, and whether it is right.
+        two tensors (rows,): the level, which is the smallest one if none is correct, and whether it is correct.
 
-    >>> oracle({1: torch.tensor([True, False, False]), 9: torch.tensor([True, True, False])})[0].tolist()
-    [1, 9, 1]
+    Examples:
+        >>> oracle({1: torch.tensor([True, False, False]), 9: torch.tensor([True, True, False])})[0].tolist()
+        [1, 9, 1]
     """
     sizes = sorted(correct)
     right = torch.stack([correct[size] for size in sizes])
@@ -82,13 +83,20 @@ def oracle(correct: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def cascade(confidence: dict[int, torch.Tensor], threshold: float) -> torch.Tensor:
-    """
-    The level at which each row's answer is first as confident as the threshold, the largest where none is.
+    """The first level at which the confidence of each row reaches the threshold; the largest level if none does.
 
-    An extension, not of the paper: a level that is not confident has been paid for before the next is tried.
+    This extension is not in the paper. The costs of a row include all levels that were tried.
 
-    >>> cascade({1: torch.tensor([0.9, 0.2, 0.1]), 9: torch.tensor([0.9, 0.8, 0.3])}, threshold=0.5).tolist()
-    [1, 9, 9]
+    Args:
+        confidence: for each level a tensor (rows,).
+        threshold: the confidence to reach.
+
+    Returns:
+        a tensor (rows,) of levels.
+
+    Examples:
+        >>> cascade({1: torch.tensor([0.9, 0.2, 0.1]), 9: torch.tensor([0.9, 0.8, 0.3])}, threshold=0.5).tolist()
+        [1, 9, 9]
     """
     sizes = sorted(confidence)
     sure = torch.stack([confidence[size] >= threshold for size in sizes])
@@ -101,13 +109,18 @@ def level_table(
     levels: dict[int, LevelScores],
     cascade_threshold: float | None = None,
 ) -> dict[str, dict[str, float]]:
-    """
-    What each level scores and costs, row by row of a table.
+    """The scores and costs of each level, of the oracle and of the cascade.
+
+    Args:
+        model: the model, whose language model decides the costs.
+        levels: the scores at each level.
+        cascade_threshold: the threshold of the cascade; None for no cascade.
 
     Returns:
-        for each level, for `oracle`, and for `cascade` where a threshold is given: `accuracy`, `loss` (levels alone),
-        and means over the data's rows of `visual_tokens` (an image), `sequence_length`, `kv_cache_bytes` and
-        `prefill_flops` of the prompt. The cascade's visual tokens and operations are summed over the levels it tried.
+        one entry per level, `oracle`, and `cascade` if there is a threshold. Each has `accuracy`, `loss` (levels only),
+        and means over the rows of `visual_tokens` (per image), `sequence_length`, `kv_cache_bytes` and
+        `prefill_flops` of the prompt. The cascade's `visual_tokens` and `prefill_flops` are summed over the levels
+        that were tried.
     """
     costs = {size: _costs(model, scores, size) for size, scores in levels.items()}
     table = {}
@@ -121,8 +134,7 @@ def level_table(
         picked = torch.stack([levels[int(size)].correct[row] for row, size in enumerate(chosen)])
         table["cascade"] = {"accuracy": picked.double().mean().item(), **_mean_costs(costs, chosen)}
         for name in ("visual_tokens", "prefill_flops"):
-            tried = sum(costs[size][name] * (chosen >= size) for size in costs)
-            table["cascade"][name] = tried.mean().item()
+            table["cascade"][name] = _mean_of_sum(costs[size][name] * (chosen >= size) for size in costs)
     return table
 
 
@@ -133,7 +145,7 @@ def _score(model, inputs: dict, visual: torch.Tensor | None, size: int) -> Level
     ).last_hidden_state
     labels = inputs["labels"][:, 1:]
     answers = labels != IGNORED
-    # Logits of the answers' tokens alone: those of every word of every prompt would be the largest tensor by far.
+    # Logits only of the answers' tokens: those of all tokens would be by far the largest tensor.
     logits = model.lm_head(hidden[:, :-1][answers]).float()
     targets, rows = labels[answers], answers.nonzero()[:, 0]
     empty = torch.zeros(len(labels), device=labels.device)
@@ -150,7 +162,7 @@ def _score(model, inputs: dict, visual: torch.Tensor | None, size: int) -> Level
 
 
 def _costs(model, scores: LevelScores, size: int) -> dict[str, torch.Tensor]:
-    """Costs of each row's prompt, (rows,) each."""
+    """The costs of the prompt of each row; each a tensor (rows,)."""
     text = scores.prompt_tokens - scores.images * size
     rows = [
         model.prefill_cost(words, size, images)
@@ -163,6 +175,10 @@ def _costs(model, scores: LevelScores, size: int) -> dict[str, torch.Tensor]:
 
 
 def _mean_costs(costs: dict[int, dict[str, torch.Tensor]], chosen: torch.Tensor) -> dict[str, float]:
-    """Means over rows of the costs at the level that was chosen for each."""
+    """The costs of each row at the level that was chosen for it, averaged over the rows."""
     names = next(iter(costs.values()))
-    return {name: sum(costs[size][name] * (chosen == size) for size in costs).mean().item() for name in names}
+    return {name: _mean_of_sum(costs[size][name] * (chosen == size) for size in costs) for name in names}
+
+
+def _mean_of_sum(parts: Iterable[torch.Tensor]) -> float:
+    return sum(parts, start=torch.zeros(())).mean().item()

@@ -1,1 +1,1 @@
-"""Training and evaluating nested classifiers (MRL)."""
+"""Training and evaluation of nested classifiers (MRL)."""

@@ -1,34 +1,39 @@
-"""Labelled texts and images: reading, labels, batches, and which rows a classifier has seen."""
+"""Labeled texts and images: reading them, their labels, batches, and the rows that a classifier has seen."""
 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..shared.tables import check_texts, read_table
 
-# What a classifier's folder keeps of the rows it was trained and its cascade fitted on: 64 bits of a hash each.
+# The file in a classifier's folder with the rows that it was trained on and its cascade was fitted on: 64-bit hashes.
 SEEN_FILE = "classify_rows.npz"
 _BITS = 16  # hexadecimal digits
 
 
 def read_examples(path: str, argument: str, text_columns: Sequence[str], label_column: str) -> Dataset:
-    """Read labelled texts or images.
+    """Read labeled texts or images.
 
     Args:
         path: a csv, tsv, jsonl or parquet file, each also .gz; or a folder in `imagefolder` layout, CLASS/FILE.
-        argument: the name to blame for what is wrong with it.
-        text_columns: one, or two for pairs.
-        label_column: holds class names or numbers.
+        argument: the name that errors give to the file.
+        text_columns: one text column, or two for pairs.
+        label_column: the column with class names or numbers.
 
     Returns:
-        columns `row_key` (of the first text, or of the image: equal ones have equal keys), the text columns or `image`,
-        and `label` (a string).
+        a table with columns `row_key` (a hash of the first text, or of the image), the text columns or `image`, and
+        `label` (a string).
+
+    Raises:
+        ValueError: the data cannot be read, a column is missing, or a value is not allowed.
     """
     if os.path.isdir(path):
         return _read_images(path, argument)
@@ -61,7 +66,7 @@ def _read_images(folder: str, argument: str) -> Dataset:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"{argument}: {folder} cannot be read as CLASS/IMAGE files: {reason}") from error
     if not isinstance(table.features.get("label"), ClassLabel):
-        raise ValueError(f"{argument}: {folder} is not in imagefolder layout; put images into one folder a class")
+        raise ValueError(f"{argument}: {folder} is not in imagefolder layout; use one folder of images per class")
     names = table.features["label"].names
     files = table.cast_column("image", datasets.Image(decode=False))["image"]
     keys = [_hash(file["bytes"] or Path(file["path"]).read_bytes()) for file in files]
@@ -75,7 +80,7 @@ def _hash(content: bytes) -> str:
 
 
 def label_names(table: Dataset) -> list[str]:
-    """The classes of a table: numbers by their value, names by the alphabet; ValueError for fewer than two."""
+    """The classes of a table, numbers sorted by value and names alphabetically; ValueError for fewer than two."""
     names = sorted(set(table["label"]), key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
     if len(names) < 2:
         raise ValueError(f"train_file: all rows have the label {names[0]}; a classifier needs at least 2 classes")
@@ -83,7 +88,7 @@ def label_names(table: Dataset) -> list[str]:
 
 
 def number_labels(table: Dataset, label2id: dict[str, int], argument: str) -> Dataset:
-    """The table with its labels as the model counts them; ValueError for a class that the model does not know."""
+    """The table with the model's class numbers as labels; ValueError for a class that the model does not know."""
     unknown = sorted(set(table["label"]) - set(label2id))
     if unknown:
         raise ValueError(f"{argument}: the model has no class {unknown[0]}; it knows {', '.join(label2id)}")
@@ -92,11 +97,12 @@ def number_labels(table: Dataset, label2id: dict[str, int], argument: str) -> Da
 
 
 def save_seen(folder: str, **keys: Sequence[str]) -> None:
-    """Add to what `read_seen` knows, keeping the other kinds: `train=`, `fit=`."""
+    """Save the `row_key`s of one or more kinds (`train`, `fit`) in a classifier's folder; other kinds are kept."""
     hashes = {kind: np.array([int(key, 16) for key in values], dtype=np.uint64) for kind, values in keys.items()}
     path = Path(folder, SEEN_FILE)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **({**_load_seen(folder), **hashes}))
+    arrays: dict[str, Any] = {**_load_seen(folder), **hashes}
+    np.savez(partial, **arrays)
     os.replace(partial, path)
 
 
@@ -109,7 +115,7 @@ def _load_seen(folder: str) -> dict[str, np.ndarray]:
 
 
 def leave_out_seen(table: Dataset, folder: str, kinds: Sequence[str], argument: str) -> tuple[Dataset, int]:
-    """The rows that a classifier's folder does not know as seen, and how many it does; ValueError if none is left."""
+    """The rows that a classifier has not seen, and the number of rows that it has; ValueError if none is left."""
     known = _load_seen(folder)
     seen = np.concatenate([np.empty(0, np.uint64), *(known[kind] for kind in kinds if kind in known)])
     rows = np.array([int(key, 16) for key in table["row_key"]], dtype=np.uint64)
@@ -120,15 +126,15 @@ def leave_out_seen(table: Dataset, folder: str, kinds: Sequence[str], argument: 
 
 
 class TextCollator:
-    """From rows of texts to a batch, padded on the right.
+    """Turns rows of texts into a batch, padded on the right.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         columns: one text column, or two for pairs.
-        max_length: in tokens.
+        max_length: maximum length in tokens.
     """
 
-    def __init__(self, tokenizer, columns: Sequence[str], max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
         self.tokenizer, self.columns, self.max_length = tokenizer, list(columns), max_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -140,10 +146,10 @@ class TextCollator:
 
 
 class ImageCollator:
-    """From rows of images to a batch.
+    """Turns rows of images into a batch.
 
     Args:
-        processor: an image processor.
+        processor: the model's image processor.
     """
 
     def __init__(self, processor: Callable):

@@ -1,7 +1,7 @@
-"""Training nested classifiers, and judging every size, the cascade and the best choice of sizes."""
+"""Training nested classifiers, and evaluating every size, the cascade and the best choice of sizes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -10,46 +10,37 @@ from transformers import Trainer
 
 from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
+from modeling_mrl.outputs import CascadeOutput
 
-from ..shared.arguments import BestKeepingTrainingArguments
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
-
-
-@dataclass
-class ClassifierTrainingArguments(BestKeepingTrainingArguments):
-    """Arguments of [`ClassifierTrainer`]. Defaults that differ from transformers': batch size 32, warm-up over the
-    first tenth, evaluation and checkpoints at each quarter with the best one (by the mean accuracy of all sizes) kept
-    in the end, unused columns kept, and bf16 where the CPU has it."""
-
-    sizes: list[str] | None = field(
-        default=None,
-        metadata={"help": "Nested sizes: dimensions (8 64 384), or layers by dimensions for heads on several exits "
-                  "(2x64 6x384). Default: the ladder of a TwoDMSE folder, else the hidden size halved down to 8."},
-    )  # fmt: skip
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and process."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples a batch of the evaluation."})
-    metric_for_best_model: str | None = field(
-        default="accuracy_mean", metadata={"help": "Metric that chooses the best checkpoint."}
-    )
+from .arguments import ClassifierTrainingArguments
 
 
 class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
-    """
-    transformers' Trainer for a nested classifier: logs the loss of every size, and evaluates all of them.
+    """Trains a nested classifier: the loss of every size is logged, and every size is evaluated.
 
     Args:
-        model: a nested classifier.
-        args: [`ClassifierTrainingArguments`].
-        kwargs: passed to `Trainer`; `data_collator` makes batches with `labels`.
+        model: the classifier.
+        args: the arguments.
+        eval_dataset: rows to evaluate on.
+        **kwargs: passed to `Trainer`; `data_collator` must make batches with `labels`.
     """
+
+    args: ClassifierTrainingArguments
 
     # compute_loss returns the mean of one batch; Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: MatryoshkaClassifier, args: ClassifierTrainingArguments, eval_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: MatryoshkaClassifier,
+        args: ClassifierTrainingArguments,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ):
         if eval_dataset is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self.stop_signals = StopSignals()
@@ -57,15 +48,15 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trai
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; those of its sizes go to the log."""
+        """The loss of the model; the losses of its sizes are logged."""
         outputs = model(**inputs)
         sizes = self.accelerator.unwrap_model(model).config.sizes
         losses = outputs.losses.detach()
         self.record(outputs.loss.detach(), {f"loss/{size}": loss for size, loss in zip(sizes, losses, strict=True)})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Accuracy of every size, `eval_accuracy_2x64`, ..., and their mean `eval_accuracy_mean`."""
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The accuracy of every size, `eval_accuracy_2x64`, and so on, and their mean, `eval_accuracy_mean`."""
         model, dataset = self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset
         batch = self.args.per_device_eval_batch_size
         logits, labels = model.collect_logits(dataset, self.data_collator, batch, self.args.disable_tqdm or None)
@@ -81,51 +72,71 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trai
 
 
 def evaluate_classifier(
-    model: MatryoshkaClassifier, dataset: Dataset, collator, batch_size: int = 32, disable_tqdm: bool | None = None
-) -> dict:
-    """Accuracy of every size, of the cascade where it is fitted, and of the oracle.
+    model: MatryoshkaClassifier,
+    dataset: Dataset,
+    collator: Callable,
+    batch_size: int = 32,
+    disable_tqdm: bool | None = None,
+) -> dict[str, Any]:
+    """Evaluate every size, the oracle, and the cascade if the model has one.
 
     Args:
-        dataset: rows that `collator` makes batches with `labels` of; neither heads nor cascade have seen them.
+        model: the classifier.
+        dataset: rows that neither the heads nor the cascade have seen.
+        collator: makes batches with `labels` from the rows.
+        batch_size: rows per batch.
+        disable_tqdm: hide the progress bar; by default it is shown on a terminal.
 
     Returns:
-        {"n": rows, "accuracy": {size: ...}, "oracle": {...}, "cascade": {...} or absent}; both rows hold `accuracy`,
-        `expected_dim`, `mean_layers` (None without exits) and `share` {size: of the rows that stop there}.
+        `{"n": rows, "accuracy": {size: ...}, "oracle": {...}, "cascade": {...}}`, where the last two have `accuracy`,
+        `expected_dim`, `mean_layers` (None without exits) and `share`, the fraction of rows that stop at each size.
     """
     ladder = model.config.ladder
-    logits, labels = model.collect_logits(dataset, collator, batch_size, disable_tqdm)
+    logits, found = model.collect_logits(dataset, collator, batch_size, disable_tqdm)
+    labels = cast(torch.Tensor, found)
     correct = logits.argmax(dim=-1) == labels
     accuracy = correct.double().mean(dim=1).tolist()
-    results = {"n": len(labels), "accuracy": {str(s): a for s, a in zip(ladder, accuracy, strict=True)}}
+    results: dict[str, Any] = {"n": len(labels), "accuracy": {str(s): a for s, a in zip(ladder, accuracy, strict=True)}}
     results["oracle"] = oracle(correct, ladder)
     if model.config.thresholds is not None:
         outputs = [model.predict_cascade(batch) for batch in batches(model, dataset, collator, batch_size)]
-        hits = torch.cat([output.labels for output in outputs]).cpu() == labels
-        sizes = torch.cat([output.sizes for output in outputs]).cpu()
+        hits = _joined(outputs, "labels").cpu() == labels
+        sizes = _joined(outputs, "sizes").cpu()
         results["cascade"] = _choice(hits, sizes, ladder)
-        if model.config.exits:  # what ran, not what the sizes promise
-            results["cascade"]["mean_layers"] = torch.cat([o.layers for o in outputs]).double().mean().item()
+        if model.config.exits:  # the layers that ran, which may differ from those of the sizes
+            results["cascade"]["mean_layers"] = _joined(outputs, "layers").double().mean().item()
     return results
 
 
-def oracle(correct: torch.Tensor, ladder: Sequence[Size]) -> dict:
-    """The best that any choice among the sizes could do: each sample at the smallest size that is right, and at the
-    smallest of all where none is.
+def oracle(correct: torch.Tensor, ladder: Sequence[Size]) -> dict[str, Any]:
+    """The upper bound of any choice among the sizes.
+
+    Each sample is taken at the smallest size that classifies it correctly, or at the smallest size if none does.
 
     Args:
         correct: (sizes, samples), bool.
+        ladder: the sizes.
+
+    Returns:
+        `accuracy`, `expected_dim`, `mean_layers` and `share`, as in `evaluate_classifier`.
     """
     return _choice(correct.any(dim=0), correct.to(torch.uint8).argmax(dim=0), ladder)
 
 
-def batches(model, dataset: Dataset, collator, batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """The dataset's batches on the model's device, without labels."""
+def batches(
+    model: MatryoshkaClassifier, dataset: Dataset, collator: Callable, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """The batches of a dataset on the model's device, without labels."""
     loader = DataLoader(dataset, batch_size, collate_fn=collator)
     return [{name: value.to(model.device) for name, value in batch.items() if name != "labels"} for batch in loader]
 
 
-def _choice(hits: torch.Tensor, sizes: torch.Tensor, ladder: Sequence[Size]) -> dict:
-    """Accuracy and costs of samples at one size each, (samples,) both."""
+def _joined(outputs: Sequence[CascadeOutput], name: str) -> torch.Tensor:
+    return torch.cat([output[name] for output in outputs])
+
+
+def _choice(hits: torch.Tensor, sizes: torch.Tensor, ladder: Sequence[Size]) -> dict[str, Any]:
+    """Accuracy and costs if each sample is taken at its own size; `hits` and `sizes` are (samples,)."""
     shares = (sizes.bincount(minlength=len(ladder)).double() / len(sizes)).tolist()
     layers = [size.num_layers for size in ladder]
     return {

@@ -1,4 +1,4 @@
-"""What the arguments of all trainings share, and when bf16 is on by default."""
+"""The arguments that all trainers share, and when bf16 is on by default."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,6 +9,10 @@ from transformers.utils import is_torch_xla_available, logging
 
 logger = logging.get_logger(__name__)
 
+# What shared.sampling can do.
+BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
+MIXINGS = ("proportional", "round_robin")
+
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16)."""
@@ -18,70 +22,84 @@ def cpu_has_bf16() -> bool:
 
 @dataclass
 class BaseTrainingArguments(TrainingArguments):
-    """What all kinds of training share: transformers' TrainingArguments with other defaults."""
+    """transformers' `TrainingArguments` with other defaults, for every trainer of this project.
 
-    bf16: bool | None = field(
+    The defaults that differ:
+
+    - `bf16` is on if `accelerate launch` sets it, or if the training runs on a CPU that has instructions for it (AMX or
+      AVX512-BF16).
+    - `remove_unused_columns` is off: the collators read the columns.
+    - `logging_nan_inf_filter` is off: a loss that is not finite stops the run.
+    - `eval_strategy` is `steps`. Evaluations and checkpoints come at each quarter of the run.
+    """
+
+    # None, which transformers' annotation does not have, tells an unset flag from false.
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "bf16 mixed precision. Default: what `accelerate launch` is told; else on where the CPU has AMX "
-            "or AVX512-BF16, off elsewhere."
+            "help": "bf16 mixed precision. Default: as `accelerate launch` sets it, else on for CPUs with AMX or "
+            "AVX512-BF16."
         },
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator reads the columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the columns."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Kept off: a loss that is not finite stops the run."}
+        default=False, metadata={"help": "Leave off: a loss that is not finite stops the run."}
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(
-        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a share of all steps."}
+        default=0.25, metadata={"help": "Optimizer steps between evaluations; below 1, a fraction of all steps."}
     )
     save_steps: float = field(
-        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of all steps."}
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a fraction of all steps."}
     )
 
     def __post_init__(self):
         on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
-            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by accelerate launch, which asks for it
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
             chosen = launched == "no" and on_cpu and cpu_has_bf16()
             self.bf16 = not self.fp16 and (chosen or launched == "bf16")
             if chosen and self.bf16:
-                logger.warning("bf16 is on: this CPU has instructions for it (--bf16 false switches it off)")
-        # Without it transformers refuses bf16 where there is no GPU, even if only the CPU is left to train on.
+                logger.warning("bf16 is on: this CPU has instructions for it (turn it off with --bf16 false)")
+        # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         super().__post_init__()
 
     @property
     def n_gpu(self) -> int:
-        """At most 1, which keeps Trainer from `DataParallel`: it would cut a step's inputs apart."""
+        """At most 1, so that Trainer does not use `DataParallel`, which would split the inputs of a step."""
         if super().n_gpu > 1:
-            logger.warning_once("using one GPU; start with `accelerate launch` to use them all")
+            logger.warning_once("using one GPU; start with `accelerate launch` to use all of them")
         return min(1, super().n_gpu)
 
 
 @dataclass
 class ElasticTrainingArguments(BaseTrainingArguments):
-    """What trainings of a ladder of sizes share."""
+    """The arguments of trainers that train a ladder of sizes."""
 
     sizes: list[str] | None = field(
-        default=None, metadata={"help": "The ladder, as LAYERSxDIM, for example 1x32 2x64 6x384."}
+        default=None, metadata={"help": "The sizes to train, as LAYERSxDIM, for example 1x32 2x64 6x384."}
     )
 
 
 @dataclass
 class BestKeepingTrainingArguments(ElasticTrainingArguments):
-    """What trainings share that keep the checkpoint with the best score."""
+    """The arguments of trainers that keep the checkpoint with the best score.
+
+    The defaults that differ from `BaseTrainingArguments`: warm-up over the first tenth of the steps, and the best
+    checkpoint is kept at the end if evaluations and checkpoints coincide.
+    """
 
     warmup_steps: float = field(
-        default=0.1, metadata={"help": "Optimizer steps of warm-up; below 1, a share of all steps."}
+        default=0.1, metadata={"help": "Warm-up in optimizer steps; below 1, a fraction of all steps."}
     )
-    load_best_model_at_end: bool | None = field(
+    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "Keep the best checkpoint in the end. Default: yes where evaluations and checkpoints coincide."
-        },
+        metadata={"help": "Keep the best checkpoint at the end. Default: on if evaluations and checkpoints coincide."},
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should be large."})
+    greater_is_better: bool | None = field(
+        default=True, metadata={"help": "Whether higher values of metric_for_best_model are better."}
+    )
 
     def __post_init__(self):
         if self.load_best_model_at_end is None:

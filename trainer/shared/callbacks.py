@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -15,11 +16,11 @@ class EvaluateLastStep(TrainerCallback):
             control.should_evaluate = True
 
 
-class TellEpoch(TrainerCallback):
-    """Sets `target.epoch`, from which a sampler or collator derives its random choices, at each epoch's begin.
+class SetEpoch(TrainerCallback):
+    """Sets `target.epoch` at the start of each epoch. A sampler or collator derives its random choices from it.
 
-    accelerate does the same for samplers, but not for one that is wrapped to skip batches in a resumed run of several
-    processes.
+    accelerate does the same for samplers, but not when it has wrapped one to skip batches, as it does when several
+    processes resume.
     """
 
     def __init__(self, target):
@@ -30,12 +31,17 @@ class TellEpoch(TrainerCallback):
 
 
 class StopSignals(TrainerCallback):
-    """Ends the training with a checkpoint after the step in which SIGTERM or Ctrl-C arrives; a second signal ends it at
-    once. `received` is the signal's number, None if none came."""
+    """Ends training with a checkpoint after the step in which SIGTERM or Ctrl-C arrives.
+
+    A second signal ends it at once.
+
+    Attributes:
+        received: the number of the signal, None if none has arrived.
+    """
 
     def __init__(self):
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
@@ -61,9 +67,9 @@ class StopSignals(TrainerCallback):
 
 
 def _agree(received: int | None, args) -> int | None:
-    """The signal that any process has got: all must stop after the same step."""
+    """The signal that any of the processes has received: all must stop after the same step."""
     if args.world_size == 1:
         return received
     flag = torch.tensor(received or 0, device=args.device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return flag.item() or None
+    return int(flag.item()) or None

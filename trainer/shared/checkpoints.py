@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and finding the newest whole one."""
+"""Checkpoints that appear complete or not at all, and finding the newest complete one."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +17,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from .mixin import TrainerMixin
+
 logger = logging.get_logger(__name__)
 
-# A checkpoint is written in here and moved out when it is complete.
+# A checkpoint is written into this folder, and moved out of it when it is complete.
 STAGING = ".checkpoint-partial"
 STATE_NAME = "trainer_state.json"
 
@@ -27,15 +30,15 @@ class SaveError(RuntimeError):
     """A checkpoint or model could not be written; the message is one line for the user."""
 
 
-class CheckpointMixin:
-    """Before `Trainer`: a checkpoint is complete on disk before it takes its name and before older ones are deleted."""
+class CheckpointMixin(TrainerMixin):
+    """Goes before `Trainer`: a checkpoint is complete on disk before it gets its name and older ones are deleted."""
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self.__dict__.get("_is_staging") else folder
 
     def _save(self, output_dir=None, state_dict=None):
-        with as_defined(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+        with as_defined(cast(torch.nn.Module, self.model)) if self.is_fsdp_enabled else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial):
@@ -49,7 +52,7 @@ class CheckpointMixin:
             super()._save_checkpoint(model, trial)
             self._is_staging = False
             best = self.state.best_model_checkpoint
-            if best is not None:  # its path must be the one that it will have
+            if best is not None:  # the state must name the path that the best checkpoint will have
                 self.state.best_model_checkpoint = os.path.join(folder, os.path.basename(best))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -70,11 +73,12 @@ class CheckpointMixin:
 
 @contextlib.contextmanager
 def as_defined(model: torch.nn.Module) -> Iterator[None]:
-    """FSDP2 gives a model a class of torch's own, whose name and files would be saved as the model's code."""
+    """Restore the class of a model: FSDP2 replaces it by torch's, whose name and files would be saved as its code."""
     from torch.distributed.fsdp import FSDPModule  # not every build of torch has it
 
     split = type(model)
-    model.__class__ = next(base for base in split.__mro__ if not issubclass(base, FSDPModule))
+    bases = [base for base in split.__mro__ if issubclass(base, torch.nn.Module)]
+    model.__class__ = next(base for base in bases if not issubclass(base, FSDPModule))
     try:
         yield
     finally:
@@ -82,32 +86,32 @@ def as_defined(model: torch.nn.Module) -> Iterator[None]:
 
 
 def save_error(error: Exception, what: str, folder: str) -> SaveError:
-    """What a failed save tells the user."""
+    """The error of a failed save, in one line for the user."""
     text = " ".join(str(error).split())
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-    full = full or shutil.disk_usage(folder).free < 2**20  # torch itself says only that a position is unexpected
+    full = full or shutil.disk_usage(folder).free < 2**20  # torch's own message does not mention the disk
     reason = "no space is left on the disk" if full else text[:200]
     kept = find_checkpoint(folder)
-    rest = f"; {os.path.basename(kept)} is intact: go on from it with --resume_from_checkpoint true" if kept else ""
+    rest = f"; {os.path.basename(kept)} is intact: resume from it with --resume_from_checkpoint true" if kept else ""
     return SaveError(f"output_dir: {what} could not be written to {folder}: {reason}{rest}")
 
 
 def find_checkpoint(folder: str, world_size: int | None = None) -> str | None:
-    """The newest complete checkpoint of an output folder, with a warning for each newer one that was cut off."""
+    """The newest complete checkpoint in an output folder, with a warning for each newer one that is incomplete."""
     if not os.path.isdir(folder):
         return None
     found = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder)]
     for match in sorted(filter(None, found), key=lambda match: -int(match[1])):
         path = os.path.join(folder, match[0])
-        fault = find_fault(path, world_size)
-        if fault is None:
+        problem = find_problem(path, world_size)
+        if problem is None:
             return path
-        logger.warning(f"{path} was cut off and is skipped: {fault}")
+        logger.warning(f"{path} is incomplete and is skipped: {problem}")
     return None
 
 
-def find_fault(checkpoint: str, world_size: int | None = None) -> str | None:
-    """Why a checkpoint cannot be gone on from, None if it can; `world_size` is that of the run that goes on."""
+def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
+    """Why a checkpoint cannot be resumed, None if it can; `world_size` is the number of processes that resume."""
     try:
         TrainerState.load_from_json(os.path.join(checkpoint, STATE_NAME))
     except (OSError, json.JSONDecodeError, TypeError):
@@ -115,7 +119,7 @@ def find_fault(checkpoint: str, world_size: int | None = None) -> str | None:
     names = os.listdir(checkpoint)
     states = [name for name in names if re.fullmatch(r"rng_state(_\d+)?\.pth", name)]
     if not states or (world_size is not None and len(states) < world_size):
-        return f"random states of {len(states)} processes are there"
+        return f"it has the random states of {len(states)} processes"
     weights = [name for name in names if name.endswith(".safetensors")]
     sharded = any(re.match(r"pytorch_model_fsdp|global_step\d", name) for name in names)  # FSDP, DeepSpeed
     if not sharded and not (weights and {"optimizer.pt", "scheduler.pt"} <= set(names)):
@@ -133,7 +137,7 @@ def find_fault(checkpoint: str, world_size: int | None = None) -> str | None:
 
 
 def _flush(folder: Path) -> None:
-    """Make sure that the files are on the disk before their folder gets its name."""
+    """Make sure that the files are on the disk before their folder gets its final name."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -144,7 +148,7 @@ def _flush(folder: Path) -> None:
 
 def _move(staging: str, name: str, folder: str) -> None:
     final = os.path.join(folder, name)
-    if os.path.isdir(final):  # the same step saved again
+    if os.path.isdir(final):  # the same step is saved again
         os.rename(final, os.path.join(staging, f"old-{name}"))
     os.rename(os.path.join(staging, name), final)
     shutil.rmtree(staging)

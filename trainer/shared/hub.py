@@ -8,12 +8,12 @@ import shutil
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-# What a training run leaves in its folder that no user of the model needs.
+# Files of a training run that users of the model do not need.
 LEFT_OUT = ("checkpoint-*", "runs", "*.partial", "training_args.bin", "_*", ".*", "*.log")
 
 
 def check_model_folder(folder: str) -> None:
-    """ValueError unless the folder holds a whole elastic model: configuration, weights, tokenizer and code."""
+    """ValueError unless the folder contains a complete elastic model: configuration, weights, tokenizer and code."""
     if not os.path.isdir(folder):
         raise ValueError(f"model_name_or_path: {folder} is not a folder")
     needed = ("config.json", "model.safetensors", "tokenizer.json", "modeling_2dmse.py", "modules.json")
@@ -25,31 +25,33 @@ def check_model_folder(folder: str) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """ValueError unless the name has the form that the Hub takes."""
+    """ValueError unless the Hub accepts the name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id: {repo_id!r} is not a name of the Hub; write owner/name") from error
+        raise ValueError(f"repo_id: {repo_id!r} is not a valid Hub name; use the form owner/name") from error
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: {repo_id!r} is not a name of the Hub; write owner/name")
+        raise ValueError(f"repo_id: {repo_id!r} is not a valid Hub name; use the form owner/name")
 
 
 def find_token(token: str | None) -> str:
-    """The token given, or the one of the environment or of `hf auth login`."""
+    """The given token, or else the one of the environment or of `hf auth login`."""
     token = token or get_token()
     if not token:
-        raise ValueError("token: there is none; run `hf auth login` or set HF_TOKEN to one that may write")
+        raise ValueError("token: there is none; run `hf auth login`, or set HF_TOKEN to a token with write access")
     return token
 
 
 def stage(folder: str, repo_id: str, target: str) -> list[str]:
-    """Copy what is to be uploaded, the card with its Hub name in it.
+    """Copy the files to upload, with the Hub name in the model card.
 
     Args:
-        target: an empty or absent folder.
+        folder: a model folder.
+        repo_id: the Hub name.
+        target: a folder that is empty or does not exist.
 
     Returns:
-        the files' paths below `target`, sorted.
+        the paths of the files inside `target`, sorted.
     """
     if os.path.isdir(target) and os.listdir(target):
         raise ValueError(f"dry_run: {target} is not empty; choose another folder")
@@ -67,10 +69,10 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
 
 
 def upload(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:
-    """Create the repository (and the branch) where it does not exist, and upload a staged folder in one commit.
+    """Upload a staged folder in one commit, after creating the repository and the branch if they do not exist.
 
     Returns:
-        the commit's address.
+        the URL of the commit.
     """
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -1,7 +1,7 @@
-"""In which order the rows of one or several training tables come, block by block.
+"""The order in which the rows of one or several training tables come, block by block.
 
-A block is what all processes together take in one step. A sampler of rows, rather than of batches, suits accelerate:
-it shares out the order's consecutive batches to the processes.
+A block contains the rows that all processes together take in one step. The samplers here yield rows, not batches, which
+suits accelerate: it distributes consecutive batches of the order to the processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,31 +9,31 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import TrainingArguments
 
-from .callbacks import TellEpoch
+from .callbacks import SetEpoch
+from .mixin import TrainerMixin
 
-BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
-MIXINGS = ("proportional", "round_robin")
-# Blocks whose rows are sorted by length together: enough for even lengths, few enough to stay random.
+# Blocks whose rows are sorted by length together: enough for similar lengths, few enough to stay random.
 _BLOCKS_SORTED_TOGETHER = 50
 
 
 class BlockSampler(Sampler[int]):
-    """
+    """Yields row numbers, so that consecutive rows form the blocks.
+
     Args:
-        tables: the columns of texts of each source, as `datasets.Dataset`; rows are numbered through all of them.
-        block_size: rows a step, of all processes together.
-        kind: `random`; `no_duplicates`: no text stands in two rows of a block; `group_by_length`: rows of a block are
-            of similar length.
-        mixing: with several sources each block comes from one; `proportional`: as many blocks as it has, in random
-            order; `round_robin`: one of each in turn, until the first has no more.
-        seed: of the run.
-        keep_last: keep the last block of a single source, which may be smaller. Of several, only full blocks come.
+        tables: the text columns of each source; row numbers continue from one source to the next.
+        block_size: rows per step, of all processes together.
+        kind: `random`; `no_duplicates`: no text appears in two rows of a block; `group_by_length`: the rows of a block
+            have similar lengths.
+        mixing: with several sources, each block comes from one of them. `proportional`: each source gives all of its
+            blocks, in random order; `round_robin`: one block of each source in turn, until a source has no more.
+        seed: seed of the run.
+        keep_last: keep the last block of a single source, which may be smaller. With several sources, all blocks are
+            full.
 
     Raises:
-        ValueError: `no_duplicates` is impossible because a text stands in more rows than there are blocks, or a source
-            has no full block.
+        ValueError: a text appears in more rows than there are blocks, which makes `no_duplicates` impossible, or a
+            source has no full block.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class BlockSampler(Sampler[int]):
         small = [index for index, size in enumerate(self.sizes) if size < block_size]
         if small and not self.keep_last:
             raise ValueError(
-                f"train_file: source {small[0] + 1} has {self.sizes[small[0]]} rows, fewer than {block_size}, a step's"
+                f"train_file: source {small[0] + 1} has {self.sizes[small[0]]} rows, but a step takes {block_size}"
             )
         self.texts = [number_texts(table) for table in tables] if kind == "no_duplicates" else None
         self.lengths = [text_lengths(table) for table in tables] if kind == "group_by_length" else None
-        for texts in self.texts or []:  # an order that cannot be found must not stop a later epoch
+        for texts in self.texts or []:  # if no order can be found, fail now rather than in a later epoch
             if self.keep_last:
                 check_duplicates(texts, block_size)
             blocks_without_duplicates(texts, block_size, np.random.default_rng(seed), self.keep_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Rows come in another order in each epoch."""
+        """Set the epoch; each has another order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class BlockSampler(Sampler[int]):
         yield from np.concatenate([blocks[source].pop(0) for source in self._turns(rng)]).tolist()
 
     def _counts(self) -> list[int]:
-        """Blocks of each source that come in an epoch."""
+        """Blocks per epoch of each source."""
         counts = [-(-size // self.block_size) if self.keep_last else size // self.block_size for size in self.sizes]
         return [min(counts)] * len(counts) if self.mixing == "round_robin" else counts
 
@@ -90,13 +90,13 @@ class BlockSampler(Sampler[int]):
         return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
     def _blocks(self, source: int, rng: np.random.Generator) -> list[np.ndarray]:
-        """The rows of one source in blocks; a smaller one stands last, or is left out."""
+        """The rows of one source in blocks; a smaller block comes last, or is left out."""
         size, block = self.sizes[source], self.block_size
-        if self.kind == "no_duplicates":
+        if self.texts is not None:
             blocks = blocks_without_duplicates(self.texts[source], block, rng, self.keep_last)
         else:
             order = rng.permutation(size)
-            if self.kind == "group_by_length":
+            if self.lengths is not None:
                 order = sort_within(order, self.lengths[source], block * _BLOCKS_SORTED_TOGETHER)
             full = size - size % block
             blocks = [order[start : start + block] for start in range(0, full, block)]
@@ -106,23 +106,10 @@ class BlockSampler(Sampler[int]):
         return [rows + self.offsets[source] for rows in blocks]
 
 
-def make_block_sampler(tables: Sequence[Dataset], args: TrainingArguments) -> BlockSampler | None:
-    """Our own order of the rows by a [`TwoDMSETrainingArguments`], None where the Trainer's does."""
-    world = args.world_size
-    plain = args.batch_sampler == "random" and len(tables) == 1
-    if not tables or (plain and (world == 1 or args.train_sampling_strategy == "sequential")):
-        return None
-    # With several processes accelerate fills up the last batches with rows from the start.
-    keep_last = not args.dataloader_drop_last and (world == 1 or args.batch_sampler != "no_duplicates")
-    return BlockSampler(
-        tables, args.train_batch_size * world, args.batch_sampler, args.mixing, args.seed, keep_last=keep_last
-    )
+class ResumableOrderMixin(TrainerMixin):
+    """Goes before `Trainer`: several processes that resume in a later epoch get the same order of rows as before.
 
-
-class ResumableOrderMixin:
-    """Before `Trainer`: several processes find their order of the rows again when they resume in a later epoch.
-
-    The usual sampler under accelerate does not.
+    With accelerate's usual sampler they would not.
     """
 
     def _get_train_sampler(self, train_dataset=None):
@@ -130,12 +117,12 @@ class ResumableOrderMixin:
         if world == 1 or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         sampler = BlockSampler([self.train_dataset], self.args.train_batch_size * world, seed=self.args.seed)
-        self.add_callback(TellEpoch(sampler))
+        self.add_callback(SetEpoch(sampler))
         return sampler
 
 
 def number_texts(table: Dataset) -> list[np.ndarray]:
-    """For each row, the numbers of its texts: equal texts, in whatever column, have one number."""
+    """For each row, the numbers of its texts: equal texts have the same number, in any column."""
     columns = [table[name] for name in table.column_names if name != "score"]
     numbers: dict[str, int] = {}
     return [
@@ -145,35 +132,35 @@ def number_texts(table: Dataset) -> list[np.ndarray]:
 
 
 def text_lengths(table: Dataset) -> np.ndarray:
-    """Characters of each row's longest text."""
+    """The length of the longest text of each row, in characters."""
     columns = [table[name] for name in table.column_names if name != "score"]
     return np.max([[len(text or "") for text in column] for column in columns], axis=0)
 
 
 def sort_within(order: np.ndarray, lengths: np.ndarray, group: int) -> np.ndarray:
-    """Rows sorted by length within each `group` consecutive rows of the order, longest first."""
+    """The order, with each group of `group` consecutive rows sorted by length, longest first."""
     parts = [order[start : start + group] for start in range(0, len(order), group)]
     return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
 
 
 def check_duplicates(texts: list[np.ndarray], block_size: int) -> None:
-    """ValueError if a text stands in more rows than there are blocks, so that two of them must meet."""
+    """ValueError if a text appears in more rows than there are blocks, so that one block must have two of them."""
     blocks = -(-len(texts) // block_size)
     most = int(np.bincount(np.concatenate(texts)).max())
     if most > blocks:
         raise ValueError(
-            f"batch_sampler: no_duplicates is impossible: one text stands in {most} rows, but there are {blocks} "
-            f"batches of {block_size}; lower the batch size or remove such rows"
+            f"batch_sampler: no_duplicates is impossible: one text appears in {most} rows, but there are {blocks} "
+            f"batches of {block_size}; lower the batch size or remove some of these rows"
         )
 
 
 def blocks_without_duplicates(
     texts: list[np.ndarray], block_size: int, rng: np.random.Generator, keep_last: bool
 ) -> list[np.ndarray]:
-    """Rows in blocks such that no text stands in two rows of one.
+    """Distribute rows over blocks so that no text appears in two rows of a block.
 
-    Rows with the most frequent texts choose first, each the first block with room in which none of its texts stands,
-    from a random one onward; so rows that nobody shares a text with fill what is left.
+    Rows with the most frequent texts are placed first. Starting from a random block, each takes the first block that
+    has room and has none of its texts. Rows that share no text with others fill the remaining places.
     """
     for _ in range(10):
         blocks = _place(texts, block_size, rng, keep_last)
@@ -191,11 +178,12 @@ def _place(texts, block_size, rng, keep_last) -> list[np.ndarray] | None:
     order = order[np.argsort(-highest[order], kind="stable")]
     full = len(texts) // block_size
     rooms = [block_size] * full + ([len(texts) % block_size] if keep_last and len(texts) % block_size else [])
-    rows, seen = [[] for _ in rooms], [set() for _ in rooms]
+    rows: list[list[int]] = [[] for _ in rooms]
+    seen: list[set[int]] = [set() for _ in rooms]
     open_blocks = list(rng.permutation(len(rooms)))
     for row in order:
         if not open_blocks:
-            break  # what is over would begin a smaller block, which is not kept
+            break  # the remaining rows would start a smaller block, which is not kept
         wanted = texts[row].tolist()
         start = int(rng.integers(len(open_blocks)))
         for step in range(len(open_blocks)):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-FORMATS = {
+# File suffix: the builder of `datasets` and its options.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
     ".jsonl": ("json", {}),
@@ -20,7 +22,7 @@ FORMATS = {
 
 
 def read_table(path: str, argument: str = "train_file") -> Dataset:
-    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming the argument for anything else."""
+    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming `argument` for any other file."""
     if not os.path.isfile(path):
         raise ValueError(f"{argument}: {path} is not a file")
     suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
@@ -33,7 +35,7 @@ def read_table(path: str, argument: str = "train_file") -> Dataset:
         table = _load(path, suffix)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        if "corresponds to no data" in cause:  # what datasets says of a header without rows
+        if "corresponds to no data" in cause:  # the message of datasets for a header without rows
             raise ValueError(f"{argument}: {path} has no rows") from error
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
     if len(table) == 0:
@@ -42,7 +44,7 @@ def read_table(path: str, argument: str = "train_file") -> Dataset:
 
 
 def _load(path: str, suffix: str) -> Dataset:
-    if suffix == ".parquet" and path.lower().endswith(".gz"):  # the one format that datasets does not unpack
+    if suffix == ".parquet" and path.lower().endswith(".gz"):  # the only format that datasets does not decompress
         with pa.input_stream(path, compression="gzip") as stream:
             return Dataset(pq.read_table(pa.BufferReader(stream.read())))
     builder, options = FORMATS[suffix]
@@ -50,12 +52,12 @@ def _load(path: str, suffix: str) -> Dataset:
 
 
 def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
-    """`limit` rows of a table, drawn by the seed; all of them, in their order, where there are no more or no limit."""
+    """`limit` random rows of a table; all rows in their order if there is no limit or there are not more."""
     return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
 
 
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off about `rows` rows for evaluation such that no first text (anchor) stands on both sides."""
+    """Split off about `rows` rows for evaluation. Rows with the same first text (anchor) stay in the same part."""
     first = np.asarray(table[table.column_names[0]], dtype=object)
     _, group = np.unique(first.astype(str), return_inverse=True)
     order = np.random.default_rng(seed).permutation(group.max() + 1)
@@ -67,7 +69,7 @@ def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
-    """ValueError naming the column where it does not hold texts, or empty ones that are not optional."""
+    """ValueError naming the column if it does not contain texts, or if a text is empty and not `optional`."""
     column = table.with_format("arrow")[:][name]
     if optional and str(column.type) == "null":
         return

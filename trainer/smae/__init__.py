@@ -1,1 +1,1 @@
-"""Pre-training every size as a masked autoencoder (SMAE)."""
+"""Pre-training of every size as a masked autoencoder (SMAE)."""

@@ -1,4 +1,4 @@
-"""Whole-word masks for masked-autoencoder pre-training: a light one for the encoder inside a heavy one."""
+"""Whole-word masks for masked-autoencoder pre-training: few words for the encoder, these and more for the decoder."""
 
 import zlib
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# Label of a token that is not to be predicted.
+# Label of a token that is not predicted.
 IGNORED = -100
-# Of the chosen tokens, so many become the mask token, and so many a random one; the rest stay (BERT, section 3.1).
+# Fractions of the chosen tokens that become the mask token or a random one; the rest stay (BERT, section 3.1).
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
 
 
@@ -17,20 +17,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError for a tokenizer that cannot be used for masking."""
     name = type(tokenizer).__name__
     if tokenizer.mask_token_id is None:
-        raise ValueError(f"tokenizer: {name} has no mask token, so that its model cannot fill in masked words")
+        raise ValueError(f"tokenizer: {name} has no mask token, which masked-word prediction needs")
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer: {name} is not a fast one, which alone says which tokens make a word")
+        raise ValueError(f"tokenizer: {name} is not a fast tokenizer; only these know which tokens form a word")
     if tokenizer("a").input_ids[0] not in tokenizer.all_special_ids:
-        raise ValueError(f"tokenizer: {name} puts no special token first, whose state SMAE's decoder needs")
+        raise ValueError(f"tokenizer: {name} puts no special token first, but SMAE's decoder needs its state")
 
 
 class WholeWordMasks:
-    """
-    Draws the words that the encoder and the decoder have to predict.
+    """Draws the words that the encoder and the decoder have to predict.
 
     Args:
-        encoder_rate: share of a text's words masked for the encoder.
-        decoder_rate: share masked for the decoder, at least `encoder_rate`; the encoder's words are among them.
+        encoder_rate: fraction of a text's words that are masked for the encoder.
+        decoder_rate: fraction that is masked for the decoder, at least `encoder_rate`; it includes the encoder's words.
     """
 
     def __init__(self, encoder_rate: float, decoder_rate: float):
@@ -38,23 +37,25 @@ class WholeWordMasks:
         self.decoder_rate = decoder_rate
 
     def __call__(self, words: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """
+        """Draw the masks of a batch.
+
         Args:
-            words: (batch, length) number of each token's word within its text, -1 for special tokens and padding.
+            words: (batch, length), the number of each token's word within its text, -1 for special tokens and padding.
+            rng: the random generator.
 
         Returns:
-            two boolean (batch, length) masks, encoder's and decoder's. Each text has rate * words masked words, rounded
-            up or down at random such that the mean over texts is the rate.
+            two boolean masks (batch, length), of the encoder and of the decoder. In each text, rate * words words are
+            masked, rounded up or down at random so that the mean over texts is the rate.
         """
         texts, columns = np.nonzero(words >= 0)
-        # A word is a run of tokens with one number: numbers may come back where texts are packed.
+        # A word is a run of tokens with the same number; in packed texts, a number can appear again.
         number = words[texts, columns]
         starts = np.ones(len(texts), dtype=bool)
         starts[1:] = (texts[1:] != texts[:-1]) | (number[1:] != number[:-1]) | (columns[1:] != columns[:-1] + 1)
         word_of_token = starts.cumsum() - 1
         text_of_word = texts[starts]
         counts = np.bincount(text_of_word, minlength=len(words))
-        # The place of each word in a random order of its text's words.
+        # The position of each word in a random order of the words of its text.
         order = np.lexsort((rng.random(len(text_of_word)), text_of_word))
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order)) - (counts.cumsum() - counts)[text_of_word[order]]
@@ -69,24 +70,30 @@ class WholeWordMasks:
 
 
 class MaskingCollator:
-    """
-    Turns texts, or packed blocks of tokens, into a batch for [`StarbucksForMaskedAutoencoding`].
+    """Turns texts, or packed blocks of tokens, into a batch for `StarbucksForMaskedAutoencoding`.
 
-    All random choices are a function of (seed, process, epoch, the batch itself): the same after a resume, in a worker
-    and in the next run, other ones in another process or epoch.
+    Examples are `{"text": str}`, or `{"input_ids": [...], "words": [...]}` without special tokens. Examples of an
+    endless stream also have a `position`, which replaces the epoch.
+
+    All random choices are a function of the seed, the process, the epoch and the batch itself. They are the same after
+    a resume, in a worker process and in the next run, and different in another process or epoch.
 
     Args:
-        tokenizer: a fast one with a mask token.
-        max_length: of a text, in tokens; a longer one is cropped at random.
-        encoder_rate, decoder_rate: shares of masked words.
-        seed, process_index: of the run.
-        pad_to_multiple_of: of the batch's length.
+        tokenizer: a fast tokenizer with a mask token.
+        max_length: maximum length of a text in tokens; longer texts are cropped at random.
+        encoder_rate: fraction of words that are masked for the encoder.
+        decoder_rate: fraction of words that are masked for the decoder.
+        seed: seed of the run.
+        process_index: number of the process.
+        pad_to_multiple_of: the length of a batch is a multiple of this.
 
-    `epoch` is set from outside; with `hides_all`, for measuring, every chosen token becomes the mask token: one that is
-    left as it is (0.1 of them in training) would be found by copying it.
+    Attributes:
+        epoch: set by a callback of the trainer.
+        hides_all: replace every chosen token by the mask token, for evaluations. In training, a tenth of them stay as
+            they are, and a model could predict these by copying.
 
-    Examples are {"text": str}, or {"input_ids": [...], "words": [...]} without special tokens; those of an endless
-    stream carry a "position", which takes the epoch's place.
+    Raises:
+        ValueError: the tokenizer cannot be used for masking.
     """
 
     def __init__(
@@ -165,14 +172,14 @@ class MaskingCollator:
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind a text."""
+    """The ids that the tokenizer puts before and after a text."""
     whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
 
 
 def tokenize_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[dict]:
-    """One {"input_ids", "words"} a text, without special tokens; `words` numbers each token's word."""
+    """For each text, its "input_ids" without special tokens and "words", the number of each token's word."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
     rows = []
     for index, ids in enumerate(encoded["input_ids"]):

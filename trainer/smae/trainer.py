@@ -1,14 +1,16 @@
-"""SmaeTrainer: transformers' Trainer for masked-autoencoder pre-training, measured at every size."""
+"""SmaeTrainer: transformers' Trainer for masked-autoencoder pre-training, evaluated at every size."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import Trainer
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, StarbucksOutput
+from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding
 
-from ..shared.callbacks import StopSignals, TellEpoch
+from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
@@ -19,29 +21,34 @@ PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
 
 
 class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
-    """
-    Pre-trains a [`StarbucksForMaskedAutoencoding`].
+    """Pre-trains a `StarbucksForMaskedAutoencoding`: the loss is the mean over all sizes, and every size is evaluated.
 
     Args:
-        model: the model.
-        args: [`SmaeTrainingArguments`].
-        train_dataset, eval_dataset: texts (column `text`) or packed blocks of `corpus.pack`; the training
-            texts may be an `IterableDataset`, which needs `max_steps`.
-        kwargs: passed to `Trainer`.
+        model: the model, with its tokenizer.
+        args: the arguments, which also set the mask rates.
+        train_dataset: texts (column `text`), or blocks from `trainer.smae.corpus.pack`. For an `IterableDataset`,
+            `max_steps` must be set.
+        eval_dataset: texts or blocks to evaluate on.
+        **kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: the tokenizer cannot mask, or a stream comes without `max_steps`.
+        ValueError: the tokenizer cannot be used for masking, a stream comes without `max_steps`, or FSDP is used.
     """
 
+    args: SmaeTrainingArguments
+    model: StarbucksForMaskedAutoencoding
+    data_collator: MaskingCollator
+
+    # compute_loss returns the mean of one batch; Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
         model: StarbucksForMaskedAutoencoding,
         args: SmaeTrainingArguments,
-        train_dataset=None,
-        eval_dataset=None,
-        **kwargs,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
     ):
         tokenizer = model.encoder.tokenizer
         collator = MaskingCollator(
@@ -55,7 +62,8 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
         if isinstance(train_dataset, IterableDataset):
             if args.max_steps < 1:
                 raise ValueError("max_steps: a stream has no length; name the optimizer steps with --max_steps")
-            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be dispatched
+            # Batches of different lengths cannot be dispatched. (The arguments have made it an AcceleratorConfig.)
+            cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
         if eval_dataset is None:
             args.eval_strategy = "no"
         self.stop_signals = StopSignals()
@@ -67,33 +75,33 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             eval_dataset=eval_dataset,
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[TellEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[SetEpoch(collator), self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-        if self.is_fsdp_enabled:  # the loss multiplies by the word embeddings' whole weights
-            raise ValueError("fsdp: masked-autoencoder pre-training needs whole weights; use DDP")
+        if self.is_fsdp_enabled:  # the loss multiplies by the complete matrix of word embeddings
+            raise ValueError("fsdp: masked-autoencoder pre-training needs unsharded weights; use DDP")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; every size's parts are logged."""
-        output: StarbucksOutput = model(**inputs)
+        """The loss of the model; the parts of every size are logged."""
+        output = model(**inputs)
         parts = {f"{part}/{size}": value for part in PARTS for size, value in self._by_size(output[part])}
         self.record(output.loss.detach(), parts)
         return (output.loss, output) if return_outputs else output.loss
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Score every size on texts whose masks are the same each time and hide every token that is asked for.
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate every size. The masks are the same each time, and hide every token that is to be predicted.
 
         Returns:
-            `eval_loss`, and for each size `eval_loss_mlm_1x32`, `eval_loss_mae_1x32`, `eval_accuracy_mlm_1x32`,
-            `eval_accuracy_mae_1x32`, means over all masked tokens; `eval_unigram_mlm` and `eval_unigram_mae`, what
-            always naming the most frequent of the masked tokens would score.
+            `eval_loss`; for each size `eval_loss_mlm_1x32`, `eval_loss_mae_1x32`, `eval_accuracy_mlm_1x32` and
+            `eval_accuracy_mae_1x32`, means over all masked tokens; and `eval_unigram_mlm` and `eval_unigram_mae`, the
+            accuracy of always predicting the most frequent masked token.
         """
         collator = self.data_collator
         epoch, collator.epoch, collator.hides_all = collator.epoch, 0, True
         training = self.model.training
         self.model.eval()
-        totals = dict.fromkeys(PARTS, 0.0)
+        totals: dict[str, Any] = dict.fromkeys(PARTS, 0.0)
         words = {
             kind: torch.zeros(self.model.config.head["vocab_size"], dtype=torch.float64) for kind in ("mlm", "mae")
         }
@@ -127,5 +135,5 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
         return zip(self.ladder, values, strict=True)
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
+        """The sum over all processes."""
         return self.accelerator.reduce(value.float().to(self.args.device), "sum").double().cpu()

@@ -140,15 +140,15 @@ def test_boxes_take_their_share_of_the_picture():
 
 
 WRONG = {
-    "mask ratio": ({"mask_ratio": 1.0}, "mask_ratio: 1.0 is not allowed; use a share from 0 to below 1"),
-    "mask share": ({"mask_probability": 1.5}, "mask_probability: .* shares from 0 to 1"),
+    "mask ratio": ({"mask_ratio": 1.0}, "mask_ratio: 1.0 is not allowed; use a number from 0 to below 1"),
+    "mask share": ({"mask_probability": 1.5}, "mask_probability: .* numbers from 0 to 1"),
     "scale": ({"global_crop_scale": [0.8, 0.2]}, "global_crop_scale: .* the lowest first"),
-    "three shares": ({"local_crop_scale": [0.1, 0.2, 0.3]}, "local_crop_scale: .* give two shares"),
-    "one view": ({"global_crops_number": 1, "local_crops_number": 0}, "global_crops_number: 1 view alone"),
+    "three shares": ({"local_crop_scale": [0.1, 0.2, 0.3]}, "local_crop_scale: .* give two numbers"),
+    "one view": ({"global_crops_number": 1, "local_crops_number": 0}, "global_crops_number: 1 crop has no other crop"),
     "global crops": ({"global_crop_size": 18}, "global_crop_size: 18 is not allowed; use a multiple of the patch size"),
     "local crops": ({"local_crop_size": 10}, "local_crop_size: 10 is not allowed"),
     "one picture": ({"per_device_train_batch_size": 1}, "koleo_weight: a batch of 1 has no nearest neighbour"),
-    "few pictures": ({"per_device_train_batch_size": 25}, "per_device_train_batch_size: a step takes 25 pictures"),
+    "few pictures": ({"per_device_train_batch_size": 25}, "per_device_train_batch_size: a step takes 25 images"),
 }
 
 

@@ -158,5 +158,5 @@ def test_a_processor_without_a_template_is_refused(llava_processor):
         ConversationCollator(processor, [1])
     processor.chat_template = "{{ messages | length }}" + llava_processor.chat_template
     table = check_conversations(Dataset.from_list([{"image": picture(), "messages": ROW}]))
-    with pytest.raises(ValueError, match="chat_template: a conversation's beginning does not stay as it is"):
+    with pytest.raises(ValueError, match="chat_template: the text of the first turns must not change"):
         encode_conversation(processor, table[0]["messages"], 1)

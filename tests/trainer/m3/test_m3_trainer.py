@@ -219,9 +219,9 @@ def test_wrong_arguments_are_refused(make_trainer):
 TWO_PROCESSES = """
 import sys
 import torch
-from run_scripts.digits import digit_tables
-from trainer.conversations import check_conversations
-from trainer.m3 import M3Trainer, M3TrainingArguments
+from run_scripts.digits_m3 import digit_tables
+from trainer.m3.conversations import check_conversations
+from trainer.m3.trainer import M3Trainer, M3TrainingArguments
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, MatryoshkaLlavaProcessor
 
 args = M3TrainingArguments(

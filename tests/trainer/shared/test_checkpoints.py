@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from run_scripts import finetune
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.shared.checkpoints import STAGING, SaveError, find_checkpoint, find_fault
+from trainer.shared.checkpoints import STAGING, SaveError, find_checkpoint, find_problem
 
 ROOT = Path(__file__).resolve().parents[3]
 PAIRS = {"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}
@@ -116,7 +116,7 @@ def test_killed_five_times_and_resumed_equals_uninterrupted_bit_for_bit(processe
             time.sleep(rng.random() * 0.05)
         kill(process)
         newest = find_checkpoint(str(tmp_path / "killed"))
-        assert newest is None or find_fault(newest) is None
+        assert newest is None or find_problem(newest) is None
     assert cut_while_writing, "no kill hit a checkpoint while it was written"
     last = launch(tmp_path, tmp_path / "killed", processes)
     output, errors = last.communicate(timeout=200)
@@ -212,8 +212,8 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_warning(name, damage, f
     with caplog.at_level("WARNING"):
         found = find_checkpoint(str(tmp_path / "out"))
     assert found.endswith("checkpoint-20")
-    assert find_fault(str(tmp_path / "out" / "checkpoint-22")) is not None
-    assert find_fault(found, world_size=2) == "random states of 1 processes are there"
+    assert find_problem(str(tmp_path / "out" / "checkpoint-22")) is not None
+    assert find_problem(found, world_size=2) == "it has the random states of 1 processes"
 
 
 @pytest.fixture(scope="module")

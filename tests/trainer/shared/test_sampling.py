@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trainer.shared.sampling import BATCH_SAMPLERS, BlockSampler, ResumableOrderMixin
+from trainer.shared.arguments import BATCH_SAMPLERS
+from trainer.shared.sampling import BlockSampler, ResumableOrderMixin
 
 
 def _table(rows: int, name: str = "", repeat: int = 3) -> Dataset:
@@ -58,11 +59,11 @@ def test_no_text_stands_in_two_rows_of_a_block(block, keep_last):
 
 
 def test_impossible_batches_are_refused():
-    with pytest.raises(ValueError, match=r"one text stands in \d+ rows, but there are 6 batches of 10"):
+    with pytest.raises(ValueError, match=r"one text appears in \d+ rows, but there are 6 batches of 10"):
         BlockSampler([_table(60, repeat=30)], 10, "no_duplicates")
     with pytest.raises(ValueError, match="no order without duplicates was found for batches of 10"):
         BlockSampler([_table(60, repeat=30)], 10, "no_duplicates", keep_last=False)
-    with pytest.raises(ValueError, match="train_file: source 2 has 5 rows, fewer than 10, a step's"):
+    with pytest.raises(ValueError, match="train_file: source 2 has 5 rows, but a step takes 10"):
         BlockSampler([_table(60), _table(5)], 10)
 
 

@@ -7,7 +7,8 @@ import datasets
 import pytest
 from conftest import SENTENCES
 
-from trainer.smae.corpus import endless, pack, read_corpus
+from trainer.shared.texts import read_corpus
+from trainer.smae.corpus import endless, pack
 from trainer.smae.masking import tokenize_words
 from trainer.unlabeled import read_unlabeled_texts
 
@@ -74,7 +75,7 @@ def test_wrong_files_are_refused(tmp_path):
         refused(
             _write(tmp_path, ".csv"), r"there is no column text \(--text_column\) among id, body", streaming=streaming
         )
-    refused(_write(tmp_path, ".txt"), "text_column: body does not stand in", column="body")
+    refused(_write(tmp_path, ".txt"), "text_column: .* has no column body; the column of a .txt file is text", column="body")
     (tmp_path / "texts.doc").write_text("some words here")
     refused(tmp_path / "texts.doc", "eval_file: .* has an unknown format", argument="eval_file")
 

@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_size(tiny_sma
 
 def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
     for wrong, message in (
-        ({"mlm_probability": 0.0}, "mlm_probability: 0.0 is not allowed; use a share between 0 and 1"),
+        ({"mlm_probability": 0.0}, "mlm_probability: 0.0 is not allowed; use a number between 0 and 1"),
         ({"mlm_probability": 0.5}, r"mlm_probability: 0.5 is above decoder_mlm_probability \(0.4\)"),
         ({"max_length": 4}, "max_length: 4 is not allowed; use a number of at least 8"),
     ):
@@ -174,7 +174,7 @@ def test_wrong_arguments_are_refused(tiny_smae, tmp_path):
 
 
 def test_fsdp_is_refused(under_fsdp, tiny_smae, tmp_path):
-    with pytest.raises(ValueError, match="fsdp: masked-autoencoder pre-training needs whole weights; use DDP"):
+    with pytest.raises(ValueError, match="fsdp: masked-autoencoder pre-training needs unsharded weights; use DDP"):
         SmaeTrainer(tiny_smae(), arguments(tmp_path), TEXTS)
 
 
@@ -182,9 +182,9 @@ TWO = """
 import sys, torch
 from datasets import Dataset
 from modeling_2dmse import StarbucksForMaskedAutoencoding
-from trainer.arguments import SmaeTrainingArguments
-from trainer.corpus import endless
-from trainer.pretraining import SmaeTrainer
+from trainer.smae.arguments import SmaeTrainingArguments
+from trainer.smae.corpus import endless
+from trainer.smae.trainer import SmaeTrainer
 
 start, out, batch, kind = sys.argv[1:]
 texts = Dataset.from_dict({"text": open("texts").read().splitlines()})
