@@ -99,7 +99,7 @@ def test_evaluation(evaluation, tmp_path, capsys):
     assert FrancaModel.from_pretrained(tmp_path / "results" / "rasa").config.rasa
     with pytest.raises(SystemExit, match="2"):
         evaluate_franca.main(flags(evaluation))
-    assert "holds results; choose another or pass --overwrite" in capsys.readouterr().err
+    assert "has results; choose another folder or pass --overwrite" in capsys.readouterr().err
 
 
 def test_evaluation_tells_colours_apart(evaluation, tmp_path):
