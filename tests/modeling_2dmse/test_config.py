@@ -55,7 +55,7 @@ def test_wrong_values(tiny_model, tmp_path):
         TwoDMSEModel.from_pretrained(tmp_path, num_layers=5)
 
 
-def test_the_two_ways_of_loading_are_not_mixed_up(tiny_model, backbone_path, tmp_path):
+def test_each_way_of_loading_names_the_other(tiny_model, backbone_path, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an elastic model already; load it with from_pretrained"):
         TwoDMSEModel.from_backbone(tmp_path)

@@ -1,4 +1,4 @@
-"""encode: order, shapes, prompts, precisions, and what it refuses."""
+"""encode: order, shapes, prompts, precisions, and errors for wrong arguments; grouping and batching by length."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from modeling_2dmse.formats import quantize
 from modeling_2dmse.pooling import cut_and_normalize, pool
 
 
-def test_embedding_is_the_definition(tiny_model):
+def test_embeddings_follow_the_definition(tiny_model):
     model = tiny_model()
     expected = []
     for text in SENTENCES[:5]:  # one by one, without padding
@@ -46,7 +46,7 @@ def test_long_input_in_pieces(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3"])
-def test_longer_texts_are_cut_at_the_last_position(family, tiny_model):
+def test_longer_texts_are_truncated_at_the_last_position(family, tiny_model):
     model = tiny_model(family)
     model.tokenizer.model_max_length = 10**9
     long = model.encode(["a man " * 200])
@@ -172,7 +172,7 @@ def test_tight_groups_leave_the_least_padding(count):
         assert padded(groups) == best
 
 
-def test_even_groups_hold_no_more_rows_than_asked_for():
+def test_even_groups_have_at_most_the_given_number_of_rows():
     lengths = [5, 1, 4, 9, 2, 2, 7]
     groups = even_groups(lengths, 3)
     assert [len(rows) for rows, _ in groups] == [3, 2, 2]
@@ -181,7 +181,7 @@ def test_even_groups_hold_no_more_rows_than_asked_for():
     assert values[back_in_order(groups)].tolist() == lengths
 
 
-def test_batches_hold_as_many_tokens_as_the_longest_texts():
+def test_batches_have_as_many_tokens_as_the_batch_of_the_longest_texts():
     lengths = np.random.default_rng(0).integers(1, 40, size=300).tolist()
     batches = list(token_batches(lengths, 4))
     assert sorted(np.concatenate(batches)) == list(range(300))

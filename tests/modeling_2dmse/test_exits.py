@@ -1,5 +1,5 @@
-"""state(n) is one thing: on the way through a deep model, in a truncated one, in that one saved and reloaded, and in
-the whole folder read at depth n."""
+"""state(n) is the same during a deeper pass, in a truncated model, in that model saved and reloaded, and in the whole
+folder loaded at depth n."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def pooled(model, inputs, n) -> torch.Tensor:
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exit_equals_truncated_reloaded_and_read_at_depth(family, projected, tiny_model, tmp_path):
+def test_exit_equals_truncated_reloaded_and_loaded_at_depth(family, projected, tiny_model, tmp_path):
     model = tiny_model(family, projected)
     model.save_pretrained(tmp_path / "whole")
     others = {}
@@ -40,7 +40,7 @@ def test_exit_equals_truncated_reloaded_and_read_at_depth(family, projected, tin
         others[n] = {
             "truncated": small,
             "reloaded": AutoModel.from_pretrained(tmp_path / f"small{n}"),
-            "read at depth": AutoModel.from_pretrained(tmp_path / "whole", num_layers=n),
+            "loaded at depth": AutoModel.from_pretrained(tmp_path / "whole", num_layers=n),
         }
     for padding in ("none", "right", "left"):
         inputs = batch(padding)
@@ -50,7 +50,7 @@ def test_exit_equals_truncated_reloaded_and_read_at_depth(family, projected, tin
         for n in range(1, NUM_LAYERS + 1):
             for how, other in others[n].items():
                 assert torch.allclose(pooled(other, inputs, n), deep[n - 1], atol=1e-6), (padding, n, how)
-            if n > 1:  # the comparison means something only where depths differ
+            if n > 1:  # the comparison is only meaningful if depths differ
                 assert not torch.allclose(deep[n - 1], deep[n - 2], atol=1e-2)
 
 
@@ -84,7 +84,7 @@ def test_an_exit_runs_exactly_its_layers(family, tiny_model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reloading_at_depth_builds_and_reads_no_deeper_weight(family, tiny_model, tmp_path, monkeypatch):
+def test_loading_at_depth_builds_and_reads_no_deeper_weight(family, tiny_model, tmp_path, monkeypatch):
     import transformers.modeling_utils as modeling_utils
 
     model = tiny_model(family)
@@ -92,7 +92,7 @@ def test_reloading_at_depth_builds_and_reads_no_deeper_weight(family, tiny_model
     read = []
 
     class Recorder:
-        """A slice that notes when its tensor is really read."""
+        """A slice that records when its tensor is actually read."""
 
         def __init__(self, piece, key):
             self._piece, self._key = piece, key
@@ -156,14 +156,14 @@ def test_buckets_change_nothing(family, tiny_model):
         with torch.no_grad():
             whole = model(**inputs, layers=(1, 4)).layer_embeddings
             split = model(**inputs, layers=(1, 4), num_buckets=3).layer_embeddings
-            told = model(**inputs, layers=(1, 4), num_buckets=3, lengths=row_lengths(inputs["attention_mask"]))
+            known = model(**inputs, layers=(1, 4), num_buckets=3, lengths=row_lengths(inputs["attention_mask"]))
         assert torch.allclose(whole, split, atol=2e-6)
-        assert torch.equal(split, told.layer_embeddings)
+        assert torch.equal(split, known.layer_embeddings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_buckets_change_nothing_where_a_text_holds_the_padding_token(family, tiny_model):
-    """RoBERTa's kin give such a token no position of its own."""
+def test_buckets_change_nothing_if_a_text_contains_the_padding_token(family, tiny_model):
+    """RoBERTa-style models give a padding token no position."""
     model, inputs = tiny_model(family), batch("right")
     inputs["input_ids"][:, 2] = model.config.backbone_config.pad_token_id or 0
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_buckets_change_nothing_where_a_text_holds_the_padding_token(family, tin
     assert torch.allclose(whole, split, atol=2e-6)
 
 
-def test_the_words_of_all_buckets_are_looked_up_at_once(tiny_model):
+def test_the_word_embeddings_of_all_buckets_are_looked_up_at_once(tiny_model):
     model, calls = tiny_model("bert"), []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     model(**batch("right"), layers=(4,), num_buckets=3)
@@ -223,7 +223,7 @@ def test_a_backbone_whose_layers_cannot_be_found_is_refused(tmp_path):
             TwoDMSEModel.from_backbone(folder)
 
 
-def test_a_backbone_that_changes_its_states_outside_of_the_layers_is_refused(tiny_model):
+def test_a_backbone_that_changes_its_states_outside_of_its_layers_is_refused(tiny_model):
     from modeling_2dmse.backbone import check_exits
 
     model = tiny_model()

@@ -1,4 +1,4 @@
-"""One size as a small model: every way of having it gives the same vectors, and it holds nothing it does not need."""
+"""One size as a small model: every form of it gives the same vectors, and it contains nothing that it does not need."""
 
 import json
 
@@ -23,7 +23,7 @@ PROJECTED = [("bert", True), ("qwen3", True)]
 @pytest.mark.parametrize(
     ("family", "projected"), [*((family, False) for family in ("bert", "mpnet", "modernbert", "qwen3")), *PROJECTED]
 )
-def test_all_ways_agree(family, projected, tiny_model, tmp_path):
+def test_all_forms_agree(family, projected, tiny_model, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     model = tiny_model(family, projected)
@@ -39,12 +39,14 @@ def test_all_ways_agree(family, projected, tiny_model, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         again = TwoDMSEModel.from_backbone(plain)
         assert again.config.pooling == model.config.pooling
-        assert np.allclose(again.encode(TEXTS, dim=d), expected, atol=1e-5) is not projected, "it is in the Dense"
+        assert np.allclose(again.encode(TEXTS, dim=d), expected, atol=1e-5) is not projected, (
+            "the projection is in the Dense module"
+        )
         model.export(onnx, n, d, format="onnx")
         assert np.allclose(onnx_encoder(str(onnx))(TEXTS), expected, atol=1e-5)
 
 
-def test_all_ways_agree_for_minilm(minilm, tmp_path):
+def test_all_forms_agree_for_minilm(minilm, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     for n, d in ((1, 32), (4, 192), (6, 384)):
@@ -69,7 +71,7 @@ def test_the_plain_backbone_loads_without_remote_code_or_missing_keys(family, ti
     assert not list((tmp_path / "small").glob("*.py"))
 
 
-def test_parameters_and_file_shrink_by_what_the_layers_hold(tiny_model, tmp_path):
+def test_parameters_and_file_shrink_by_the_size_of_the_layers(tiny_model, tmp_path):
     model = tiny_model()
     for n in (1, 4):
         model.export(tmp_path / str(n), n)

@@ -1,4 +1,4 @@
-"""The saved folder as a traveller: loaded by remote code, by sentence-transformers, and refused when it is broken."""
+"""The saved folder on its own: loaded with remote code and by sentence-transformers, and refused if it is broken."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny_model, tmp_path):
         TwoDMSEModel.from_pretrained(tmp_path)
 
 
-def test_a_cut_off_weights_file_is_refused(tiny_model, tmp_path):
+def test_a_truncated_weights_file_is_refused(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -18,7 +18,7 @@ def _case(dtype=torch.float64, bias=True):
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_cross_entropy_whatever_the_chunk(monkeypatch, chunk, bias):
+def test_equals_cross_entropy_for_every_chunk_size(monkeypatch, chunk, bias):
     monkeypatch.setattr(masked_loss, "_CHUNK_LOGITS", 11 * chunk)
     states, weight, bias, targets, factors = _case(bias=bias)
     leaves = [leaf for leaf in (states, weight, bias) if leaf is not None]
@@ -33,7 +33,7 @@ def test_equals_cross_entropy_whatever_the_chunk(monkeypatch, chunk, bias):
         torch.testing.assert_close(ours, reference)
 
 
-def test_makes_no_gradient_where_none_is_asked_for(monkeypatch):
+def test_computes_no_gradient_that_is_not_needed(monkeypatch):
     states, weight, bias, targets, factors = _case()
     with torch.no_grad():
         assert not vocabulary_loss(states, weight, bias, targets, factors)[0].requires_grad

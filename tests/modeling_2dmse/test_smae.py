@@ -1,4 +1,4 @@
-"""SMAE against a plain reference: every token's logits, one size after the other, by transformers' own classes."""
+"""SMAE against a plain reference: every token's logits, one size after another, with transformers' own classes."""
 
 import copy
 
@@ -16,7 +16,7 @@ SIZES = parse_ladder(LADDER)
 
 @pytest.fixture(scope="module")
 def mlm_path(tokenizer, tmp_path_factory):
-    """A function from a family's name to a folder with a tiny random masked-language model of it."""
+    """A function from a family's name to a folder with a tiny random masked-language model of this family."""
     folders = {}
 
     def path(family: str) -> str:
@@ -35,7 +35,7 @@ def mlm_path(tokenizer, tmp_path_factory):
 
 
 def make_batch(seed=0, rows=3, length=10) -> dict:
-    """Padded on the right, the encoder's masked tokens among the decoder's."""
+    """Padded on the right; the encoder's masked tokens are a subset of the decoder's."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 90, (rows, length), generator=generator)
     attention = (torch.arange(length) < torch.tensor([length, 6, 8])[:rows, None]).long()
@@ -54,7 +54,7 @@ def make_batch(seed=0, rows=3, length=10) -> dict:
 
 
 def _head(model, states):
-    """Logits and transform of a family's own head, which sees zeros beyond the size's dims."""
+    """Logits and transform of a family's own head, which gets zeros beyond the size's dimensions."""
     states = F.pad(states, (0, HIDDEN - states.shape[-1]))
     kind = model.config.model_type
     if kind == "bert":
@@ -73,7 +73,7 @@ def _head(model, states):
 
 
 def _decoder(model):
-    """A twin of the model's body with a first layer of its own and all else shared."""
+    """A copy of the model's body with its own first layer and everything else shared."""
     body = model.base_model
     twin = copy.deepcopy(body)
     for name in ("embeddings", "embeddings_project", "final_norm"):
@@ -93,7 +93,7 @@ def _is_stack(module):
 
 
 def _reference(model, batch):
-    """The loss by loops over sizes with all logits, each size's parts, and the decoder's layer."""
+    """The loss, from a loop over sizes with all logits; each size's parts; and the decoder's layer."""
     body = model.base_model
     states = body(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states
     norm = getattr(body, "final_norm", lambda state: state)
@@ -146,7 +146,7 @@ def test_loss_and_gradients_equal_the_plain_reference(mlm_path, family):
     assert len(trained) > 0.8 * len(pairs)
 
 
-def test_the_head_of_a_checkpoint_is_kept_and_a_missing_one_made(mlm_path, backbone_path):
+def test_the_head_of_a_checkpoint_is_kept_and_a_missing_one_created(mlm_path, backbone_path):
     kept = StarbucksForMaskedAutoencoding.from_backbone(mlm_path("bert"), sizes=LADDER)
     own = AutoModelForMaskedLM.from_pretrained(mlm_path("bert"))
     assert torch.equal(kept.head.dense.weight, own.cls.predictions.transform.dense.weight)
@@ -161,7 +161,7 @@ def test_the_head_of_a_checkpoint_is_kept_and_a_missing_one_made(mlm_path, backb
         assert made.get_input_embeddings().weight.grad.abs().max() > 0
 
 
-def test_an_untied_head_keeps_its_own_words(tokenizer, tmp_path):
+def test_an_untied_head_keeps_its_own_word_embeddings(tokenizer, tmp_path):
     config = tiny_config("bert")
     config.tie_word_embeddings = False
     own = AutoModelForMaskedLM.from_config(config)
@@ -200,7 +200,7 @@ assert torch.equal(model(**batch).loss, loss)
 """
 
 
-def test_loads_with_remote_code_where_this_package_is_not(mlm_path, tmp_path):
+def test_loads_with_remote_code_without_this_package(mlm_path, tmp_path):
     model = StarbucksForMaskedAutoencoding.from_backbone(mlm_path("bert"), sizes=LADDER).eval()
     model.save_pretrained(tmp_path / "smae")
     with torch.no_grad():

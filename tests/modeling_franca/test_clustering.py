@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plain_sinkhorn(scores, temperature: float, iterations: int) -> np.ndarray:
-    """SwAV's loop, in float64, on plain exponentials."""
+    """SwAV's loop, in float64, with plain exponentials."""
     rows, prototypes = scores.shape
     share = [[math.exp(scores[i][k].item() / temperature) for k in range(prototypes)] for i in range(rows)]
     for _ in range(iterations):
@@ -48,7 +48,7 @@ def test_sinkhorn_is_the_plain_loop(iterations):
 
 def test_rows_sum_to_one_and_prototypes_are_balanced():
     scores = cosines(512, 32)
-    scores[:, 0] += 0.5  # a prototype that is everyone's favourite
+    scores[:, 0] += 0.5  # a prototype that every row prefers
     found = sinkhorn(scores, 0.07, 50)
     assert (found.sum(dim=1) - 1).abs().max() < 1e-6
     assert (found.sum(dim=0) / (512 / 32) - 1).abs().max() < 0.02
@@ -79,7 +79,7 @@ def test_rows_of_padding_change_nothing():
 
 
 def check_processes(folder: str) -> None:
-    """Run by each of two processes: its part of assignments, loss and gradients are those of one process with all."""
+    """Run by each of two processes: its assignments, loss and gradients equal its part of a single process's."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -88,7 +88,7 @@ def check_processes(folder: str) -> None:
     own = slice(0, 7) if rank == 0 else slice(7, 10)
     expected = torch.load(Path(folder) / "expected.pt")
     assert torch.allclose(sinkhorn(scores[own], 0.07, 3), expected["assigned"][own], atol=1e-6), counts
-    empty = sinkhorn(scores if rank == 0 else scores[:0], 0.07, 3)  # one process has no row
+    empty = sinkhorn(scores if rank == 0 else scores[:0], 0.07, 3)  # one process has no rows
     assert torch.allclose(empty, expected["assigned"][: len(empty)], atol=1e-6)
     model = tiny_model()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -147,7 +147,7 @@ def test_a_head_is_a_perceptron_and_cosines(num_layers):
 
 
 @pytest.mark.parametrize("head_input", ["slice", "projection"])
-def test_the_gradient_of_a_level_ends_at_its_column(head_input):
+def test_a_level_has_no_gradient_beyond_its_columns(head_input):
     torch.manual_seed(0)
     sizes = [2, 4, 8]
     head = NestedClusteringHead(8, sizes, [3, 6, 12], head_input, inner_size=6, bottleneck_size=5)
@@ -187,7 +187,7 @@ def test_koleo_is_the_plain_loop():
 @pytest.mark.parametrize(
     ("height", "width", "ratio"), [(6, 6, 0.5), (4, 7, 0.3), (8, 3, 0.8), (5, 5, 0.0), (4, 4, 0.99)]
 )
-def test_masks_have_an_exact_count_and_every_position_alike(height, width, ratio):
+def test_masks_have_an_exact_count_and_no_preferred_position(height, width, ratio):
     draws, rng = 4000, np.random.default_rng(0)
     mask = CyclicMask(height, width, ratio)
     drawn = np.array([mask(rng) for _ in range(draws)])
@@ -224,6 +224,6 @@ def test_the_visible_patches_are_one_block_on_the_torus():
         ((0, 4, 0.5), "grid: 0x4 patches"),
     ],
 )
-def test_masks_refuse(arguments, message):
+def test_wrong_mask_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CyclicMask(*arguments)

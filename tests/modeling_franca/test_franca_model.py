@@ -1,4 +1,4 @@
-"""The loss against plain loops, the teacher, folders as a traveller, and every wrong input."""
+"""The loss against plain loops, the teacher, saved folders on their own, and every wrong input."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ else:
 
 
 def plain_loss(model: FrancaForPretraining, batch: dict, temperature: float) -> tuple[list, list, float]:
-    """Cross-entropies of each size, and KoLeo, one picture, crop and patch at a time."""
+    """Cross-entropies of each size, and KoLeo, one image, crop and patch at a time."""
     config, pictures = model.config, len(batch["mask"])
     views, hidden = batch["global_crops"].flatten(0, 1), batch["mask"].flatten(0, 1)
     target, seen = model.teacher(views), model.student(views, hidden)
@@ -79,7 +79,7 @@ def cross_entropy(assigned: torch.Tensor, scores: torch.Tensor):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_the_plain_loops(family):
+def test_the_loss_equals_the_plain_loops(family):
     model, batch = tiny_model(family, koleo_weight=0.3, patch_weight=0.7).eval(), tiny_batch()
     assert {*batch["mask"].sum(dim=2).flatten().tolist()} > {0}
     output = model(**batch, teacher_temperature=0.05)
@@ -99,7 +99,9 @@ def test_masks_hide_patches_and_change_the_loss():
     with torch.no_grad():
         plain, hidden = model.student(views).patch_tokens, model.student(views, mask).patch_tokens
         views[mask.view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(views)] = 7.0
-        assert torch.allclose(model.student(views, mask).patch_tokens, hidden, atol=1e-5), "a hidden patch is seen"
+        assert torch.allclose(model.student(views, mask).patch_tokens, hidden, atol=1e-5), (
+            "the student sees a hidden patch"
+        )
     assert not torch.allclose(plain, hidden, atol=1e-2)
     nothing = model(**batch | {"mask": torch.zeros_like(batch["mask"])})
     assert nothing.loss_patch.tolist() == [0, 0, 0]
@@ -107,7 +109,7 @@ def test_masks_hide_patches_and_change_the_loss():
     assert model(batch["global_crops"]).loss_patch.tolist() == [0, 0, 0]
 
 
-def test_the_first_dimensions_alone_train_the_smallest_level():
+def test_only_the_first_dimensions_are_trained_by_the_smallest_level():
     model, batch = tiny_model(koleo_weight=0.0).eval(), tiny_batch()
     states = torch.randn(4, 5, 16, requires_grad=True)
     with torch.no_grad():
@@ -140,7 +142,7 @@ def test_the_teacher_is_a_moving_average(momentum):
 def test_the_teacher_neither_trains_nor_has_gradients(family, tmp_path):
     made = FrancaForPretraining(tiny_config(family))
     pairs = zip(made.student.parameters(), made.teacher.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs), "a new teacher is the student"
+    assert all(torch.equal(a, b) for a, b in pairs), "a new teacher equals the student"
     assert not made.teacher.training
     tiny_model(family).save_pretrained(tmp_path)
     for model in (tiny_model(family), FrancaForPretraining.from_pretrained(tmp_path).train()):
@@ -231,11 +233,11 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
         FrancaForPretraining.from_pretrained(tmp_path)
 
 
-def test_encode_refuses_and_handles_nothing():
+def test_encode_without_images_and_with_wrong_arguments():
     model = tiny_model()
     assert model.encode([], dim=4).shape == (0, 4)
     assert model.encode(torch.randn(3, 3, 16, 16), convert_to_tensor=True).shape == (3, 16)
-    assert model.encode(torch.randn(2, 3, 24, 8)).shape == (2, 16), "pictures of another shape"
+    assert model.encode(torch.randn(2, 3, 24, 8)).shape == (2, 16), "images of another shape"
     for dim in (0, 17):
         with pytest.raises(ValueError, match=f"dim: {dim} is not allowed; use a whole number from 1 to 16"):
             model.encode([draw_picture(0, 0)], dim=dim)
@@ -273,7 +275,7 @@ def test_a_configuration_out_of_range_is_refused(name):
         tiny_config(**change)
 
 
-def test_all_faults_are_named_at_once():
+def test_all_problems_are_named_at_once():
     with pytest.raises(ValueError, match=r"num_prototypes: .*; student_temperature: .*; momentum: "):
         tiny_config(num_prototypes=5, student_temperature=0, momentum=2)
 
@@ -292,7 +294,9 @@ def test_batches_that_cannot_be_trained_on_are_refused():
 
 
 def test_other_backbones_are_refused():
-    with pytest.raises(ValueError, match="backbone_config: bert is not a vision transformer; use dinov2, dinov3_vit or vit"):
+    with pytest.raises(
+        ValueError, match="backbone_config: bert is not a vision transformer; use dinov2, dinov3_vit or vit"
+    ):
         FrancaConfig({"model_type": "bert"})
     shape = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 16, "patch_size": 2}
     swin = FrancaModel(FrancaConfig({"model_type": "swin", **shape}))

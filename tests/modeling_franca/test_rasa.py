@@ -1,4 +1,4 @@
-"""RASA: directions that tell position are found and removed, once and for all."""
+"""RASA: directions that encode position are found and removed completely."""
 
 import pytest
 import torch
@@ -72,12 +72,14 @@ def test_no_linear_predictor_finds_position_after_the_covariance_variant(feature
         scores[method] = position_r2(projector(features), projector(others), positions)
     assert scores["none"] > 0.5
     assert scores["covariance"] < 0.01
-    assert scores["ridge"] < scores["none"], "one iteration of the predictor's own direction leaves some"
+    assert scores["ridge"] < scores["none"], (
+        "some position is left after one iteration of the predictor's own direction"
+    )
     many = RasaProjector.fit(features, positions, "ridge", iterations=5)
     assert position_r2(many(features), many(others), positions) < scores["ridge"]
 
 
-def test_position_r2_is_least_squares_on_other_pictures(features):
+def test_position_r2_is_least_squares_on_other_images(features):
     positions, others = grid_positions(4, 4).double(), features_with_position(seed=1).double()
     ones = torch.ones(960, 1, dtype=torch.float64)
     x, y = (torch.cat((part.double().flatten(0, 1), ones), dim=1) for part in (features, others))

@@ -1,4 +1,4 @@
-"""Stock LLaVA at the full size, pooled tokens below it; generation; costs; input that is refused."""
+"""Stock LLaVA at the full size, pooled tokens below it; generation; costs; wrong input."""
 
 import copy
 
@@ -30,7 +30,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 @pytest.fixture
 def inputs(llava_processor):
-    """A function from a number of visual tokens to a batch of two rows with one and two pictures."""
+    """A function from a number of visual tokens to a batch of two rows, with one and two images."""
     return lambda size=None: llava_processor(
         images=pictures(3), text=TEXTS, num_visual_tokens=size, padding=True, return_tensors="pt"
     )
@@ -64,7 +64,7 @@ def test_a_stock_checkpoint_fills_every_tensor_and_is_saved_whole(original, llav
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_smaller_sizes_read_pooled_features(position, size, llava_path, tiny_m3, inputs):
-    """Against transformers' own tower, projector and language model, put together here."""
+    """Against transformers' own tower, projector and language model, combined here."""
     stock, batch = LlavaForConditionalGeneration.from_pretrained(llava_path).model, inputs(size)
     states = stock.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
     project = stock.multi_modal_projector
@@ -86,7 +86,7 @@ def test_positions_differ_below_the_full_size(tiny_m3, inputs):
     assert (after - before).abs().max() > 1e-3
 
 
-def test_the_default_size_is_the_configurations(tiny_m3, inputs):
+def test_the_default_size_comes_from_the_configuration(tiny_m3, inputs):
     model = tiny_m3(default_visual_tokens=9)
     torch.testing.assert_close(model(**inputs(9)).logits, model(**inputs(9), num_visual_tokens=9).logits)
     with pytest.raises(ValueError, match="num_visual_tokens=9"):
@@ -123,7 +123,7 @@ def test_generation_reads_pooled_features(options, size, tiny_m3, llava_processo
     assert ours.scores[0][ours.scores[0].isfinite()].std() > 0.01
 
 
-def test_generation_at_the_full_size_is_stocks(llava_path, tiny_m3, llava_processor):
+def test_generation_at_the_full_size_is_that_of_stock_llava(llava_path, tiny_m3, llava_processor):
     batch = llava_processor(images=pictures(1), text=TEXTS[:1], return_tensors="pt")
     stock = LlavaForConditionalGeneration.from_pretrained(llava_path)
     for options in ({}, {"num_beams": 2}):
@@ -131,7 +131,7 @@ def test_generation_at_the_full_size_is_stocks(llava_path, tiny_m3, llava_proces
         assert torch.equal(tiny_m3().generate(**batch, max_new_tokens=5, do_sample=False, **options), expected)
 
 
-def test_text_alone_needs_no_image(tiny_m3, llava_path, llava_processor):
+def test_text_without_images(tiny_m3, llava_path, llava_processor):
     batch = llava_processor(text=["user : which digit ?"], return_tensors="pt")
     stock = LlavaForConditionalGeneration.from_pretrained(llava_path)
     torch.testing.assert_close(tiny_m3()(**batch).logits, stock(**batch).logits, atol=1e-6, rtol=0)
@@ -188,8 +188,8 @@ def test_other_wrong_input_is_refused(tiny_m3, inputs, llava_processor):
         llava_processor(images=pictures(1), text=TEXTS[0], num_visual_tokens=5)
 
 
-def test_a_generated_placeholder_is_no_missing_image(tiny_m3, inputs):
-    """A step of decoding with a cache is not a prompt."""
+def test_a_generated_placeholder_is_not_a_missing_image(tiny_m3, inputs):
+    """A decoding step with a cache is not a prompt."""
     model, batch = tiny_m3(), inputs(9)
     cache = model(**batch, num_visual_tokens=9, use_cache=True).past_key_values
     ones = torch.ones(2, batch["input_ids"].shape[1] + 1).long()
@@ -235,7 +235,7 @@ def test_costs_are_those_of_a_7b_llava():
 
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config], ids=lambda c: c.model_type)
 def test_costs_are_counted_operations_and_bytes(family, tiny_m3, llava_processor):
-    """Against torch's own counter, and the cache that a prompt leaves, with grouped key-value heads."""
+    """Against torch's own counter and the cache after a prompt, with grouped key-value heads."""
     config = tiny_m3().config
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config.text_config = family(vocab_size=23, num_hidden_layers=3, attn_implementation="eager", **shape)

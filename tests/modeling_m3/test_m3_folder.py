@@ -1,4 +1,4 @@
-"""The saved folder as a traveller, by remote code and by the registered classes."""
+"""The saved folder on its own, loaded with remote code and by the registered classes."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_remote_code_in_a_fresh_process(tiny_m3, llava_path, llava_processor, tm
         assert np.array_equal(got[f"words{size}"], words.numpy())
 
 
-def test_auto_classes_give_ours_here(tiny_m3, llava_processor, tmp_path):
+def test_auto_classes_give_the_registered_classes(tiny_m3, llava_processor, tmp_path):
     tiny_m3().save_pretrained(tmp_path)
     llava_processor.save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -74,7 +74,7 @@ def test_auto_classes_give_ours_here(tiny_m3, llava_processor, tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path)) is MatryoshkaLlavaProcessor
 
 
-def test_the_folder_says_what_it_needs(tiny_m3, tmp_path):
+def test_the_folder_has_the_files_that_it_needs(tiny_m3, tmp_path):
     tiny_m3().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "matryoshka_llava"

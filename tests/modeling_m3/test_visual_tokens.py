@@ -1,4 +1,4 @@
-"""Pooling is the mean of blocks, levels nest, and what does not fit the grid is refused."""
+"""Pooling is the mean of blocks, levels nest, and sizes that do not fit the grid are refused."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from modeling_m3.visual_tokens import allowed_token_counts, check_token_sizes, n
 
 
 def block_means(states: torch.Tensor, count: int) -> torch.Tensor:
-    """One sum a coarse token, in float64."""
+    """One sum per coarse token, in float64."""
     side, coarse = round(states.shape[1] ** 0.5), round(count**0.5)
     block = side // coarse
     result = torch.zeros(states.shape[0], count, states.shape[2], dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_every_level_is_a_pooling_of_the_next(side):
 
 def test_means_of_half_precision_are_taken_in_float32():
     states = torch.full((1, 576, 1), 1.0, dtype=torch.bfloat16)
-    states[0, 0] = 2.0  # in bfloat16 alone, the sum would stand still before 576
+    states[0, 0] = 2.0  # in bfloat16 the sum would stop growing before 576
     assert pool_visual_tokens(states, 1).item() == torch.tensor(577 / 576, dtype=torch.bfloat16).item()
     assert pool_visual_tokens(states, 1).dtype == torch.bfloat16
 
@@ -94,7 +94,7 @@ def test_levels_that_do_not_fit_are_refused(name):
 
 
 def test_features_without_a_square_grid_are_refused():
-    with pytest.raises(ValueError, match="vision_feature_select_strategy: 37 features an image do not form a square"):
+    with pytest.raises(ValueError, match="vision_feature_select_strategy: 37 features per image do not form a square"):
         pool_visual_tokens(torch.randn(1, 37, 4), 1)
     with pytest.raises(ValueError, match="num_visual_tokens: 5 is not allowed"):
         pool_visual_tokens(torch.randn(1, 36, 4), 5)

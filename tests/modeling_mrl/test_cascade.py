@@ -1,4 +1,4 @@
-"""The cascade against a loop over samples, and its thresholds against every possible one."""
+"""The cascade against a loop over samples, and its thresholds against every possible threshold."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_a_fitted_threshold_is_the_smallest_of_the_best(seed):
 
     for pair, threshold in enumerate(thresholds):
         levels = confidence[pair].tolist()
-        # Between and at all levels, and beyond them: every accuracy that any threshold can have.
+        # Between, at and beyond all levels: every accuracy that a threshold can have.
         tried = sorted({0.0, 1.0, *levels, *(level - 1e-9 for level in levels)})
         best = max(accuracy(pair, value) for value in tried)
         assert accuracy(pair, threshold) == best

@@ -1,4 +1,4 @@
-"""predict_cascade and fit_cascade: what comes out, and which layers and columns really ran."""
+"""predict_cascade and fit_cascade: their results, and which layers and columns actually ran."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers", "qwen3": "l
 
 @pytest.mark.parametrize("head_type", ["separate", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_that_are_sure_leave_and_the_rest_are_as_if_alone(family, head_type, backbone_path):
+def test_confident_samples_leave_and_the_others_are_not_affected(family, head_type, backbone_path):
     model = text_classifier(backbone_path(family), sizes=EXITS, head_type=head_type)
     batch = token_batch()
     confidence, labels = confidences(model(**batch).size_logits)
@@ -110,7 +110,7 @@ def rows(tokenizer, count: int, classes: int = 3) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "label": [row % classes for row in range(count)]})
 
 
-def test_fitting_stores_thresholds_that_travel(backbone_path, tokenizer, tmp_path):
+def test_fitted_thresholds_are_saved_with_the_model(backbone_path, tokenizer, tmp_path):
     model = text_classifier(backbone_path("bert"), sizes=EXITS)
     data, collator = rows(tokenizer, 40), DataCollatorWithPadding(tokenizer)
     model.train()
@@ -137,7 +137,7 @@ def test_fitting_stores_thresholds_that_travel(backbone_path, tokenizer, tmp_pat
     assert model.truncate("2x4").config.thresholds is None
 
 
-def test_cascades_that_cannot_be(backbone_path, tokenizer):
+def test_cascades_that_cannot_be_fitted_or_run(backbone_path, tokenizer):
     collator = DataCollatorWithPadding(tokenizer)
     model = text_classifier(backbone_path("bert"))
     with pytest.raises(ValueError, match="thresholds: this cascade is not fitted; call fit_cascade"):

@@ -55,7 +55,7 @@ def test_a_tied_head_at_full_size_is_a_linear_layer(states):
     assert torch.allclose(tied(states.float())[-1], linear(states.float()), atol=1e-6)
 
 
-def test_wider_logits_add_the_new_columns_part_alone(states):
+def test_wider_logits_only_add_the_part_of_the_new_columns(states):
     tied = head("tied")
     for previous, dim in [(2, 3), (3, 8), (2, 8)]:
         narrow = tied.logits(states, previous)

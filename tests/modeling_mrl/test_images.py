@@ -59,7 +59,7 @@ def test_every_weight_learns(family, pixels, tmp_path):
     assert [name for name in without if not name.endswith("mask_token")] == []
 
 
-def test_poolings_that_do_not_fit(pixels, tmp_path):
+def test_poolings_that_do_not_work(pixels, tmp_path):
     with pytest.raises(ValueError, match="pooling: ResNetModel has no first token; use mean or pooler"):
         image_classifier("resnet", tmp_path, pooling="cls")(pixels)
     with pytest.raises(ValueError, match="pooling: 'lasttoken' does not work with MatryoshkaForImageClassification"):

@@ -1,4 +1,4 @@
-"""What nested heads learn on scikit-learn's digits, beside heads that are trained alone."""
+"""What nested heads learn on scikit-learn's digits, compared with heads that are trained separately."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def parts(seed: int):
 def learn(seed: int, dims: list[int], images, labels) -> Callable[[torch.Tensor], torch.Tensor]:
     """64 features and heads on their first m, trained together; from images to (sizes, images, classes) logits.
 
-    In float64: in float32, CPUs of different kinds round apart and end in models that differ by a point.
+    In float64, because in float32 different CPUs round differently and end with models that differ by a point.
     """
     torch.manual_seed(seed)
     features = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 64))
@@ -66,8 +66,8 @@ def cascade(thresholds, logits, labels) -> tuple[float, float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_digits(seed):
-    """MRL's claims: each prefix is as good as a model trained for it alone, and a cascade is nearly as good as the
-    largest size at a fraction of its dimensions. Settings were chosen on the second part, never on the third."""
+    """MRL's claims: each prefix is as good as a model trained only for it, and a cascade is nearly as good as the
+    largest size with a fraction of its dimensions. Settings were chosen on the second part, never on the third."""
     train, held, test = parts(seed)
     nested = learn(seed, DIMS, *train)
     together = accuracy(nested(test[0]), test[1])
@@ -78,5 +78,5 @@ def test_digits(seed):
     assert all(shared >= single - 0.015 for shared, single in zip(together[1:], alone, strict=True))
     assert score >= together[-1] - 0.012
     assert expected_dim < 6
-    # Two dimensions alone are not enough: the cascade has something to do.
+    # Two dimensions are not enough, so the cascade has something to do.
     assert together[0] < score

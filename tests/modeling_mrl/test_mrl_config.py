@@ -1,4 +1,4 @@
-"""Every wrong value is refused by name, and every right one survives a round trip."""
+"""Every wrong value is refused with the name of its field, and every right one survives a round trip."""
 
 import json
 import math
@@ -68,7 +68,9 @@ def test_a_tied_head_has_every_prefix():
 
 def test_widths_of_backbones():
     assert MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16])).hidden_size == 16
-    with pytest.raises(ValueError, match="sizes: the configuration of resnet has no number of layers; name only dimensions"):
+    with pytest.raises(
+        ValueError, match="sizes: the configuration of resnet has no number of layers; name only dimensions"
+    ):
         MatryoshkaConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 16]), sizes=["2x8"])
     with pytest.raises(ValueError, match=r"backbone_config: .* names neither hidden_size nor hidden_sizes"):
         MatryoshkaConfig(backbone_config=AutoConfig.for_model("t5gemma"))

@@ -1,4 +1,4 @@
-"""The saved folder as a traveller: remote code in a fresh process, and stock pipelines."""
+"""The saved folder on its own: remote code in a fresh process, and stock pipelines."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""MatryoshkaForSequenceClassification against its backbone and heads by hand: sizes, loss, cutting, importing."""
+"""MatryoshkaForSequenceClassification against its backbone and heads, run separately: sizes, loss, cuts, loading."""
 
 import copy
 
@@ -14,7 +14,7 @@ from modeling_mrl import MatryoshkaForSequenceClassification, nested_loss
 
 
 def by_hand(model, batch, n: int, dim: int) -> torch.Tensor:
-    """Logits of one size from a backbone that holds n layers alone."""
+    """Logits of one size from a backbone that has only n layers."""
     backbone = copy.deepcopy(model.backbone)
     backbone.encoder.layer = backbone.encoder.layer[:n]
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_an_elastic_folder_gives_backbone_pooling_and_ladder(tiny_model, backbon
     assert torch.allclose(plain(**batch).size_logits, model(**batch).size_logits, atol=1e-6)
 
 
-def test_heads_behind_the_whole_need_no_elastic_backbone(tmp_path):
+def test_heads_after_the_whole_backbone_need_no_elastic_backbone(tmp_path):
     from transformers import AlbertConfig
 
     shape = {"vocab_size": 160, "embedding_size": 8, "hidden_size": 32, "intermediate_size": 48}
@@ -119,7 +119,7 @@ def test_new_heads_are_drawn_by_the_seed(backbone_path):
     assert (heads(0).bias == 0).all()
 
 
-def test_the_attention_that_was_asked_for(backbone_path):
+def test_the_requested_attention_is_kept(backbone_path):
     for wanted in ("sdpa", "eager"):
         model = text_classifier(backbone_path("bert"), sizes=EXITS, attn_implementation=wanted)
         assert model.backbone.config._attn_implementation == wanted
@@ -149,7 +149,7 @@ def test_decoders_and_left_padding(backbone_path):
 
 
 def test_stock_trainer_and_metrics(backbone_path, tokenizer, tmp_path):
-    """Trainer as it comes: compute_metrics sees one array of logits, those of the chosen size."""
+    """The unchanged Trainer: compute_metrics gets one array of logits, those of the chosen size."""
     rows = tokenizer(SENTENCES)["input_ids"]
     data = Dataset.from_dict({"input_ids": rows, "labels": [index % 3 for index in range(len(rows))]})
     model = text_classifier(backbone_path("bert"), sizes=EXITS, size="2x4")

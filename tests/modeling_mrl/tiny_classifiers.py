@@ -1,4 +1,4 @@
-"""Tiny nested classifiers of texts and images, and a batch that tells its rows apart."""
+"""Tiny nested classifiers of texts and images, and a batch whose rows differ."""
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ def text_classifier(folder, **kwargs) -> MatryoshkaForSequenceClassification:
 
 
 def image_classifier(family: str, folder, **kwargs) -> MatryoshkaForImageClassification:
-    """A nested classifier of three classes on a random backbone of a family, which is written to a folder."""
+    """A nested classifier of three classes on a random backbone of a family; the backbone is written to a folder."""
     torch.manual_seed(0)
     transformers.AutoModel.from_config(IMAGE_CONFIGS[family]()).save_pretrained(folder)
     return _spread(MatryoshkaForImageClassification.from_backbone(folder, **{**_SETTINGS, **kwargs}))
@@ -52,7 +52,7 @@ def _spread(model):
 
 
 def token_batch() -> dict[str, torch.Tensor]:
-    """Four rows of four tokens: as many as there are heads of attention and layers, so that no axis stands out."""
+    """Four rows of four tokens; there are also four attention heads and four layers, so no axis can be told by size."""
     ids = torch.randint(4, 160, (4, 4), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, 2:] = mask[2, 3:] = 0
@@ -60,8 +60,8 @@ def token_batch() -> dict[str, torch.Tensor]:
 
 
 def one_leaves_at_each(confidence: torch.Tensor) -> list[float]:
-    """Thresholds by which the surest sample left leaves at each size, and the last one at the largest, from (sizes,
-    samples)."""
+    """Thresholds from confidences (sizes, samples): at each size the most confident remaining sample leaves, and the
+    last sample leaves at the largest size."""
     left, thresholds = list(range(confidence.shape[1])), []
     for levels in confidence[:-1].tolist():
         order = sorted(left, key=levels.__getitem__)

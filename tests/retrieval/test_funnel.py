@@ -1,4 +1,4 @@
-"""The funnel finds what exact search finds, says what is wrong with its input, and survives what happens to files."""
+"""The funnel finds what exact search finds, names what is wrong with its input, and detects damaged files."""
 
 import json
 import os
@@ -19,14 +19,14 @@ def vectors(count: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
 
 
 def cosine(queries, documents, dim):
-    """In float64, by the definition."""
+    """Cosine similarity in float64, by definition."""
     cut = [np.asarray(rows, dtype=np.float64)[:, :dim] for rows in (queries, documents)]
     a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in cut)
     return a @ b.T
 
 
 def ranked(scores: np.ndarray, among=None) -> list[int]:
-    """Positions by score, then by number."""
+    """Positions by score, then by position."""
     return sorted(range(len(scores)) if among is None else among, key=lambda i: (-scores[i], i))
 
 
@@ -88,13 +88,13 @@ def test_equal_scores_are_ordered_by_id(tmp_path, monkeypatch):
         ([(8, "binary")], [(8, 30, "binary"), (8, 12)]),
     ):
         index = FunnelIndex.build(documents, tmp_path / "index", prefixes=prefixes, ids=names, overwrite=True)
-        for block in (2**23, 700):  # the second in several blocks
+        for block in (2**23, 700):  # the second one uses several blocks
             monkeypatch.setattr("retrieval.funnel._SCORES", block)
             _, ids = index.search(documents[:1], 12, stages)
             assert ids[0].tolist() == sorted(names[:300])[:12]
 
 
-def test_the_selection_is_that_of_a_sort():
+def test_the_selection_equals_a_sort():
     rng = np.random.default_rng(0)
     for count in (1, 255, 256, 5000):
         for scores in (rng.normal(size=count), rng.integers(0, 4, size=count).astype(float)):
@@ -102,7 +102,7 @@ def test_the_selection_is_that_of_a_sort():
                 assert select(scores, keep).tolist() == ranked(scores)[:keep]
 
 
-def test_blocks_give_the_index_of_one_array_and_inputs_are_left_alone(tmp_path):
+def test_blocks_give_the_index_of_one_array_and_inputs_are_not_changed(tmp_path):
     documents, queries = vectors(1000), vectors(2, seed=1)
     before = documents.copy(), queries.copy()
     whole = FunnelIndex.build(documents, tmp_path / "a", prefixes=[16])
@@ -164,7 +164,7 @@ def test_a_graph_finds_nearly_what_exact_search_finds(spec, tmp_path):
     assert np.mean(same) >= 9.5
     with pytest.raises(ValueError, match="needs a graph of 24 dimensions; this index has one of 16"):
         index.search(queries, 10, [(24, 100, "approximate")])
-    if spec.startswith("IVF"):  # it looks into some of its lists alone
+    if spec.startswith("IVF"):  # it only searches some of its lists
         with pytest.raises(ValueError, match=r"the graph found .* keep fewer"):
             index.search(queries, 10, [(16, 2000, "approximate")])
     content = bytearray((tmp_path / "index" / "graph.faiss").read_bytes())
@@ -174,7 +174,7 @@ def test_a_graph_finds_nearly_what_exact_search_finds(spec, tmp_path):
         FunnelIndex.open(tmp_path / "index")
 
 
-def test_a_graph_needs_faiss_and_a_name_that_it_knows(tmp_path, monkeypatch):
+def test_a_graph_needs_faiss_and_a_known_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needs a graph of 8 dimensions; this index has none"):
         FunnelIndex.build(vectors(9), tmp_path / "a").search(vectors(1), 3, [(8, 5, "approximate")])
     with pytest.raises(ValueError, match="'HNZW' is not understood by FAISS"):
@@ -205,7 +205,7 @@ def test_wrong_vectors_leave_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_index_is_never_lost_to_a_failed_build(tmp_path):
+def test_a_failed_build_keeps_the_old_index(tmp_path):
     path, documents = tmp_path / "index", vectors(30)
     FunnelIndex.build(documents, path)
     with pytest.raises(ValueError, match="exists; name another folder, or overwrite it"):

@@ -1,4 +1,4 @@
-"""The chosen size is the best among those within the limits, by going through all of them."""
+"""The chosen size is the best of those within the limits, checked against a loop over all sizes."""
 
 import dataclasses
 import random
@@ -54,7 +54,7 @@ def test_without_scores_the_largest_is_chosen():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_front_holds_what_nothing_beats(seed):
+def test_the_front_has_the_sizes_that_no_other_beats(seed):
     cells = cells_of(random.Random(seed))
     front = pareto(cells)
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Texts come out of every format with their ids, and what cannot be read is named by its line."""
+"""Every format gives the same texts with their ids, and lines that cannot be read are named."""
 
 import gzip
 import io
