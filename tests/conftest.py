@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so that threads of one do not wait for another's
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so that their threads do not compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -41,8 +41,8 @@ SENTENCES = [
     "a building is under construction",
 ]
 LADDER = ["1x8", "2x16", "4x32"]
-# The end of a script that several processes run: threads of the process group may be alive even then, and would end
-# Python with an abort.
+# The last line of a script that several processes run: threads of the process group may still be alive, and would make
+# Python abort.
 LEAVE = "\nimport os; os._exit(0)\n"
 NUM_LAYERS, HIDDEN = 4, 32
 
@@ -107,14 +107,14 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def backbone_path(tokenizer, tmp_path_factory):
-    """A function from a family's name to a folder with a tiny random model of it and its tokenizer."""
+    """A function from the name of a family to a folder with a tiny random model and its tokenizer."""
     folders: dict[str, Path] = {}
 
     def path(family: str) -> str:
         if family not in folders:
             torch.manual_seed(FAMILIES.index(family))
             model = AutoModel.from_config(tiny_config(family))
-            with torch.no_grad():  # far enough from the initial values that layers and norms differ from each other
+            with torch.no_grad():  # so that layers and norms differ from each other and from their initial values
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
             folders[family] = tmp_path_factory.mktemp(family)
@@ -127,7 +127,7 @@ def backbone_path(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def tiny_model(backbone_path):
-    """A function from a family's name to a fresh elastic model of it, if need be with random projections."""
+    """A function from the name of a family to a new elastic model, optionally with random projections."""
 
     def model(family: str = "bert", projected: bool = False, **kwargs) -> TwoDMSEModel:
         encoder = TwoDMSEModel.from_backbone(backbone_path(family), **{"sizes": LADDER, **kwargs})
@@ -143,7 +143,7 @@ def tiny_model(backbone_path):
 
 @pytest.fixture(scope="session")
 def llava_path(tmp_path_factory):
-    """A folder with a tiny random LLaVA of transformers' own, 36 visual tokens an image, and its processor."""
+    """A folder with a tiny random LLaVA of transformers, with 36 visual tokens per image, and its processor."""
     from run_scripts.digits_m3 import tiny_llava
 
     folder = tmp_path_factory.mktemp("llava")
@@ -158,7 +158,7 @@ def llava_path(tmp_path_factory):
 
 @pytest.fixture
 def tiny_m3(llava_path):
-    """A function from configuration fields to a fresh model with nested visual tokens."""
+    """A function from configuration fields to a new model with nested visual tokens."""
     from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
 
     return lambda **kwargs: MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path, **kwargs)
@@ -173,7 +173,7 @@ def llava_processor(llava_path):
 
 @pytest.fixture
 def under_fsdp(monkeypatch):
-    """Trainers that are made now take themselves to be started with FSDP."""
+    """Makes new trainers believe that they are launched with FSDP."""
     make = transformers.Trainer.create_accelerator_and_postprocess
 
     def make_and_say_so(trainer):
@@ -184,16 +184,16 @@ def under_fsdp(monkeypatch):
 
 
 def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
-    """For processes of their own, several of which a GPU would not do for; `folders` come first for their imports."""
+    """The environment of a separate process, which must not use the GPU; `folders` come first on its import path."""
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **alone, "PYTHONPATH": path, **more}
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:
-    """Run code in a fresh process that cannot import this project; an AssertionError shows what it printed."""
-    # -S -I would drop site-packages too; a path file of an editable install is left out by name instead, and pytest's
-    # own entry by keeping what is installed alone.
+    """Run code in a new process that cannot import this project; an AssertionError shows its error output."""
+    # -S -I would remove site-packages too. Instead, the finder of an editable install is removed by name, and of the
+    # present path only the installed packages are kept.
     site = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     runner = folder / "run.py"
     runner.write_text(
@@ -210,7 +210,7 @@ def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The real data that lie beside the project, or in TWODMSE_DATA; the test is skipped where they are absent."""
+    """The folder of real data beside the project, or in TWODMSE_DATA; without it the test is skipped."""
     folder = Path(os.environ.get("TWODMSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (folder / "sts").is_dir():
         pytest.skip(f"no data in {folder}; set TWODMSE_DATA")

@@ -1,4 +1,4 @@
-"""Tiny random vision transformers, and pictures that are drawn here."""
+"""Tiny random vision transformers, and small generated images."""
 
 import tempfile
 from pathlib import Path
@@ -37,7 +37,7 @@ def tiny_config(family: str = "dinov2", **settings) -> FrancaConfig:
 
 
 def tiny_processor(size: int = 16) -> BaseImageProcessor:
-    """As it is loaded again: by torchvision where that is installed, whose pixels are a little different."""
+    """A processor as a saved model loads it: with torchvision, if installed, whose pixels differ slightly."""
     with tempfile.TemporaryDirectory() as folder:
         shape = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         BitImageProcessorPil(**shape).save_pretrained(folder)
@@ -45,7 +45,7 @@ def tiny_processor(size: int = 16) -> BaseImageProcessor:
 
 
 def tiny_model(family: str = "dinov2", seed: int = 0, **settings) -> FrancaForPretraining:
-    """Student and teacher differ from each other."""
+    """A model whose student and teacher differ."""
     torch.manual_seed(seed)
     model = FrancaForPretraining(tiny_config(family, **settings)).train()
     with torch.no_grad():
@@ -58,7 +58,7 @@ def tiny_model(family: str = "dinov2", seed: int = 0, **settings) -> FrancaForPr
 def tiny_batch(pictures: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand((pictures, 2, 16), generator=generator) < 0.4
-    mask[0, 1] = False  # a crop that is not masked
+    mask[0, 1] = False  # a crop without a mask
     return {
         "global_crops": torch.randn((pictures, 2, 3, 16, 16), generator=generator),
         "local_crops": torch.randn((pictures, 3, 3, 8, 8), generator=generator),
@@ -67,14 +67,14 @@ def tiny_batch(pictures: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def draw_picture(label: int, index: int, size: int = 20) -> Image.Image:
-    """Noise around a colour that tells the label."""
+    """Noise around a color that depends on the label."""
     rng = np.random.default_rng([label, index])
     color = np.array([(200, 60, 60), (60, 60, 200)][label])
     return Image.fromarray((color + rng.integers(-50, 50, (size, size, 3))).astype(np.uint8))
 
 
 def write_pictures(folder: Path, pictures: int) -> Path:
-    """A folder a class, with so many pictures each."""
+    """Write one folder per class, with `pictures` images each."""
     for label, name in enumerate(("blue", "red")):
         (folder / name).mkdir(parents=True)
         for index in range(pictures):

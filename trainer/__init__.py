@@ -1,7 +1,7 @@
-"""How an elastic encoder learns: objectives, losses, alignment, data and evaluation.
+"""Training of elastic encoders: objectives, losses, alignment, data and evaluation.
 
-The names below are imported when they are first used, so that a sibling's trainer (`trainer.franca`, ...) does not load
-the encoder's.
+The names below are imported when they are first used, so that the trainers of the siblings (`trainer.franca` and
+others) do not load the encoder's.
 """
 
 import importlib

@@ -26,8 +26,7 @@ class RandomState:
 
 
 class CachedForward:
-    """The forward pass of the encoder over all rows of a batch, in chunks of rows of similar length, and its backward
-    pass.
+    """The forward and backward pass of the encoder over all rows of a batch, in chunks of rows of similar length.
 
     `states` runs without a graph. `backward` runs each chunk a second time with the same random numbers, so that
     dropout drops the same values, and then its backward pass.

@@ -49,7 +49,7 @@ class Cross(NamedTuple):
 class Plan(NamedTuple):
     """The computation of one step.
 
-    Args:
+    Attributes:
         terms: the losses on the labeled rows.
         alignments: the alignments on the labeled rows.
         crosses: the losses between sizes on the labeled rows.

@@ -30,7 +30,7 @@ class NegativeSelection:
     )
     relative_margin: float | None = field(
         default=None,
-        metadata={"help": "A negative's cosine is at most the positive's minus this share of it. Default: off."},
+        metadata={"help": "A negative's cosine is at most the positive's minus this fraction of it. Default: off."},
     )
     max_score: float | None = field(default=None, metadata={"help": "Maximum cosine of a negative. Default: off."})
     sampling: str = field(

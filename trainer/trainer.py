@@ -264,7 +264,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
         return inputs, lengths, rows, self.objective.plan(self._step_generator())
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate every size of the ladder on the evaluation tasks.
 
         Args:

@@ -1,4 +1,4 @@
-"""What the arguments of all trainers share."""
+"""The arguments that all trainers share."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_uses_one_gpu_of_several(kind, tmp_path):
-    """With more, Trainer would cut a step's rows apart, and each part would have a loss of its own."""
+    """With more, Trainer would split the rows of a step, and each part would have its own loss."""
     args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert args.device == torch.device("cpu")
     rows = args.train_batch_size
@@ -31,8 +31,8 @@ def test_one_process_uses_one_gpu_of_several(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_is_what_the_launcher_asks_for(kind, tmp_path, monkeypatch):
-    """`accelerate launch` with a configuration of mixed precision; DeepSpeed refuses arguments that say otherwise."""
+def test_bf16_follows_the_launcher(kind, tmp_path, monkeypatch):
+    """`accelerate launch` may configure mixed precision; DeepSpeed refuses arguments that contradict it."""
     for capable in (False, True):
         monkeypatch.setattr("trainer.shared.arguments.cpu_has_bf16", lambda capable=capable: capable)
         for launched, expected in (("bf16", True), ("fp16", False), ("no", capable), (None, capable)):

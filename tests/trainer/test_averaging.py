@@ -1,4 +1,4 @@
-"""Trained weights averaged with the initial ones, layer by layer."""
+"""Averaging the trained weights with the initial weights, layer by layer."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def train(model, folder, **kwargs) -> TwoDMSETrainer:
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
-def test_layer_n_keeps_its_share_of_the_start(family, tiny_model, tmp_path):
+def test_each_layer_keeps_its_share_of_the_initial_weights(family, tiny_model, tmp_path):
     start = {name: value.clone() for name, value in tiny_model(family).state_dict().items()}
     plain, averaged = tiny_model(family), tiny_model(family)
     train(plain, tmp_path / "plain")
@@ -39,26 +39,26 @@ def test_layer_n_keeps_its_share_of_the_start(family, tiny_model, tmp_path):
         torch.testing.assert_close(value, share * start[name] + (1 - share) * trained, atol=1e-7, rtol=1e-5)
         if share and not torch.equal(trained, start[name]):
             moved.add(share)
-    assert moved == {0.6 / 3, 0.6 * 2 / 3, 0.6}, "the comparison is not an empty one"
+    assert moved == {0.6 / 3, 0.6 * 2 / 3, 0.6}, "the comparison must not be empty"
     assert trainer.describe()["initial share"] == 0.6
 
 
-def test_a_whole_share_leaves_the_last_layer_as_it_was(tiny_model, tmp_path):
+def test_a_share_of_1_keeps_the_initial_last_layer(tiny_model, tmp_path):
     model = tiny_model()
     before = model.backbone.encoder.layer[3].output.dense.weight.clone()
     train(model, tmp_path, initial_share=1.0)
     torch.testing.assert_close(model.backbone.encoder.layer[3].output.dense.weight, before)
 
 
-def test_one_layer_stays_as_it_was_trained(tiny_model):
+def test_a_model_of_one_layer_is_not_averaged(tiny_model):
     assert set(initial_shares(tiny_model().truncate(1), 0.5).values()) == {0.0}
 
 
-def test_what_cannot_be_averaged_is_refused(tiny_model, tmp_path):
+def test_averages_that_are_not_possible_are_refused(tiny_model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(ValueError, match=r"initial_share: -0\.1 is not allowed"):
         TwoDMSETrainingArguments(output_dir=str(tmp_path), initial_share=-0.1)
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="initial_share: the average needs all weights in one process, without adapters"):
+    with pytest.raises(ValueError, match="initial_share: the average needs all weights in one process"):
         train(adapted, tmp_path, initial_share=0.5)

@@ -1,4 +1,4 @@
-"""Tables: every format, every fault, splitting, collating."""
+"""Tables: every format, every problem, splitting, collating."""
 
 import gzip
 
@@ -34,7 +34,7 @@ def test_formats(name, tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
         plain.unlink()
     read = check_table(read_table(str(tmp_path / name)))
-    assert read.to_dict() == ROWS  # commas, quotes and words that pandas takes for missing values survive
+    assert read.to_dict() == ROWS  # commas, quotes and words that pandas reads as missing values are kept
 
 
 def test_parquet_gz(tmp_path):
@@ -63,7 +63,7 @@ def test_parquet_gz(tmp_path):
         ("t.jsonl", "not json\n", "cannot be read as jsonl"),
     ],
 )
-def test_faults(name, text, message, tmp_path):
+def test_problems(name, text, message, tmp_path):
     path = write(tmp_path / name, text)
     with pytest.raises(ValueError, match=message) as caught:
         check_table(read_table(path))
@@ -83,7 +83,7 @@ def test_columns_are_put_in_the_order_of_their_roles():
     assert check_table(scored)["score"][:] == [1.0]
 
 
-def test_hold_out_keeps_an_anchor_on_one_side():
+def test_hold_out_does_not_split_the_rows_of_an_anchor():
     anchors = [f"anchor {i % 10}" for i in range(40)]
     table = Dataset.from_dict({"anchor": anchors, "positive": [f"p {i}" for i in range(40)]})
     train, held = hold_out(table, 8, seed=3)
@@ -107,18 +107,18 @@ def test_collator_lays_out_columns_one_after_another(tokenizer):
     assert torch.equal(batch["scores"], torch.tensor([0.0, 1.0]))
 
 
-def test_unlabeled_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
+def test_unlabeled_texts_join_the_rows_and_are_counted_separately(tokenizer):
     rows = Dataset.from_dict({"anchor": SENTENCES[:7], "positive": SENTENCES[7:14], "negative_1": ["x", *[None] * 6]})
     table = add_unlabeled_texts(rows, SENTENCES[14:17], seed=1, batch=3)
     assert table.remove_columns("unlabeled")[:] == rows[:]
-    plain = table["unlabeled"][:]
-    assert set(plain) == set(plain[:3]) == set(SENTENCES[14:17]), "each once, and then again"
-    assert plain == add_unlabeled_texts(rows, SENTENCES[14:17], seed=1, batch=3)["unlabeled"][:]
+    unlabeled = table["unlabeled"][:]
+    assert set(unlabeled) == set(unlabeled[:3]) == set(SENTENCES[14:17]), "the order is repeated"
+    assert unlabeled == add_unlabeled_texts(rows, SENTENCES[14:17], seed=1, batch=3)["unlabeled"][:]
     orders = {tuple(add_unlabeled_texts(rows, SENTENCES, seed=seed, batch=3)["unlabeled"]) for seed in range(3)}
-    assert len(orders) == 3, "the seed decides"
+    assert len(orders) == 3, "each seed gives another order"
     batch = PairCollator(tokenizer, ["anchor", "positive", "negative_1", "unlabeled"], 16)([table[0], table[1]])
     assert (batch["counts"], batch["unlabeled"], len(batch["input_ids"])) == ((2, 2, 1), 2, 7)
-    assert tokenizer.decode(batch["input_ids"][-1], skip_special_tokens=True) == plain[1]
+    assert tokenizer.decode(batch["input_ids"][-1], skip_special_tokens=True) == unlabeled[1]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_unlabeled_texts_stand_beside_the_rows_and_are_counted_apart(tokenizer):
         (["one", 2], "texts: item 1 is a int"),
     ],
 )
-def test_unlabeled_texts_that_are_none(texts, message):
+def test_wrong_unlabeled_texts_are_refused(texts, message):
     with pytest.raises(ValueError, match=message):
         add_unlabeled_texts(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), texts, seed=0, batch=2)
 
 
-def test_projections_are_fitted_to_texts_of_every_table_and_to_plain_ones():
+def test_projections_are_fitted_to_texts_of_every_table_and_without_labels():
     tables = [Dataset.from_dict({"anchor": SENTENCES[i : i + 3], "positive": SENTENCES[i + 3 : i + 6]}) for i in (0, 6)]
     joined = join_tables(tables)
     assert sorted(texts_to_fit(tables, joined, seed=0)) == sorted(SENTENCES[:12])

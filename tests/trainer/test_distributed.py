@@ -1,4 +1,4 @@
-"""Several processes = one process on the joined batch; cached gradients = plain gradients."""
+"""Several processes equal one process on the joined batch; cached gradients equal gradients without a cache."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def plain_step(trainer: TwoDMSETrainer, micro_batches) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients by one process, without the trainer's own step: the mean over the micro-batches."""
+    """Loss and gradients in one process, without the trainer's step: the mean over the micro-batches."""
     model, total = trainer.encoder, 0.0
     for index, indices in enumerate(micro_batches):
         inputs = batch_of(trainer, indices)
@@ -87,7 +87,7 @@ def assert_same(ours: dict, expected: dict) -> None:
     assert set(ours) == set(expected)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for name, gradient in expected.items():
-        # float32: a sum over all tokens carries an error in proportion to its largest entries.
+        # float32: the error of a sum over all tokens is proportional to its largest entries.
         close = {"atol": 1e-5 * max(1.0, gradient.abs().max().item()), "rtol": 1e-4}
         torch.testing.assert_close(ours[name], gradient, **close, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -100,7 +100,7 @@ def without_dropout(model):
 
 
 def check_processes(start: str, folder: str) -> None:
-    """Run by each of several processes: every case, plain and (of two) cached, one batch and two accumulated ones."""
+    """Runs in each of several processes: every case, without and (for two processes) with a cache, 1 and 2 batches."""
     from modeling_2dmse import TwoDMSEModel
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -126,14 +126,14 @@ def check_processes(start: str, folder: str) -> None:
                 expected = plain_step(trainer, [[(i + 5 * m) % 12 for i in joined] for m in range(micro)])
                 assert abs(loss - expected[0]) < 1e-5 * max(1, abs(expected[0])), (case, chunk, loss, expected[0])
                 assert_same(ours, expected[1])
-    check_alone(start, folder, rank, counts)
+    check_without_gathering(start, folder, rank, counts)
     check_start(start, folder, rank, counts)
     check_skipped_projections(start, folder)
     (Path(folder) / f"equal-{rank}").touch()
 
 
-def check_alone(start: str, folder: str, rank: int, counts: list[int]) -> None:
-    """Without gathering: the mean of what each process computes from its own rows."""
+def check_without_gathering(start: str, folder: str, rank: int, counts: list[int]) -> None:
+    """Without gathering: the mean of the gradients that each process computes from its own rows."""
     from modeling_2dmse import TwoDMSEModel
 
     model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
@@ -145,7 +145,7 @@ def check_alone(start: str, folder: str, rank: int, counts: list[int]) -> None:
 
 
 def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
-    """What the model before training says is gathered as the states are; so are the rows without labels."""
+    """The states of the model before training are gathered like the others, and so are the rows without labels."""
     from modeling_2dmse import TwoDMSEModel
 
     for chunk in (None, 2):
@@ -176,7 +176,7 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
 
 
 def check_skipped_projections(start: str, folder: str) -> None:
-    """Steps with gradient checkpointing that use some of the projections alone."""
+    """Steps with gradient checkpointing that use only some of the projections."""
     from modeling_2dmse import TwoDMSEModel
 
     model = TwoDMSEModel.from_pretrained(start)
@@ -194,7 +194,7 @@ def plain_step_mean(trainer: TwoDMSETrainer, parts: list[list[int]]) -> dict[str
 
 
 def check_fsdp2(start: str, folder: str) -> None:
-    """Split as accelerate splits it under FSDP2, exits and gradients are those of the whole model."""
+    """With the units that accelerate makes under FSDP2, exits and gradients equal those of the whole model."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -204,7 +204,7 @@ def check_fsdp2(start: str, folder: str) -> None:
     from modeling_2dmse import TwoDMSEModel
 
     policy = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
-    accelerator = SimpleNamespace(  # accelerate itself would run FSDP on GPUs alone
+    accelerator = SimpleNamespace(  # accelerate itself runs FSDP only on GPUs
         state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **policy)),
         torch_device_mesh=init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("shard",)),
         parallelism_config=SimpleNamespace(fsdp_dim_names=["shard"]),
@@ -243,7 +243,7 @@ def check_fsdp2(start: str, folder: str) -> None:
 
 
 def check_resume(start: str, folder: str) -> None:
-    """Each finds another newest checkpoint, as beside a run that was not quite dead: all go on from the first's."""
+    """Each process finds another newest checkpoint, as while another run still writes: all resume the first's."""
     rank = os.environ["RANK"]
     args = TwoDMSETrainingArguments(output_dir=folder, resume_from_checkpoint="true", use_cpu=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -253,7 +253,7 @@ def check_resume(start: str, folder: str) -> None:
 
 
 def run_processes(function: str, world: int, tmp_path: Path) -> None:
-    """One of the checks above in several gloo processes."""
+    """Run one of the checks above in several gloo processes."""
     call = f"t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
     (tmp_path / "run.py").write_text(f"import test_distributed as t; {call}{LEAVE}")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -276,7 +276,7 @@ def test_fsdp2_runs_the_exits(tiny_model, tmp_path):
     run_processes("check_fsdp2", 2, tmp_path)
 
 
-def test_fsdp_refuses_what_needs_whole_weights(under_fsdp, tiny_model, tmp_path, caplog):
+def test_fsdp_refuses_settings_that_need_all_weights(under_fsdp, tiny_model, tmp_path, caplog):
     from peft import LoraConfig, get_peft_model
 
     case = ("starbucks", "score_kl", "infonce")
@@ -289,13 +289,13 @@ def test_fsdp_refuses_what_needs_whole_weights(under_fsdp, tiny_model, tmp_path,
     with pytest.raises(ValueError, match="model: adapters cannot be trained under FSDP; use DDP"):
         make_trainer(get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear")), tmp_path, *case)
     trainer = make_trainer(tiny_model(), tmp_path, *case, exit_projections=True)
-    trainer.is_fsdp_enabled = False  # this process trains whole weights, and then ends as under FSDP
+    trainer.is_fsdp_enabled = False  # this process trains with all weights, and ends as under FSDP
     trainer.add_callback(EndUnderFsdp(trainer))
     fitted = []
     trainer._fit_on_training_texts = lambda layers=None: fitted.append(layers)
     with caplog.at_level("WARNING"):
         trainer.train()
-    assert fitted == [None], "exits off the ladder are not fitted anew"
+    assert fitted == [None], "exits that are not on the ladder are not fitted again"
     assert "the exits [3], which are not on the ladder, keep their initial fit" in caplog.text
 
 
@@ -307,13 +307,13 @@ class EndUnderFsdp(TrainerCallback):
         self.trainer.is_fsdp_enabled = True
 
 
-def test_all_processes_go_on_from_one_checkpoint(tmp_path):
+def test_all_processes_resume_the_same_checkpoint(tmp_path):
     run_processes("check_resume", 2, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_path, monkeypatch):
-    """The plain step runs in buckets cut like the chunks: the same rows meet the same random numbers on both sides."""
+    """The step without a cache runs in buckets that equal the chunks, so the same rows get the same random numbers."""
     model = tiny_model()
     columns, rows = (4, 30) if case[2] == "infonce" else (2, 18)
     for chunk in (1, 3, 5, 7):
@@ -328,19 +328,19 @@ def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_pa
         plain, cached = results
         assert cached[0] == pytest.approx(plain[0], abs=1e-5)
         assert_same(cached[1], plain[1])
-        assert cached[2] == plain[2], "the random state behind the step is the same"
+        assert cached[2] == plain[2], "the random state after the step is the same"
     trainer = make_trainer(model, tmp_path, *case)
     torch.manual_seed(1)
     trainer.training_step(model, batch_of(trainer, range(9)))
     other = gradients(model)
-    assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout does nothing"
+    assert any((other[name] - value).abs().max() > 1e-3 for name, value in plain[1].items()), "dropout has no effect"
 
 
 @pytest.mark.parametrize(
     "extra", ["accumulation", "checkpointing", "lora", "bf16", "projections", "start", "unlabeled"]
 )
 def test_the_cache_works_with(extra, tiny_model, tmp_path):
-    """A run of some steps with the cache gives the weights of the run without it."""
+    """Some steps with the cache give the same weights as without it."""
     from peft import LoraConfig, get_peft_model
 
     settings = {

@@ -1,4 +1,4 @@
-"""Training without the dropout that the backbone's configuration asks for."""
+"""Training without the dropout of the backbone's configuration."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.dropout import switch_off_dropout
 
 
-def configured(family: str, share: float) -> TwoDMSEModel:
-    """A model whose backbone's configuration has this share wherever it names a dropout."""
+def configured(family: str, rate: float) -> TwoDMSEModel:
+    """A model whose backbone's configuration has this value for each of its dropout rates."""
     backbone = tiny_config(family).to_dict()
-    rates = {name: share for name, value in backbone.items() if "dropout" in name and isinstance(value, float)}
+    rates = {name: rate for name, value in backbone.items() if "dropout" in name and isinstance(value, float)}
     assert rates
     torch.manual_seed(0)
     return TwoDMSEModel(TwoDMSEConfig(backbone_config=backbone | rates, sizes=LADDER))
@@ -26,9 +26,9 @@ def states(model: TwoDMSEModel, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_switched_off_it_is_as_if_none_had_been_configured(family):
+def test_a_model_without_dropout_equals_one_that_is_configured_without(family):
     dropping, still = configured(family, 0.4), configured(family, 0.0)
-    assert not torch.equal(states(dropping), states(dropping, seed=1)), "the family drops something"
+    assert not torch.equal(states(dropping), states(dropping, seed=1)), "the family has dropout"
     switch_off_dropout(dropping)
     torch.testing.assert_close(states(dropping), states(still, seed=1), rtol=0, atol=0)
 
@@ -41,10 +41,10 @@ def make_trainer(model, folder, **kwargs) -> TwoDMSETrainer:
     return TwoDMSETrainer(model=model, args=args, train_dataset=rows)
 
 
-def test_the_trainer_switches_it_off_and_the_configuration_stays(tiny_model, tmp_path):
-    untold, told = tiny_model(), tiny_model()
-    assert "dropout" not in make_trainer(untold, tmp_path).describe()
-    assert not torch.equal(states(untold), states(untold, seed=1))
-    assert make_trainer(told, tmp_path, dropout=False).describe()["dropout"] is False
-    torch.testing.assert_close(states(told), states(told, seed=1), rtol=0, atol=0)
-    assert told.config.to_dict() == untold.config.to_dict()
+def test_the_trainer_switches_dropout_off_and_keeps_the_configuration(tiny_model, tmp_path):
+    default, without = tiny_model(), tiny_model()
+    assert "dropout" not in make_trainer(default, tmp_path).describe()
+    assert not torch.equal(states(default), states(default, seed=1))
+    assert make_trainer(without, tmp_path, dropout=False).describe()["dropout"] is False
+    torch.testing.assert_close(states(without), states(without, seed=1), rtol=0, atol=0)
+    assert without.config.to_dict() == default.config.to_dict()

@@ -1,4 +1,4 @@
-"""Metrics against plain references, tasks, the one-pass grid, and the known figures of all-MiniLM-L6-v2."""
+"""Metrics compared with simple references, tasks, the grid in one pass, and published results of all-MiniLM-L6-v2."""
 
 import json
 import math
@@ -31,7 +31,7 @@ STS = StsData("sts", SENTENCES[::2], SENTENCES[1::2], [0, 5, 1, 4, 2, 3, 2.5, 1.
 
 
 def ranks(values):
-    """Average ranks, by counting."""
+    """Ranks by counting; ties have their average rank."""
     return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
 
 
@@ -62,7 +62,7 @@ def test_sts_at_every_size_equals_encode(tiny_model):
 
 
 def reference_metrics(scores, ids, judged):
-    """trec_eval, one query at a time: by score, then by larger document id."""
+    """One query as in trec_eval: sorted by score, then by larger document id."""
     ranked = [d for _, d in sorted(((s, d) for s, d in zip(scores, ids, strict=True)), reverse=True)]
     dcg = sum(judged.get(d, 0) / math.log2(r + 2) for r, d in enumerate(ranked[:10]))
     ideal = sum(g / math.log2(r + 2) for r, g in enumerate(sorted(judged.values(), reverse=True)[:10]))
@@ -71,17 +71,17 @@ def reference_metrics(scores, ids, judged):
     return dcg / ideal, 1 / first if first else 0.0, len(relevant & set(ranked[:100])) / len(relevant)
 
 
-def test_retrieval_equals_a_plain_reference_with_ties_and_graded_judgements(tiny_model, monkeypatch):
+def test_retrieval_equals_a_simple_reference_with_ties_and_graded_judgements(tiny_model, monkeypatch):
     model = tiny_model()
     rng = random.Random(0)
-    # every text stands twelve times: ties everywhere, also around the tenth and the hundredth place
+    # every text appears twelve times: there are ties everywhere, also around ranks 10 and 100
     corpus = {f"d{i}": SENTENCES[i % 20] for i in range(240)}
     queries = {f"q{i}": " ".join(rng.sample(SENTENCES[i].split(), 3)) for i in range(6)}
     qrels = {q: {f"d{rng.randrange(240)}": rng.choice([0, 1, 1, 2]) for _ in range(15)} | {"d5": 1} for q in queries}
     data = RetrievalData("toy", queries, corpus, qrels)
     import trainer.evaluation as module
 
-    for chunk in (1000, 37):  # a corpus ranked in one piece and in several
+    for chunk in (1000, 37):  # the corpus in one chunk and in several
         monkeypatch.setattr(module, "_CORPUS_CHUNK", chunk)
         result = evaluate_retrieval(model, data, parse_ladder(LADDER), batch_size=240)
         for size in parse_ladder(LADDER):
@@ -95,7 +95,7 @@ def test_retrieval_equals_a_plain_reference_with_ties_and_graded_judgements(tiny
             assert got == pytest.approx(expected.tolist(), abs=1e-9), (chunk, size)
 
 
-def test_crossed_sizes_judge_queries_of_one_size_among_documents_of_another(tiny_model):
+def test_cross_sizes_rank_documents_of_one_size_for_queries_of_another(tiny_model):
     model = tiny_model()
     queries = {f"q{i}": text for i, text in enumerate(SENTENCES[:5])}
     corpus = {f"d{i:02d}": text for i, text in enumerate(SENTENCES)}
@@ -117,7 +117,7 @@ def test_crossed_sizes_judge_queries_of_one_size_among_documents_of_another(tiny
     assert evaluate_retrieval(model, data, LADDER_SIZES) == {k: v for k, v in result.items() if k != "cross_ndcg@10"}
 
 
-def test_ties_at_the_cut_keep_the_documents_order():
+def test_ties_at_the_cut_keep_the_order_of_the_documents():
     queries = torch.tensor([[1.0, 0.0]])
     documents = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [1.0, 0.0]])
     scores, numbers = top_documents(queries, documents, k=3)
@@ -160,7 +160,7 @@ def test_pairs_become_a_search_task():
     assert sorted(data.corpus.values()) == ["n", "x", "y"]
 
 
-def test_the_grid_reads_each_text_once(tiny_model):
+def test_the_grid_encodes_each_text_once(tiny_model):
     model, rows = tiny_model(), []
     model.register_forward_hook(lambda m, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     sizes = grid_sizes(4, [8, 16, 32])
@@ -171,6 +171,6 @@ def test_the_grid_reads_each_text_once(tiny_model):
 
 
 @pytest.mark.parametrize(("name", "published"), [("stsb-test", 0.8203), ("sts13", 0.8060), ("sts14", 0.7560)])
-def test_known_sts_figures_of_minilm(name, published, minilm, data_dir):
+def test_published_sts_results_of_minilm(name, published, minilm, data_dir):
     result = evaluate_sts(minilm, load_sts(str(data_dir / "sts" / f"{name}.csv")), parse_ladder(["6x384"]))
     assert result["spearman"]["6x384"] == pytest.approx(published, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Every loss and alignment against a plain float64 loop, and against finite differences."""
+"""Every loss and alignment, compared with a simple float64 loop and with finite differences."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_infonce_with_hard_negatives():
         logits = [20 * cosine(a[i], c) for c in [*p, *n]]
         expected -= logits[i] - math.log(sum(math.exp(x) for x in logits))
     assert base_loss("infonce", torch.cat((a, p, n)), Rows((5, 5, 5))).item() == pytest.approx(expected / 5, abs=1e-10)
-    # targets name the positive wherever it stands
+    # the positive may be in any row of the candidates
     moved = infonce(a, torch.cat((n, p)), torch.arange(5, 10))
     assert moved.item() == pytest.approx(expected / 5, abs=1e-10)
 
@@ -53,7 +53,7 @@ def test_angle():
         z = [complex(x[i][k], x[i][k + 3]) for k in range(3)]
         w = [complex(y[i][k], y[i][k + 3]) for k in range(3)]
         length = [math.sqrt(sum(abs(c) ** 2 for c in v)) for v in (z, w)]
-        # z / w on the whole vectors: the modulus of w is that of the vector, as in AnglE's code
+        # the moduli are those of the whole vectors, as in AnglE's code
         quotient = [a * b.conjugate() / length[1] ** 2 * (length[1] / length[0]) for a, b in zip(z, w, strict=True)]
         difference.append(abs(sum(q.real + q.imag for q in quotient)))
     total = 1.0
@@ -88,7 +88,7 @@ def test_feature_kl():
 
 
 @pytest.mark.parametrize("scores", [1, 30, 33, 71])
-def test_score_kl_in_blocks_equals_score_kl_at_once(scores, monkeypatch):
+def test_score_kl_in_blocks_equals_score_kl_of_all_rows(scores, monkeypatch):
     t = torch.nn.functional.normalize(vectors(10, 8, 1), dim=-1)
     results = []
     for limit in (10_000, scores):
@@ -146,7 +146,7 @@ def test_gradients_of_losses_at_a_size(loss):
     assert raw.grad[:, 4:].abs().max() == 0
 
 
-def test_gradients_of_alignments_reach_the_student_alone():
+def test_gradients_of_alignments_reach_only_the_student():
     s, t = vectors(5, 6, 0).requires_grad_(), vectors(5, 6, 1).requires_grad_()
     for distance in (feature_kl, score_kl):
         assert torch.autograd.gradcheck(lambda x, distance=distance: distance(x, t.detach()), s)

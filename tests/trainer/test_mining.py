@@ -1,4 +1,4 @@
-"""Mining: search in chunks and filters against plain loops, and never a positive among the negatives."""
+"""Mining: search in chunks and filters compared with simple loops, and no positive among the negatives."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ from trainer.shared.tables import read_table
 
 
 def whole_numbers(rows, dim=3, seed=0):
-    """Vectors whose products are exact in any order of summation, with ties everywhere."""
+    """Vectors with exact products in any order of summation, and many ties."""
     return torch.from_numpy(np.random.default_rng(seed).integers(-2, 3, (rows, dim)).astype(np.float32))
 
 
 def ranked(query, documents, excluded):
-    """(score, number) of all documents that are not excluded, best first, ties by number; one at a time."""
+    """(score, number) of all documents that are not excluded, best first, ties by number, in a simple loop."""
     scores = [(sum(q * d for q, d in zip(query, row, strict=True)), i) for i, row in enumerate(documents.tolist())]
     return sorted((pair for pair in scores if pair[1] not in excluded), key=lambda pair: (-pair[0], pair[1]))
 
@@ -59,7 +59,7 @@ def test_search_in_chunks_equals_brute_force_with_ties(query_chunk, corpus_chunk
     assert ties >= 9
 
 
-def test_no_more_cosines_are_held_than_a_block_has(monkeypatch):
+def test_at_most_one_block_of_cosines_is_in_memory(monkeypatch):
     shapes = []
 
     def recorded(queries, documents, k, first):
@@ -87,10 +87,10 @@ FILTERS = [
 
 
 def is_allowed(score, rank, positive, s):
-    """The filters, one candidate at a time."""
+    """The filters for one candidate."""
     inside = s.range_min < rank <= s.range_max and score > -math.inf
     far = s.margin is None or score <= positive - s.margin
-    # (1 - m) times the positive's cosine; below it, too, where that is negative
+    # (1 - m) times the positive's cosine, or (1 + m) times if it is negative: always below it
     share = s.relative_margin or 0.0
     limit = (1 - share) * positive if positive >= 0 else (1 + share) * positive
     relatively_far = s.relative_margin is None or score <= limit
@@ -99,7 +99,7 @@ def is_allowed(score, rank, positive, s):
 
 @pytest.mark.parametrize("sampling", ["top", "random"])
 @pytest.mark.parametrize("filters", FILTERS)
-def test_filters_equal_a_plain_loop(filters, sampling):
+def test_filters_equal_a_simple_loop(filters, sampling):
     selection = NegativeSelection(**filters, sampling=sampling)
     rng = np.random.default_rng(0)
     scores = torch.from_numpy(rng.uniform(-1, 1, (40, 30)).astype(np.float32)).sort(dim=1, descending=True).values
@@ -123,7 +123,7 @@ def test_filters_equal_a_plain_loop(filters, sampling):
     assert (other_than_top > 0) == (sampling == "random" and selection.range_max - selection.range_min > len(best))
 
 
-def test_random_sampling_reaches_every_candidate_about_equally():
+def test_random_sampling_takes_every_candidate_about_equally_often():
     scores = torch.linspace(0.9, 0.1, 8).expand(4000, 8)
     selection = NegativeSelection(num_negatives=2, range_min=2, range_max=7, sampling="random")
     chosen = choose_negatives(scores, torch.ones(4000), selection, np.random.default_rng(0))
@@ -132,19 +132,19 @@ def test_random_sampling_reaches_every_candidate_about_equally():
     assert (counts[2:7] / 1600 - 1).abs().max() < 0.1
 
 
-def test_faults_are_named_together():
+def test_all_problems_are_named_together():
     wrong = {"num_negatives": 0, "range_min": -1, "range_max": -3, "margin": -0.1, "relative_margin": 2.0}
     with pytest.raises(ValueError, match="num_negatives: 0 is not allowed") as caught:
         NegativeSelection(**wrong, max_score=math.nan, sampling="best", seed=-1)
-    for fault in ("range_min: -1 ", "range_max: -3 must be", "margin: -0.1 ", "relative_margin: 2.0 ", "seed: -1 "):
-        assert fault in str(caught.value)
+    for problem in ("range_min: -1 ", "range_max: -3 must be", "margin: -0.1 ", "relative_margin: 2.0 ", "seed: -1 "):
+        assert problem in str(caught.value)
     assert "max_score: nan is not allowed; use a number from -1 to 1" in str(caught.value)
     assert "sampling: 'best' is unknown; choose one of top, random" in str(caught.value)
     with pytest.raises(ValueError, match=r"range_max: 10 must be at least range_min \+ num_negatives, 10 \+ 1"):
         NegativeSelection(range_min=10, range_max=10)
 
 
-# An anchor in several rows and spellings, positives that differ in case and white space, anchors among the documents.
+# An anchor in several rows and spellings, positives that differ in case and white space, anchors that are documents.
 PAIRS = [
     (SENTENCES[0], SENTENCES[1]),
     (SENTENCES[0], SENTENCES[2].upper()),
@@ -156,17 +156,17 @@ PAIRS = [
 CORPUS = [*SENTENCES, SENTENCES[1].title(), SENTENCES[2].replace(" ", "  "), SENTENCES[0].upper(), "", "  "]
 
 
-def test_what_must_not_be_a_negative():
+def test_documents_that_must_not_be_negatives():
     task = prepare(PAIRS, CORPUS, known=[(SENTENCES[5].upper(), SENTENCES[7].title()), ("elsewhere", SENTENCES[8])])
     assert task.texts[: task.num_documents] == SENTENCES  # the first of each spelling
-    assert task.texts[task.num_documents :] == [SENTENCES[2].upper()]  # a positive of its own spelling
+    assert task.texts[task.num_documents :] == [SENTENCES[2].upper()]  # a positive with its own spelling
     assert task.anchors == [SENTENCES[0], f" {SENTENCES[0].capitalize()} ", SENTENCES[4], SENTENCES[5]]
     assert task.rows.tolist() == [[0, 1], [0, 20], [1, 3], [2, 0], [3, 6], [3, 6]]
     assert task.excluded == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 4], [5, 6, 7]]
 
 
 def violations(known, task, negatives):
-    """Rows with a negative that is a positive of the same anchor or the anchor itself, by the texts alone."""
+    """Rows with a negative that is a positive of the same anchor or the anchor itself, found from the texts only."""
     forbidden = {}
     for anchor, positive in known:
         forbidden.setdefault(text_key(anchor), {text_key(anchor)}).add(text_key(positive))
@@ -183,7 +183,7 @@ def test_no_positive_among_negatives(sampling, tiny_model):
     anchors, texts = (embed(model, part, Size(1, 8)) for part in (task.anchors, task.texts))
     selection = NegativeSelection(num_negatives=16, range_min=0, range_max=16, sampling=sampling)
     negatives = mine(task, anchors, texts, selection)
-    assert (negatives[:3] >= 0).all()  # just the sixteen that are left of twenty
+    assert (negatives[:3] >= 0).all()  # exactly the sixteen that remain of twenty
     assert not violations(PAIRS, task, negatives)
     open_to_all = dataclasses.replace(task, excluded=[[] for _ in task.anchors])
     assert violations(PAIRS, task, mine(open_to_all, anchors, texts, selection))
@@ -191,7 +191,7 @@ def test_no_positive_among_negatives(sampling, tiny_model):
     assert mine(task, anchors, texts, more)[:, 0].ge(0).tolist() == [False] * 3 + [True] * 3
 
 
-def test_the_margin_is_that_of_each_rows_own_positive():
+def test_the_margin_is_relative_to_each_rows_own_positive():
     task = prepare([("a", "near"), ("a", "far")], ["near", "far", "x", "y"])
     texts = torch.tensor([[1.0, 0.0], [0.2, 0.98], [0.9, 0.44], [0.1, 0.99]])
     negatives = mine(task, torch.tensor([[1.0, 0.0]]), texts, NegativeSelection(range_min=0, margin=0.05))
@@ -200,7 +200,7 @@ def test_the_margin_is_that_of_each_rows_own_positive():
 
 def test_chunks_and_runs_agree_and_seeds_differ():
     generator = torch.Generator().manual_seed(0)
-    pairs = [(f"a{i % 17}", f"p{i}") for i in range(60)]  # anchors out of order, three or four rows each
+    pairs = [(f"a{i % 17}", f"p{i}") for i in range(60)]  # unordered anchors with three or four rows each
     task = prepare(pairs, [f"d{i}" for i in range(80)])
     anchors, texts = (torch.randn(n, 4, generator=generator) for n in (17, 140))
     anchors, texts = (torch.nn.functional.normalize(part) for part in (anchors, texts))
@@ -212,7 +212,7 @@ def test_chunks_and_runs_agree_and_seeds_differ():
     assert not torch.equal(mine(task, anchors, texts, dataclasses.replace(selection, seed=1)), expected)
 
 
-def test_embeddings_in_pieces_equal_encode(tiny_model, monkeypatch):
+def test_embeddings_in_chunks_equal_encode(tiny_model, monkeypatch):
     model = tiny_model(prompts={"q": "the road"})
     model.config.default_prompt_name = "q"
     expected = model.encode(SENTENCES, 2, 16, prompt="", max_length=5)
@@ -261,7 +261,7 @@ def test_pairs_of_a_beir_folder(tmp_path):
 def test_no_positive_among_negatives_of_real_data(data, minilm, data_dir):
     if data == "scifact":
         pairs, corpus, known = read_beir(str(data_dir / "scifact"), "train")
-        corpus = [*corpus[:300], *(positive for _, positive in [*pairs, *known])]  # the whole would take minutes
+        corpus = [*corpus[:300], *(positive for _, positive in [*pairs, *known])]  # all documents would take minutes
     else:
         table = check_table(read_table(str(data_dir / "nli" / "triplets.csv.gz"))).select(range(2000))
         pairs, known = list(zip(table["anchor"][:], table["positive"][:], strict=True)), []
@@ -273,6 +273,6 @@ def test_no_positive_among_negatives_of_real_data(data, minilm, data_dir):
     assert (negatives >= 0).all()
     assert max(map(len, task.excluded)) > 2
     assert not violations([*pairs, *known], task, negatives)
-    # without the exclusion the nearest texts are just these
+    # without the exclusion, these are the nearest texts
     open_to_all = dataclasses.replace(task, excluded=[[] for _ in task.anchors])
     assert violations([*pairs, *known], task, mine(open_to_all, anchors, texts, selection))

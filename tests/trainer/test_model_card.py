@@ -65,7 +65,7 @@ def test_a_card_without_results(tiny_model):
         assert "model-index" not in card.data.to_dict()
 
 
-def test_costs_count_what_the_sizes_hold(tiny_model, tmp_path):
+def test_costs_count_the_parameters_of_each_size(tiny_model, tmp_path):
     model = tiny_model()
     costs = measure_costs(model, parse_ladder(["1x8", "4x32"]), SENTENCES, runs=1)
     for n, size in ((1, "1x8"), (4, "4x32")):

@@ -1,4 +1,4 @@
-"""Every objective against a plain float64 reference that loops over its equation."""
+"""Every objective, compared with a simple float64 reference that loops over its equation."""
 
 import math
 import random
@@ -61,10 +61,10 @@ def test_the_start_teaches_every_size_the_largest_included():
     assert parts["alignment/4x32"].item() == pytest.approx(score_kl(emb(4, 32), teacher).item(), rel=1e-5)
     assert parts["alignment/4x32"] > 0.01
     plan_loss(plan._replace(terms=()), states, TRIPLETS, "infonce", start=start)[0].backward()
-    assert states.grad[-1].abs().max() > 1e-3, "the largest size learns from it too"
+    assert states.grad[-1].abs().max() > 1e-3, "the largest size learns from the start too"
 
 
-def test_starbucks_aligns_scores_unless_told_otherwise():
+def test_starbucks_aligns_scores_by_default():
     default, _ = compute(objective("starbucks"))
     assert default.item() == compute(objective("starbucks", alignment="score_kl"))[0].item()
     doubled, parts = compute(objective("starbucks", alignment_weight=2.0))
@@ -88,7 +88,7 @@ def test_2dmse_draws_every_layer_but_the_last_and_every_geometric_dim():
     draws = [objective("2dmse").plan(random.Random(seed)).terms for seed in range(400)]
     layers = [terms[1].size.num_layers for terms in draws]
     dims = [terms[2].size.dim for terms in draws]
-    assert set(layers) == {1, 2, 3}  # neither the embedding output nor the last layer
+    assert set(layers) == {1, 2, 3}  # not the embedding output, and not the last layer
     assert set(dims) == set(geometric_dims(H)) == {8, 16, 32}
     for values, choices in ((layers, 3), (dims, 3)):
         assert min(values.count(v) for v in set(values)) > 400 / choices * 0.75
@@ -140,7 +140,7 @@ def test_the_teacher_gets_no_gradient_from_the_alignment(name, alignment):
             assert states.grad[index].abs().max() == 0
         elif name != "matryoshka":
             assert states.grad[index].abs().max() > 0
-    if name == "matryoshka":  # teacher and student share a state: beyond the students' columns nothing may arrive
+    if name == "matryoshka":  # teacher and student share a state: only the columns of the students may get gradients
         assert states.grad[..., :16].abs().max() > 0
         assert states.grad[..., 16:].abs().max() == 0
 
@@ -167,7 +167,7 @@ def test_one_layer_model():
 
 @pytest.mark.parametrize("name", ["starbucks", "2dmse", "espresso"])
 def test_crossed_sizes_equal_a_loop(name):
-    """Anchors at a shallow size, positives and negatives at the deepest layer with as many dims."""
+    """Anchors at a shallow size, positives and negatives at the deepest layer with the same dim."""
     rng = random.Random(3)
     plain, _ = compute(objective(name), random.Random(3))
     total, parts = compute(objective(name, cross_size_weight=0.5), rng)
@@ -202,10 +202,10 @@ def test_crossed_sizes_train_both_sides():
 
 @pytest.mark.parametrize("name", ["starbucks", "2dmse", "espresso"])
 @pytest.mark.parametrize("with_start", [False, True])
-def test_plain_rows_are_aligned_and_do_nothing_else(name, with_start):
-    """The loss is that of the labelled rows, and beside it the alignments of the unlabeled rows among themselves."""
+def test_unlabeled_rows_are_only_aligned(name, with_start):
+    """The loss is the sum of the loss of the labeled rows and the alignments of the unlabeled rows."""
     generator = torch.Generator().manual_seed(2)
-    plain_states = torch.randn(N, 5, H, generator=generator, dtype=torch.float64)
+    unlabeled_states = torch.randn(N, 5, H, generator=generator, dtype=torch.float64)
     starts = torch.randn(12, H, generator=generator), torch.randn(5, H, generator=generator)
     settings = {"alignment": "score_kl", "teacher": "start"} if with_start and name != "espresso" else {}
     start = (lambda *parts: torch.cat(parts)) if settings else (lambda *parts: None)
@@ -215,22 +215,23 @@ def test_plain_rows_are_aligned_and_do_nothing_else(name, with_start):
         return plan_loss(plan, states[[n - 1 for n in plan.layers]], rows, "infonce", start=start)
 
     spec = objective(name, alignment_weight=2.0, cross_size_weight=0.5, unlabeled_weight=0.3, **settings)
-    both = torch.cat((STATES, plain_states), dim=1)
+    both = torch.cat((STATES, unlabeled_states), dim=1)
     total, parts = run(spec, both, Rows((4, 4, 4), unlabeled=5), start(*starts))
     usual = objective(name, alignment_weight=2.0, cross_size_weight=0.5, **settings)
-    labelled, labelled_parts = run(usual, STATES, TRIPLETS, start(starts[0]))
+    labeled, labeled_parts = run(usual, STATES, TRIPLETS, start(starts[0]))
     alone = objective(name, alignment_weight=0.3, **settings)
-    plain, plain_parts = run(alone, plain_states, Rows((5,)), start(starts[1]), terms=())
-    assert total.item() == pytest.approx(labelled.item() + plain.item(), rel=1e-5)
-    assert plain.item() > 0.01
-    expected = labelled_parts | {name.replace("alignment/", "unlabeled/"): value for name, value in plain_parts.items()}
+    unlabeled, unlabeled_parts = run(alone, unlabeled_states, Rows((5,)), start(starts[1]), terms=())
+    assert total.item() == pytest.approx(labeled.item() + unlabeled.item(), rel=1e-5)
+    assert unlabeled.item() > 0.01
+    renamed = {name.replace("alignment/", "unlabeled/"): value for name, value in unlabeled_parts.items()}
+    expected = labeled_parts | renamed
     assert set(parts) == set(expected)
     for part, value in expected.items():
         assert parts[part].item() == pytest.approx(value.item(), rel=1e-5), part
 
 
-def test_plain_rows_in_loops():
-    """starbucks: KL from the largest size's softmax over all other unlabeled rows to each smaller size's."""
+def test_unlabeled_rows_equal_a_loop():
+    """starbucks: KL of the softmax over all other unlabeled rows, from the largest size to each smaller size."""
     states = torch.cat((STATES, STATES[:, :5] + 0.5), dim=1)
     _, parts = compute(objective("starbucks", unlabeled_weight=1.0), states=states, rows=Rows((4, 4, 4), unlabeled=5))
     for n, d in ((1, 8), (2, 16)):

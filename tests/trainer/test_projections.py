@@ -1,4 +1,4 @@
-"""Projections of the exits: fitted as plain loops fit them, trained, resumed and averaged with the rest."""
+"""Exit projections: fitted as in a simple reference, trained, resumed and averaged with the other weights."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def train(model, folder, resume=None, **kwargs) -> TwoDMSETrainer:
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
-def test_the_fit_equals_a_plain_one(family, tiny_model, monkeypatch):
+def test_the_fit_equals_a_simple_reference(family, tiny_model, monkeypatch):
     monkeypatch.setattr("trainer.projections._PIECE", 50)
     model, ridge = tiny_model(family), 0.1
     states = model.encode_states(TEXTS, batch_size=len(TEXTS)).double()
@@ -41,13 +41,13 @@ def test_the_fit_equals_a_plain_one(family, tiny_model, monkeypatch):
         rows = torch.cat((x, penalty * torch.eye(x.shape[1])))
         wanted = torch.cat((target @ directions, torch.zeros(x.shape[1], x.shape[1])))
         expected = x @ torch.linalg.lstsq(rows, wanted).solution
-        strong = slice(0, 8)  # directions of little strength are told apart by rounding alone
+        strong = slice(0, 8)  # weak directions differ only by rounding
         signs = (after[n] * expected).sum(0).sign()
         assert torch.allclose(after[n][:, strong], (signs * expected)[:, strong], atol=1e-4)
         assert expected[:, strong].abs().max() > 0.1
 
 
-def test_the_full_size_keeps_its_cosines_and_small_ones_get_nearer(tiny_model):
+def test_the_full_size_keeps_its_cosines_and_small_sizes_get_closer(tiny_model):
     def cosines(model, n, d):
         embeddings = torch.from_numpy(model.encode(TEXTS, n, d))
         return embeddings @ embeddings.T
@@ -81,16 +81,16 @@ def test_wrong_texts_are_refused_before_anything_changes(tiny_model):
     assert model.exit_projections is None
 
 
-def test_new_projections_change_nothing(tiny_model):
+def test_new_projections_change_no_embedding(tiny_model):
     plain, projected = tiny_model(), tiny_model()
     projected.add_exit_projections()
     assert (plain.encode(SENTENCES, 2, 8) == projected.encode(SENTENCES, 2, 8)).all()
     weights = projected.exit_projections[0].weight
     projected.add_exit_projections()
-    assert projected.exit_projections[0].weight is weights, "what is there is kept"
+    assert projected.exit_projections[0].weight is weights, "existing projections are kept"
 
 
-def test_they_train_and_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path):
+def test_projections_train_and_a_resumed_run_equals_an_uninterrupted_one(tiny_model, tmp_path):
     fitted = tiny_model()
     fit_exit_projections(fitted, draw_texts([ROWS], 0))
     whole, part, resumed = tiny_model(), tiny_model(), tiny_model()
@@ -117,7 +117,7 @@ def test_the_last_exit_keeps_its_share_of_the_fit(tiny_model, tmp_path):
     assert not torch.allclose(model.exit_projections[0].weight, fitted.exit_projections[0].weight, atol=1e-3)
 
 
-def test_projections_that_are_there_are_trained_on(tiny_model, tmp_path):
+def test_existing_projections_are_trained_further(tiny_model, tmp_path):
     model = tiny_model(projected=True)
     before = [projection.weight.clone() for projection in model.exit_projections]
     train(model, tmp_path, learning_rate=1e-5)
@@ -125,7 +125,7 @@ def test_projections_that_are_there_are_trained_on(tiny_model, tmp_path):
         torch.testing.assert_close(old, new.weight.data, atol=1e-3, rtol=0)
 
 
-def test_adapters_come_behind_the_fit(tiny_model, tmp_path):
+def test_adapters_come_after_the_fit(tiny_model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
@@ -139,7 +139,7 @@ def test_adapters_come_behind_the_fit(tiny_model, tmp_path):
     assert not torch.allclose(merged.exit_projections[0].weight, before, atol=1e-4)
 
 
-def test_texts_are_drawn_by_the_seed_and_differ():
+def test_drawn_texts_depend_on_the_seed_and_differ():
     rows = Dataset.from_dict({"anchor": ["a", "b", "a"], "positive": ["b", "c", "d"], "negative_1": ["", "e", None]})
     assert sorted(draw_texts([rows, rows], 0)) == ["a", "b", "c", "d", "e"]
     assert draw_texts([rows], 0, 3) == draw_texts([rows], 0, 3)

@@ -1,4 +1,4 @@
-"""The trainer: learning, logs, accumulation, resuming, mixed precision, adapters, two processes."""
+"""TwoDMSETrainer: learning, logs, accumulation, resuming, mixed precision, adapters, two processes."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_every_parameter_learns_and_the_loss_falls(objective, tiny_model, tmp_pa
     model = tiny_model()
     before = weights(model)
     trainer = train(model, tmp_path, objective=objective, max_steps=30, compression_dim=16, learning_rate=3e-3)
-    # position 0 to 47 and the tokens that never occur are untouched rows, but every tensor must have moved
+    # some rows of the embeddings are never used, but every tensor must have moved
     still = [name for name, value in weights(model).items() if torch.equal(value, before[name])]
     assert still == []
     losses = [entry["loss/4x32"] for entry in trainer.state.log_history if "loss/4x32" in entry]
@@ -86,7 +86,7 @@ def test_crossed_sizes_are_trained_and_logged(tiny_model, tmp_path):
 
 
 def test_unlabeled_texts_are_trained_on_and_logged(tiny_model, tmp_path):
-    """With a weight so large that nothing else counts, small sizes say of these texts what the full size says."""
+    """With a very large weight, the similarities of these texts at a small size approach those at the full size."""
     far = {}
     for weight in (1e-9, 1e3):
         model = tiny_model()
@@ -107,14 +107,14 @@ def test_unlabeled_texts_are_trained_on_and_logged(tiny_model, tmp_path):
     [
         (
             {"alignment": "none"},
-            "unlabeled_texts: starbucks learns nothing from them with the alignment none and unlab",
+            "unlabeled_texts: starbucks learns nothing from them with the alignment none and unlabeled_weight",
         ),
         ({"unlabeled_weight": 0.0}, "with the alignment score_kl and unlabeled_weight 0"),
         ({"objective": "separate"}, "unlabeled_texts: separate learns nothing from them"),
         ({"per_device_train_batch_size": 64}, "unlabeled_texts: there are 20, fewer than the 64 of one batch"),
     ],
 )
-def test_unlabeled_texts_that_teach_nothing_are_refused(kwargs, message, tiny_model, tmp_path):
+def test_unlabeled_texts_without_effect_are_refused(kwargs, message, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         TwoDMSETrainer(tiny_model(), arguments(tmp_path, **kwargs), TRIPLETS, unlabeled_texts=SENTENCES)
 
@@ -136,7 +136,7 @@ def test_all_columns_go_through_one_call_of_the_wrapped_model(tiny_model, tmp_pa
 
 @pytest.mark.parametrize("objective", ["separate", "matryoshka"])
 def test_accumulated_batches_equal_one_large_batch(objective, tiny_model, tmp_path):
-    """cosine_mse does not couple rows, nor does plain SGD remember: 4 batches of 2 must equal one of 8."""
+    """cosine_mse does not couple rows, and plain SGD has no state: 4 batches of 2 must equal one batch of 8."""
     data = SCORED.select(range(8))
     results = []
     for batch, steps in ((8, 1), (2, 4)):
@@ -146,7 +146,7 @@ def test_accumulated_batches_equal_one_large_batch(objective, tiny_model, tmp_pa
                 module.p = 0.0
         settings = {"objective": objective, "loss": "cosine_mse", "optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0}
         settings |= {"learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
-        model.backbone.config._attn_implementation = "eager"  # its attention dropout is a module, set to 0 above
+        model.backbone.config._attn_implementation = "eager"  # here attention dropout is a module, set to 0 above
         before = weights(model)
         trainer = train(
             model, tmp_path, data, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
@@ -160,7 +160,7 @@ def test_accumulated_batches_equal_one_large_batch(objective, tiny_model, tmp_pa
 
 
 def test_accumulation_of_a_loss_that_couples_rows_is_the_mean_of_its_batches(tiny_model, tmp_path):
-    """infonce sees the negatives of its own batch alone: accumulating 2 batches averages their two losses."""
+    """infonce sees only the negatives of its own batch: accumulating 2 batches averages their two losses."""
     trainer = train(
         tiny_model(), tmp_path, PAIRS.select(range(8)), gradient_accumulation_steps=2, max_steps=1,
         learning_rate=0.0, train_sampling_strategy="sequential", alignment="none", objective="separate",
@@ -186,7 +186,7 @@ def test_checkpoints_are_model_folders(tiny_model, tmp_path):
     assert loaded.encode(SENTENCES[:3]) == pytest.approx(model.encode(SENTENCES[:3], num_layers=2), abs=1e-6)
 
 
-def test_evaluation_chooses_the_best_checkpoint_by_the_ladders_mean(tiny_model, tmp_path):
+def test_the_best_checkpoint_is_selected_by_the_mean_over_the_ladder(tiny_model, tmp_path):
     model = tiny_model()
     args = arguments(
         tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=5,
@@ -255,10 +255,10 @@ def test_bf16_default_follows_the_cpu(tmp_path, monkeypatch):
     for capable in (True, False):
         monkeypatch.setattr(module, "cpu_has_bf16", lambda capable=capable: capable)
         assert arguments(tmp_path, bf16=None).bf16 is capable
-        # transformers refuses bf16 where there is no GPU, unless it is told that the CPU is meant
+        # transformers refuses bf16 on a machine without a GPU, unless use_cpu is set
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        alone = arguments(tmp_path, bf16=None, use_cpu=False)
-        assert (alone.bf16, alone.use_cpu) == (capable, capable)
+        without_gpu = arguments(tmp_path, bf16=None, use_cpu=False)
+        assert (without_gpu.bf16, without_gpu.use_cpu) == (capable, capable)
         assert arguments(tmp_path, bf16=True, use_cpu=False).use_cpu is True
         assert arguments(tmp_path, bf16=False).bf16 is False
     assert isinstance(cpu_has_bf16(), bool)
@@ -274,7 +274,7 @@ def test_tensorboard_gets_every_size(tiny_model, tmp_path, monkeypatch):
     assert {f"train/loss/{size}" for size in LADDER} <= set(events.Tags()["scalars"])
 
 
-def test_lora_trains_adapters_alone_and_merges(tiny_model, tmp_path):
+def test_lora_trains_only_adapters_and_merges(tiny_model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = tiny_model()
@@ -294,7 +294,7 @@ def test_lora_trains_adapters_alone_and_merges(tiny_model, tmp_path):
     assert TwoDMSEModel.from_pretrained(tmp_path / "merged").encode(SENTENCES[:4]) == pytest.approx(adapted, abs=1e-5)
 
 
-def test_push_to_hub_of_the_trainer_writes_this_projects_card(tiny_model, tmp_path):
+def test_push_to_hub_of_the_trainer_writes_the_card_of_this_project(tiny_model, tmp_path):
     trainer = TwoDMSETrainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=PAIRS, eval_dataset=SCORED)
     trainer.create_model_card(model_name="org/name", tags=["x"])
     text = (tmp_path / "README.md").read_text()
@@ -315,7 +315,7 @@ def test_push_to_hub_of_the_trainer_writes_this_projects_card(tiny_model, tmp_pa
         (SCORED, {"loss": "angle", "sizes": ["1x7"]}, "1x7 has an odd dim"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(data, kwargs, message, tiny_model, tmp_path):
+def test_settings_that_do_not_fit_are_refused_before_training(data, kwargs, message, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         TwoDMSETrainer(model=tiny_model(), args=arguments(tmp_path, **kwargs), train_dataset=data)
 
@@ -351,7 +351,7 @@ trainer.save_model()
 
 @pytest.mark.parametrize("objective", ["starbucks", "2dmse"])
 def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(objective, tiny_model, tmp_path):
-    """Two gloo processes with batches of 4 synchronise their gradients: the weights are those of batches of 8."""
+    """Two gloo processes with batches of 4 synchronize their gradients: the weights are those of batches of 8."""
     tiny_model().save_pretrained(tmp_path / "start")
     rows = {"sentence1": SENTENCES[:16], "sentence2": SENTENCES[4:20], "score": [i / 16 for i in range(16)]}
     (tmp_path / "rows.json").write_text(json.dumps(rows))

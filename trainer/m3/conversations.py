@@ -83,7 +83,7 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
 
 
 def encode_conversation(
-    processor, messages: list[dict], num_images: int, max_length: int | None = None
+    processor: Any, messages: list[dict], num_images: int, max_length: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The token ids of a conversation, with one placeholder per image, and the labels of the assistant's tokens.
 

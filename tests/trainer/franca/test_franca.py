@@ -1,4 +1,4 @@
-"""Training with a teacher: its update, the schedules, views of pictures, resuming; and what is measured."""
+"""Training with a teacher: its update, the schedules, views of images, resuming; and the evaluations."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def make_trainer(folder, model=None, **settings) -> FrancaTrainer:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_teacher_moves_once_a_step_on_the_schedule(accumulation, tmp_path, monkeypatch):
+def test_the_teacher_moves_once_per_step_on_the_schedule(accumulation, tmp_path, monkeypatch):
     trainer = make_trainer(
         tmp_path, max_steps=3, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4
     )
@@ -67,12 +67,12 @@ def test_the_teacher_moves_once_a_step_on_the_schedule(accumulation, tmp_path, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(family, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
     whole = make_trainer(tmp_path / "whole", tiny_model(family, momentum=0.8), **saving)
     start = {name: value.clone() for name, value in whole.model.state_dict().items()}
     whole.train()
-    torch.manual_seed(77)  # another random state than the first run's
+    torch.manual_seed(77)  # not the random state of the first run
     resumed = make_trainer(tmp_path / "again", tiny_model(family, seed=5, momentum=0.8), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
@@ -83,7 +83,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_what_is_learned_is_saved(tmp_path):
+def test_the_trained_weights_are_saved(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     trainer.save_model()
@@ -97,7 +97,7 @@ def views(**settings) -> MultiCrop:
     )
 
 
-def test_views_have_their_shapes_masks_and_normalisation():
+def test_views_have_their_shapes_masks_and_normalization():
     examples = [{"image": draw_picture(i % 2, i), "index": i} for i in range(40)]
     batch = views(mask_ratio=0.25)(examples)
     assert batch["global_crops"].shape == (40, 2, 3, 16, 16)
@@ -114,16 +114,16 @@ def test_views_have_their_shapes_masks_and_normalisation():
 def test_views_are_a_function_of_seed_epoch_and_index():
     examples = [{"image": draw_picture(i % 2, i), "index": i} for i in range(6)]
     maker = views()
-    first, alone = maker(examples), views()(examples[4:5])
+    first, single = maker(examples), views()(examples[4:5])
     for name in first:
-        assert torch.equal(first[name][4:5], alone[name]), "views depend on the rest of the batch"
+        assert torch.equal(first[name][4:5], single[name]), "views depend on the rest of the batch"
     assert not torch.equal(first["global_crops"][:, 0], first["global_crops"][:, 1])
     maker.epoch = 1
     assert not torch.equal(maker(examples)["global_crops"], first["global_crops"])
     assert not torch.equal(views(seed=1)(examples)["mask"], first["mask"])
 
 
-def test_boxes_take_their_share_of_the_picture():
+def test_boxes_take_their_fraction_of_the_image():
     rng = np.random.default_rng(0)
     boxes = np.array([draw_box((80, 60), (0.1, 0.4), rng) for _ in range(2000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -136,19 +136,19 @@ def test_boxes_take_their_share_of_the_picture():
     assert boxes.min() >= 0
     assert boxes[:, 2].max() <= 80
     assert boxes[:, 3].max() <= 60
-    assert draw_box((30, 300), (1.0, 1.0), rng)[2] <= 30, "a narrow picture"
+    assert draw_box((30, 300), (1.0, 1.0), rng)[2] <= 30, "a narrow image"
 
 
 WRONG = {
     "mask ratio": ({"mask_ratio": 1.0}, "mask_ratio: 1.0 is not allowed; use a number from 0 to below 1"),
-    "mask share": ({"mask_probability": 1.5}, "mask_probability: .* numbers from 0 to 1"),
+    "mask fraction": ({"mask_probability": 1.5}, "mask_probability: .* numbers from 0 to 1"),
     "scale": ({"global_crop_scale": [0.8, 0.2]}, "global_crop_scale: .* the lowest first"),
-    "three shares": ({"local_crop_scale": [0.1, 0.2, 0.3]}, "local_crop_scale: .* give two numbers"),
-    "one view": ({"global_crops_number": 1, "local_crops_number": 0}, "global_crops_number: 1 crop has no other crop"),
+    "three numbers": ({"local_crop_scale": [0.1, 0.2, 0.3]}, "local_crop_scale: .* give two numbers"),
+    "one crop": ({"global_crops_number": 1, "local_crops_number": 0}, "global_crops_number: 1 crop has no other crop"),
     "global crops": ({"global_crop_size": 18}, "global_crop_size: 18 is not allowed; use a multiple of the patch size"),
     "local crops": ({"local_crop_size": 10}, "local_crop_size: 10 is not allowed"),
-    "one picture": ({"per_device_train_batch_size": 1}, "koleo_weight: a batch of 1 has no nearest neighbour"),
-    "few pictures": ({"per_device_train_batch_size": 25}, "per_device_train_batch_size: a step takes 25 images"),
+    "one image": ({"per_device_train_batch_size": 1}, "koleo_weight: a batch of 1 has no nearest neighbour"),
+    "few images": ({"per_device_train_batch_size": 25}, "per_device_train_batch_size: a step takes 25 images"),
 }
 
 
@@ -159,7 +159,7 @@ def test_wrong_arguments_are_refused(name, tmp_path):
         make_trainer(tmp_path, **change)
 
 
-def test_knn_is_the_plain_vote():
+def test_knn_equals_a_simple_vote():
     rng = np.random.default_rng(0)
     train, labels = rng.normal(size=(30, 6)), rng.integers(0, 3, 30)
     test, truth = rng.normal(size=(50, 6)), rng.integers(0, 3, 50)
@@ -172,7 +172,7 @@ def test_knn_is_the_plain_vote():
         hits += votes.argmax() == label
     assert knn_accuracy(train, labels, test, truth, k=7) == hits / 50
     assert 0 < hits < 50
-    assert knn_accuracy(train, labels, train, labels, k=100) <= 1, "more neighbours than pictures"
+    assert knn_accuracy(train, labels, train, labels, k=100) <= 1, "more neighbors than images"
     by_size = knn_by_size([2, 6], train, labels, test, truth, k=7)
     assert by_size["6"] == hits / 50
     assert by_size["2"] == knn_accuracy(train[:, :2], labels, test[:, :2], truth, k=7)

@@ -1,4 +1,4 @@
-"""Rows of images and conversations: every notation, the labels, one text a level, and what is refused."""
+"""Rows of images and conversations: every notation, the labels, one text per level, and wrong rows."""
 
 import copy
 import json
@@ -70,21 +70,21 @@ def test_several_images_and_turns(llava_processor):
     ]
     table = check_conversations(Dataset.from_list([{"images": [picture(), picture(9)], "messages": turns}]))
     ids, labels = encode_conversation(llava_processor, table[0]["messages"], 2)
-    learnt = llava_processor.tokenizer.convert_ids_to_tokens(ids[labels != IGNORED])
-    assert learnt == ["two", "six", "</s>"]
+    learned = llava_processor.tokenizer.convert_ids_to_tokens(ids[labels != IGNORED])
+    assert learned == ["two", "six", "</s>"]
     assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
     with pytest.raises(ValueError, match="messages: 2 image placeholders do not match 1 images"):
         encode_conversation(llava_processor, table[0]["messages"], 1)
 
 
-def test_batches_hold_every_level(llava_processor):
+def test_batches_contain_every_level(llava_processor):
     turns = [ROW, [{"role": "user", "content": "<image>which ?"}, {"role": "assistant", "content": "six"}]]
     rows = [{"image": picture(i), "messages": messages} for i, messages in enumerate(turns)]
     table = check_conversations(Dataset.from_list(rows))
     batch = ConversationCollator(llava_processor, [1, 9, 36])([table[0], table[1]])
     texts = [PLAIN_WORDS, "user : <image> which ? assistant : six </s>"]
     for size, level in batch["levels"].items():
-        # the processor itself, on the same texts, is another way to the same tensors
+        # the processor must make the same tensors from the same texts
         expected = llava_processor(
             images=[row["images"][0] for row in table],
             text=texts,

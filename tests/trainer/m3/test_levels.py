@@ -1,4 +1,4 @@
-"""Scores of a level are those of greedy decoding; the oracle, the cascade and the costs of a table."""
+"""Scores of a level equal those of greedy decoding; the oracle, the cascade and the costs of a table."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def rows():
     return check_conversations(digit_tables()["train"].select(range(10)))
 
 
-def test_scores_are_those_of_the_model_row_by_row(tiny_m3, llava_processor, rows):
+def test_scores_equal_those_of_the_model_row_by_row(tiny_m3, llava_processor, rows):
     model, collator = tiny_m3().eval(), ConversationCollator(llava_processor, SIZES)
     runs = []
     model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -42,10 +42,10 @@ def test_scores_are_those_of_the_model_row_by_row(tiny_m3, llava_processor, rows
             assert scores[size].images[index] == 1
 
 
-def test_correct_is_what_greedy_decoding_answers(tiny_m3, llava_processor, rows):
-    """The model's own answers as the rows' answers are all right, others are not."""
+def test_correct_answers_are_those_of_greedy_decoding(tiny_m3, llava_processor, rows):
+    """The model's own answers are all correct, and changed answers are not."""
     model, prompt = tiny_m3().eval(), f"user : <image> {QUESTION} assistant :"
-    # A mean of two logits is below one of them, so that no answer is a placeholder.
+    # The mean of two logits is never the highest, so no answer is a placeholder.
     model.lm_head.weight.data[4] = model.lm_head.weight.data[[3, 5]].mean(dim=0)
     examples = [rows[index] for index in range(6)]
     for size in SIZES:
@@ -111,7 +111,7 @@ def test_the_table_of_levels(tiny_m3):
     assert table["oracle"]["visual_tokens"] == pytest.approx((1 + 9 + 36) / 3)
     best = (cost[1][0], cost[9][1], cost[36][2])
     assert table["oracle"]["prefill_flops"] == pytest.approx(sum(c.flops for c in best) / 3)
-    # the first row stops at 1, the second goes on to 36, the third stops at 9; all that was tried is paid for
+    # the first row stops at 1, the second at 36, the third at 9; the costs of all levels that were tried count
     assert table["cascade"]["visual_tokens"] == pytest.approx((1 + (1 + 9 + 36) + (1 + 9)) / 3)
     paid = cost[1][0].flops + sum(cost[size][1].flops for size in SIZES) + cost[1][2].flops + cost[9][2].flops
     assert table["cascade"]["prefill_flops"] == pytest.approx(paid / 3)

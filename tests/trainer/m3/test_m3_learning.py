@@ -1,7 +1,7 @@
-"""The paper's ablation in small: a LLaVA trained on at all levels, against one trained on at all tokens and pooled.
+"""The paper's ablation in small: a LLaVA trained at all levels, compared with one trained at all tokens and pooled.
 
-Three of the digits, and seconds of training from a common start; the README has all ten, from random weights, with
-three seeds.
+This trains on three digits, for some seconds from a common start. docs/m3.md has the results for all ten digits, from
+random weights and with three seeds.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""M3Trainer: a step is the gradient of the averaged loss, with one run of the tower and one level's memory."""
+"""M3Trainer: a step has the gradient of the averaged loss, one run of the tower and the memory of one level."""
 
 import runpy
 import subprocess
@@ -57,7 +57,7 @@ def batch_of(trainer: M3Trainer, indices=range(4)) -> dict:
 
 
 def separate_losses(model, batch: dict) -> dict[int, torch.Tensor]:
-    """Each level from the pixels, by the model's own forward pass."""
+    """The loss of each level from the pixels, with the model's own forward pass."""
     return {
         size: model(**level, pixel_values=batch["pixel_values"], num_visual_tokens=size).loss
         for size, level in batch["levels"].items()
@@ -87,7 +87,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_the_gradient_of_the_mean_over_levels(name, make_trainer):
+def test_a_step_has_the_gradient_of_the_mean_over_levels(name, make_trainer):
     trainer = make_trainer(CASES[name])
     model, batch = trainer.model, batch_of(trainer)
     weights = model.config.scale_loss_weights or [1.0] * len(batch["levels"])
@@ -95,16 +95,18 @@ def test_a_step_is_the_gradient_of_the_mean_over_levels(name, make_trainer):
     expected_loss = sum(w * loss for w, loss in zip(weights, losses.values(), strict=True)) / sum(weights)
     expected_loss.backward()
     expected = gradients(model)
-    assert len({round(loss.item(), 4) for loss in losses.values()}) == len(losses), "levels must differ to prove a mean"
+    assert len({round(loss.item(), 4) for loss in losses.values()}) == len(losses), (
+        "the levels must have different losses"
+    )
     loss = trainer.training_step(model, batch)
     torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-6, rtol=0)
     assert_same(gradients(model), expected)
     tower = [key for key in expected if "vision_tower" in key and expected[key].abs().max() > 1e-4]
-    assert len(tower) > 10, "the gradient reaches the tower"
+    assert len(tower) > 10, "the gradient must reach the tower"
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_tower_runs_once_and_stays_when_frozen(frozen, make_trainer):
+def test_the_tower_runs_once_and_does_not_change_when_frozen(frozen, make_trainer):
     trainer = make_trainer(freeze_vision_tower=frozen)
     calls = {"tower": 0, "language": 0}
 
@@ -123,7 +125,7 @@ def test_the_tower_runs_once_and_stays_when_frozen(frozen, make_trainer):
 
 
 def test_accumulated_batches_are_not_scaled(make_trainer):
-    """Through Trainer's own loop: two micro-batches give the mean of their gradients."""
+    """In Trainer's own loop, two micro-batches give the mean of their gradients."""
     trainer = make_trainer(
         gradient_accumulation_steps=2,
         max_steps=1,
@@ -167,14 +169,14 @@ def test_bf16_follows_float32(make_trainer):
     assert torch.cosine_similarity(*steps, dim=0) > 0.99
 
 
-def test_the_peak_is_that_of_one_level(make_trainer):
-    """Levels of similar length, so that their sum could not pass for the largest alone."""
+def test_the_peak_memory_is_that_of_one_level(make_trainer):
+    """The levels have similar lengths, so the memory of both together would be clearly higher."""
     sizes = {"levels": [4, 36], "largest": [36]}
     peaks = {}
     for name, levels in sizes.items():
         trainer = make_trainer({"visual_token_sizes": levels})
         batch = batch_of(trainer, [*range(12)] * 4)
-        trainer.training_step(trainer.model, batch)  # gradients have their place now
+        trainer.training_step(trainer.model, batch)  # allocates the gradients
         peaks[name] = allocated_at_peak(lambda t=trainer, b=batch: t.training_step(t.model, b))
     trainer = make_trainer({"visual_token_sizes": [4, 36]})
     batch = batch_of(trainer, [*range(12)] * 4)
@@ -184,7 +186,7 @@ def test_the_peak_is_that_of_one_level(make_trainer):
     assert peaks["levels"] < 1.1 * peaks["largest"]
 
 
-def test_rows_without_images_are_learnt_too(make_trainer):
+def test_rows_without_images_are_trained_on_too(make_trainer):
     trainer = make_trainer()
     row = {"images": [], "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "two"}]}
     batch = trainer.data_collator([row])
@@ -239,8 +241,8 @@ if trainer.is_world_process_zero():
 """
 
 
-def test_two_processes_are_one(llava_path, tmp_path, monkeypatch):
-    """Two optimizer steps on gradients that travel once, with the last level, against the joined batch."""
+def test_two_processes_equal_one(llava_path, tmp_path, monkeypatch):
+    """Two optimizer steps with gradients that are exchanged once, with the last level, equal those of one process."""
     script = tmp_path / "train.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + TWO_PROCESSES)
     paths = {name: [str(tmp_path / name), str(tmp_path / f"{name}.pt")] for name in ("one", "two")}
@@ -254,6 +256,6 @@ def test_two_processes_are_one(llava_path, tmp_path, monkeypatch):
     start = MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path).state_dict()
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     for part in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model", "lm_head"):
-        assert max((one[n] - start[n]).abs().max() for n in one if part in n) > 1e-6, f"{part} must have moved"
+        assert max((one[n] - start[n]).abs().max() for n in one if part in n) > 1e-6, f"{part} must have changed"
     for name, value in one.items():
         torch.testing.assert_close(two[name] - start[name], value - start[name], rtol=1e-3, atol=2e-7, msg=name)

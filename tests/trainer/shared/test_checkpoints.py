@@ -1,4 +1,4 @@
-"""Nothing is lost: kills at random moments, signals, a full disk, checkpoints that were cut off."""
+"""Nothing is lost: kills at random moments, signals, a full disk, incomplete checkpoints."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def make_trainer(model, folder, evaluation=None, **kwargs) -> TwoDMSETrainer:
 
 
 def train_in_a_process(start: str, folder: str) -> None:
-    """What the tests run and kill: goes on from the newest complete checkpoint, slowly enough to be hit."""
+    """The run that the tests kill: it resumes the newest complete checkpoint, and is slow enough to be hit."""
     from transformers import TrainerCallback
 
     from modeling_2dmse import TwoDMSEModel
@@ -70,7 +70,7 @@ def train_in_a_process(start: str, folder: str) -> None:
 def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
     call = f"t.train_in_a_process({str(tmp_path / 'start')!r}, {str(folder)!r})"
     (tmp_path / "run.py").write_text(f"import test_checkpoints as t; {call}{LEAVE}")
-    environment = cpu_environment(ROOT, ROOT / "tests", ROOT / "tests" / "trainer")
+    environment = cpu_environment(ROOT, ROOT / "tests", Path(__file__).parent)
     command = [sys.executable, str(tmp_path / "run.py")]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -79,15 +79,15 @@ def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and all that it started; torchrun's workers have process groups of their own."""
+    """Send SIGKILL to the process and all its children; torchrun's workers have their own process groups."""
     launcher = psutil.Process(process.pid)
-    launcher.suspend()  # it starts no more
+    launcher.suspend()  # so that it starts no more children
     every = [launcher, *launcher.children(recursive=True)]
     for one in every:
         one.kill()
     process.communicate()
     _, alive = psutil.wait_procs(every[1:], timeout=60)
-    assert not alive, "a process survived its SIGKILL and would train on beside the next one"
+    assert not alive, "a process survived SIGKILL and would train at the same time as the next one"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -100,14 +100,14 @@ def test_killed_five_times_and_resumed_equals_uninterrupted_bit_for_bit(processe
     for attempt in range(5):
         process = launch(tmp_path, tmp_path / "killed", processes)
         staging = tmp_path / "killed" / STAGING
-        target = rng.randint(3, 4)  # steps of its own before it dies
+        target = rng.randint(3, 4)  # steps of this process before it is killed
         seen = 0
         for line in process.stdout:
             if line.startswith("step"):
                 seen += 1
             if seen >= target:
                 break
-        if attempt % 2:  # these die while a checkpoint is being written
+        if attempt % 2:  # these are killed while a checkpoint is written
             while not staging.exists() and process.poll() is None:
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.01)
@@ -117,11 +117,11 @@ def test_killed_five_times_and_resumed_equals_uninterrupted_bit_for_bit(processe
         kill(process)
         newest = find_checkpoint(str(tmp_path / "killed"))
         assert newest is None or find_problem(newest) is None
-    assert cut_while_writing, "no kill hit a checkpoint while it was written"
+    assert cut_while_writing, "no process was killed while it wrote a checkpoint"
     last = launch(tmp_path, tmp_path / "killed", processes)
     output, errors = last.communicate(timeout=200)
     assert last.returncode == 0, errors[-2000:]
-    assert int(output.split()[1]) > 1, "it did not begin anew"
+    assert int(output.split()[1]) > 1, "it resumed, and did not start again"
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     start = load_file(tmp_path / "start" / "model.safetensors")
     assert any(not torch.equal(one[name], start[name]) for name in one)
@@ -136,7 +136,7 @@ def pairs_file(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number, tiny_model, tmp_path, pairs_file):
+def test_a_signal_writes_a_checkpoint_and_prints_how_to_resume(number, tiny_model, tmp_path, pairs_file):
     tiny_model().save_pretrained(tmp_path / "start")
     flags = ["--model_name_or_path", str(tmp_path / "start"), "--train_file", pairs_file, "--max_steps", "5000"]
     flags += ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--use_cpu", "true", "--max_eval_samples", "0"]
@@ -176,13 +176,13 @@ def test_a_full_disk_gives_one_line_and_keeps_the_previous_checkpoint(part, tiny
     assert not (tmp_path / STAGING).exists()
 
 
-def test_a_really_full_disk(tiny_model, tmp_path, pairs_file, capsys):
-    """On a file system of a size that the first checkpoint fits into, the second does not."""
+def test_a_file_system_that_is_really_full(tiny_model, tmp_path, pairs_file, capsys):
+    """The first checkpoint fits on the file system, the second does not."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a small file system")
+        pytest.skip("a small file system cannot be mounted on this machine")
     try:
         tiny_model().save_pretrained(tmp_path / "start")
         flags = ["--model_name_or_path", str(tmp_path / "start"), "--train_file", pairs_file, "--max_steps", "4"]
@@ -194,14 +194,14 @@ def test_a_really_full_disk(tiny_model, tmp_path, pairs_file, capsys):
         assert "no space is left on the disk; checkpoint-1 is intact" in line
         assert find_checkpoint(str(disk / "out")) == str(disk / "out" / "checkpoint-1")
     finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)  # some file of it may still be mapped
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # one of its files may still be mapped
 
 
 @pytest.mark.parametrize(
     "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_warning(name, damage, finished_run, tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(name, damage, finished_run, tmp_path, caplog):
     shutil.copytree(finished_run, tmp_path / "out")
     assert find_checkpoint(str(tmp_path / "out")).endswith("checkpoint-22")
     path = tmp_path / "out" / "checkpoint-22" / name

@@ -1,4 +1,4 @@
-"""The order of rows: nothing lost, no duplicates in a block, sources apart, the same for the same seed and epoch."""
+"""The order of rows: no row is lost, no duplicates in a block, one source per block, reproducible."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from trainer.shared.sampling import BlockSampler, ResumableOrderMixin
 
 
 def _table(rows: int, name: str = "", repeat: int = 3) -> Dataset:
-    """Each anchor stands in `repeat` rows, and every fifth negative is another row's anchor."""
+    """Each anchor appears in `repeat` rows, and every fifth negative is the anchor of another row."""
     return Dataset.from_dict(
         {
             "anchor": [f"anchor {name} {row // repeat}" for row in range(rows)],
@@ -31,7 +31,7 @@ def _blocks(sampler: BlockSampler, epoch: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", BATCH_SAMPLERS)
 @pytest.mark.parametrize("rows", [60, 67])
-def test_every_row_comes_once_in_another_order_each_epoch(kind, rows):
+def test_every_row_comes_once_per_epoch_in_a_new_order(kind, rows):
     sampler = BlockSampler([_table(rows)], 10, kind, seed=1)
     first, second = _blocks(sampler, 0), _blocks(sampler, 1)
     for blocks in (first, second):
@@ -43,7 +43,7 @@ def test_every_row_comes_once_in_another_order_each_epoch(kind, rows):
 
 @pytest.mark.parametrize("block", [2, 7, 20])
 @pytest.mark.parametrize("keep_last", [True, False])
-def test_no_text_stands_in_two_rows_of_a_block(block, keep_last):
+def test_no_text_appears_in_two_rows_of_a_block(block, keep_last):
     table = _table(100)
     sampler = BlockSampler([table], block, "no_duplicates", keep_last=keep_last)
     blocks = _blocks(sampler)
@@ -55,7 +55,7 @@ def test_no_text_stands_in_two_rows_of_a_block(block, keep_last):
     for rows in _blocks(BlockSampler([table], block, "random")):
         texts = [{text for text in table[row].values() if text} for row in rows]
         met += len(set().union(*texts)) < sum(map(len, texts))
-    assert met, "at random, duplicates do meet"
+    assert met, "at random, some blocks have duplicates"
 
 
 def test_impossible_batches_are_refused():
@@ -92,8 +92,8 @@ def test_each_block_comes_from_one_source(kind):
 
 
 @pytest.mark.parametrize(("world", "strategy"), [(1, "random"), (2, "sequential"), (2, "random")])
-def test_several_processes_find_their_order_again(world, strategy):
-    """Where the order is random and shared, a resumed later epoch must have the order that it had."""
+def test_several_processes_resume_their_order(world, strategy):
+    """If several processes share a random order, a resumed epoch must have the same order as before."""
 
     class Plain:
         def _get_train_sampler(self, train_dataset=None):

@@ -1,4 +1,4 @@
-"""Texts for pre-training: every format, packing, streams, and what is refused."""
+"""Texts for pre-training: every format, packing, streams, and wrong files."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def test_every_format_gives_its_texts_of_three_words(tmp_path, suffix, streaming
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_packing_loses_no_token_and_fills_its_blocks(tmp_path, tokenizer, streaming):
+def test_packing_loses_no_token_and_fills_the_blocks(tmp_path, tokenizer, streaming):
     table = read_corpus(str(_write(tmp_path, ".txt")), "text", streaming)
     rows = tokenize_words(tokenizer, [row["text"] for row in table])
     joined = [token for row in rows for token in [*row["input_ids"], tokenizer.sep_token_id]][:-1]
@@ -51,7 +51,7 @@ def test_packing_loses_no_token_and_fills_its_blocks(tmp_path, tokenizer, stream
             assert (word == -1) == (token == tokenizer.sep_token_id)
 
 
-def test_a_stream_begins_again_and_numbers_its_rows(tmp_path):
+def test_a_stream_starts_again_and_numbers_its_rows(tmp_path):
     table = read_corpus(str(_write(tmp_path, ".txt")), "text", streaming=True)
     count = len(list(table))
     rows = [row for row, _ in zip(endless(table, seed=0), range(2 * count + 3), strict=False)]
@@ -75,7 +75,9 @@ def test_wrong_files_are_refused(tmp_path):
         refused(
             _write(tmp_path, ".csv"), r"there is no column text \(--text_column\) among id, body", streaming=streaming
         )
-    refused(_write(tmp_path, ".txt"), "text_column: .* has no column body; the column of a .txt file is text", column="body")
+    refused(
+        _write(tmp_path, ".txt"), "text_column: .* has no column body; the column of a .txt file is text", column="body"
+    )
     (tmp_path / "texts.doc").write_text("some words here")
     refused(tmp_path / "texts.doc", "eval_file: .* has an unknown format", argument="eval_file")
 
@@ -88,7 +90,7 @@ def test_unlabeled_texts_come_from_lines_corpora_and_training_tables(tmp_path):
     for name in ("lines.txt", "corpus.jsonl", "pairs.csv"):
         path = str(tmp_path / name)
         texts = read_unlabeled_texts(path, 100, seed=0)
-        assert sorted(texts) == sorted(SENTENCES), "all of them, each once"
+        assert sorted(texts) == sorted(SENTENCES), "all of them once"
         assert len(set(read_unlabeled_texts(path, 6, seed=0))) == 6
         assert read_unlabeled_texts(path, 6, seed=0) == read_unlabeled_texts(path, 6, seed=0)
         assert read_unlabeled_texts(path, 6, seed=0) != read_unlabeled_texts(path, 6, seed=1)

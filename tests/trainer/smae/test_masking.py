@@ -1,4 +1,4 @@
-"""Whole-word masks: their rates, what they never touch, and what decides them."""
+"""Whole-word masks: their rates, tokens that are never masked, and reproducibility."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ TEXTS = [" ".join(SENTENCES[start : start + 3]) for start in range(len(SENTENCES
 
 
 def _train(kind: str) -> PreTrainedTokenizerFast:
-    """A small tokenizer of each kind, trained on the sentences so that most words are of several tokens."""
+    """A small tokenizer of each kind, trained on the sentences, so that most words have several tokens."""
     special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
     if kind == "wordpiece":
         raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -45,7 +45,7 @@ def _batch(tokenizer, texts=TEXTS, **kwargs):
 
 
 def _words(tokenizer, texts, width):
-    """Word numbers by text.split alone: the word that each token's first letter belongs to; -1 elsewhere."""
+    """Word numbers from spaces only: the word of each token's first letter; -1 for special tokens and padding."""
     numbers = np.full((len(texts), width), -1)
     encoded = tokenizer(texts, return_offsets_mapping=True)
     for row, (text, offsets) in enumerate(zip(texts, encoded["offset_mapping"], strict=True)):
@@ -67,14 +67,14 @@ def test_rates_containment_and_whole_words(pieces):
             tokens = torch.from_numpy(numbers == word)
             total += 1
             for name, mask in (("encoder", encoder), ("decoder", decoder)):
-                assert mask[row][tokens].all() or not mask[row][tokens].any(), "a broken word"
+                assert mask[row][tokens].all() or not mask[row][tokens].any(), "a word is masked only in part"
                 chosen[name] += bool(mask[row][tokens].all())
     assert total > 10_000
     assert chosen["encoder"] / total == pytest.approx(0.2, abs=0.01)
     assert chosen["decoder"] / total == pytest.approx(0.4, abs=0.01)
 
 
-def test_special_tokens_and_padding_are_left_alone(pieces):
+def test_special_tokens_and_padding_are_never_masked(pieces):
     batch = _batch(pieces)
     plain = pieces(TEXTS, padding=True, return_tensors="pt")["input_ids"]
     plain = torch.nn.functional.pad(plain, (0, batch["input_ids"].shape[1] - plain.shape[1]), value=pieces.pad_token_id)
@@ -99,7 +99,7 @@ def test_eighty_ten_ten(pieces):
     assert not torch.equal(batch["input_ids"], batch["decoder_input_ids"])
 
 
-def test_seed_process_epoch_and_batch_decide(tokenizer):
+def test_masks_depend_on_seed_process_epoch_and_batch(tokenizer):
     first = _batch(tokenizer, seed=1)
     assert all(torch.equal(first[key], value) for key, value in _batch(tokenizer, seed=1).items())
     collator = MaskingCollator(tokenizer, 64, seed=1)
@@ -111,7 +111,7 @@ def test_seed_process_epoch_and_batch_decide(tokenizer):
         assert not torch.equal(first["decoder_input_ids"], other["decoder_input_ids"])
 
 
-def test_long_texts_are_cropped_at_random_and_all_of_a_text_is_seen(tokenizer):
+def test_long_texts_are_cropped_at_random_positions(tokenizer):
     text = " ".join(SENTENCES)
     whole = tokenize_words(tokenizer, [text])[0]["input_ids"]
     collator, seen = MaskingCollator(tokenizer, 16), set()
@@ -123,7 +123,7 @@ def test_long_texts_are_cropped_at_random_and_all_of_a_text_is_seen(tokenizer):
         tokens = torch.where(batch["decoder_labels"] != IGNORED, batch["decoder_labels"], batch["decoder_input_ids"])
         row = tokens[0, 1:-1].tolist()
         starts = [i for i in range(len(whole) - 13) if whole[i : i + 14] == row]
-        assert starts, "a crop is a run of the text"
+        assert starts, "a crop is a contiguous part of the text"
         seen.update(starts)
     assert min(seen) < 10
     assert max(seen) > len(whole) - 24
@@ -131,7 +131,7 @@ def test_long_texts_are_cropped_at_random_and_all_of_a_text_is_seen(tokenizer):
 
 
 def test_masks_equal_a_loop_on_counts():
-    """Each text has floor or ceil of rate * words masked words, whatever its neighbours."""
+    """In each text, floor or ceil of rate * words words are masked, independent of the other texts."""
     rng = np.random.default_rng(0)
     words = np.full((50, 30), -1)
     for row in range(50):

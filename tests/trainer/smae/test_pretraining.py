@@ -1,4 +1,4 @@
-"""SmaeTrainer: learning, per-size figures, accumulation, resuming with rows, blocks and streams, two processes."""
+"""SmaeTrainer: learning, metrics per size, accumulation, resuming with rows, blocks and streams, two processes."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def _texts(kind: str, model):
 
 
 class Catch(TrainerCallback):
-    """Copies the gradients right before the optimizer's step."""
+    """Copies the gradients before the optimizer step."""
 
     def __init__(self, model):
         self.model = model
@@ -111,7 +111,7 @@ def test_evaluation_is_the_mean_over_all_masked_tokens_and_the_same_each_time(ti
 
 @pytest.mark.parametrize("kind", ["rows", "packed", "stream", "packed stream"])
 def test_resumed_equals_uninterrupted(kind, tiny_smae, tmp_path):
-    """Over the end of the data too: 8 steps of 4 rows read the 20 texts more than once."""
+    """Also past the end of the data: 8 steps of 4 rows read the 20 texts more than once."""
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole, half = tiny_smae(), tiny_smae()
     first = SmaeTrainer(model=whole, args=arguments(tmp_path / "a", **settings), train_dataset=_texts(kind, whole))
@@ -211,7 +211,7 @@ trainer.accelerator.end_training()
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
-    """Their weights stay the same, so the gradients are synchronised, and their masks differ."""
+    """The weights of both processes stay equal, so the gradients are synchronized, and the masks differ."""
     model = tiny_smae()
     model.save_pretrained(tmp_path / "start")
     model.encoder.tokenizer.save_pretrained(tmp_path / "start")
