@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,13 @@ def test_only_safetensors_and_the_tokenizer_are_written(tiny_model, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "modeling_2dmse.py"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
+
+
+def test_the_folder_has_the_code_that_it_needs(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    project = {path.name for path in (Path(__file__).parents[2] / "modeling_2dmse").glob("*.py")}
+    pre_training = {"configuration_smae.py", "masked_loss.py", "mlm_head.py", "modeling_smae.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == project - pre_training - {"__init__.py"}
 
 
 def test_a_model_without_a_tokenizer_saves_and_says_what_is_missing(tmp_path):
