@@ -38,7 +38,8 @@ def model_folder(tiny_model, tmp_path):
 
 WANTED = {
     "config.json", "model.safetensors", "tokenizer.json", "modeling_2dmse.py", "configuration_2dmse.py", "backbone.py",
-    "batching.py", "formats.py", "encoding.py", "modules.json", "1_Pooling/config.json", "README.md", "results.json", "heatmap.png",
+    "batching.py", "formats.py", "encoding.py", "modules.json", "1_Pooling/config.json", "README.md", "results.json",
+    "heatmap.png",
 }  # fmt: skip
 
 
