@@ -98,6 +98,8 @@ def check(model_args: ModelArguments, settings: FrancaSettings, data_args: DataA
     """ValueError for wrong input that shows without the libraries that the training needs."""
     cli.exactly_one(model_args, "model_name_or_path", "backbone_config", "the backbone")
     cli.exactly_one(data_args, "train_dir", "dataset_name", "the images")
+    if data_args.train_dir is not None and not os.path.isdir(data_args.train_dir):
+        raise ValueError(f"train_dir: {data_args.train_dir} is not a folder")
     if model_args.model_name_or_path is not None:
         checks.check_model(model_args.model_name_or_path)
 

@@ -1,11 +1,8 @@
 """Reading images for the scripts, from a folder or a dataset of the Hub."""
 
-import argparse
 import os
 
 import datasets
-
-from run_scripts.shared import cli
 
 
 def read_pictures(
@@ -20,8 +17,8 @@ def read_pictures(
     """
     Args:
         role: `train` or `test`, for messages, which name the argument `ROLE_dir`.
-        folder: folder of images, or of one folder of images per class.
-        dataset_name, config, split: dataset of the Hub, instead of a folder.
+        folder: folder of images, or of one folder of images per class; None for a dataset of the Hub.
+        dataset_name, config, split: that dataset.
         image_column: column of the images.
         label_column: column of the classes, if they are needed; with a folder, any name.
 
@@ -29,11 +26,8 @@ def read_pictures(
         a table with the columns `image`, `index` and, with a `label_column`, `label`.
 
     Raises:
-        ValueError: both or neither are named, the folder does not exist or cannot be read, a column is missing, or the
-            image column has no images.
+        ValueError: the folder does not exist or cannot be read, a column is missing, or the image column has no images.
     """
-    named = argparse.Namespace(**{f"{role}_dir": folder, "dataset_name": dataset_name})
-    cli.exactly_one(named, f"{role}_dir", "dataset_name", "the images")
     if folder is None:
         table, source = datasets.load_dataset(dataset_name, config, split=split), dataset_name
     else:
