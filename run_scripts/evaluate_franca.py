@@ -100,7 +100,7 @@ def check(args: EvaluationArguments) -> None:
         raise ValueError("save_rasa: there is nothing to fold in with --rasa_images 0")
     checks.check_no_results(args.output_dir, args.overwrite)
     for name in ("train_dir", "test_dir"):
-        cli.exactly_one(args, name, "dataset_name", "the pictures")
+        cli.exactly_one(args, name, "dataset_name", "the images")
         folder = getattr(args, name)
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(f"{name}: {folder} is not a folder")

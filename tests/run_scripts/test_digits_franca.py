@@ -1,4 +1,4 @@
-"""Nesting on scikit-learn's digits: the parts, the views and the script."""
+"""Nesting on scikit-learn's digits: the parts of the data, the views and the script."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_the_parts_do_not_overlap():
     assert not rows & {tuple(row) for row in torch.cat((parts.train, parts.test)).flatten(1).tolist()}
 
 
-def test_views_are_a_function_of_seed_and_epoch():
+def test_views_depend_on_seed_and_epoch():
     digits = load_parts()
     assert (len(digits.train), len(digits.test)) == (1347, 450)
     examples = [{"pixels": digits.train[i], "index": i} for i in range(8)]

@@ -1,4 +1,4 @@
-"""encode.py: every size from one pass, the same files from a killed run and from several processes."""
+"""encode.py: every size from one pass, and the same files after a killed run and from several processes."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def whole(folder: Path, size: str) -> tuple[list[str], np.ndarray]:
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
-def test_shards_hold_what_encode_gives(start, format, precision):
+def test_shards_hold_what_encode_returns(start, format, precision):
     encode.main(flags(start, "out", "--format", format, "--precision", precision))
     model = TwoDMSEModel.from_pretrained(start / "model")
     for num_layers, dim in ((1, 8), (2, 16), (4, 32)):
@@ -63,10 +63,10 @@ def test_shards_hold_what_encode_gives(start, format, precision):
         else:
             close = quantize(expected, precision).numpy()
             assert rows.dtype == close.dtype
-            assert (rows == close).mean() > 0.99  # a value on the edge may fall to either side
+            assert (rows == close).mean() > 0.99  # a value on the edge may be rounded to either side
 
 
-def test_run_again_it_encodes_nothing_and_what_changed_alone(start, monkeypatch):
+def test_a_second_run_encodes_only_what_has_changed(start, monkeypatch):
     encode.main(flags(start, "out"))
     before = contents(start / "out")
     calls = []
@@ -94,14 +94,14 @@ def test_run_again_it_encodes_nothing_and_what_changed_alone(start, monkeypatch)
 def launch(folder: Path, name: str, processes: int = 1):
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *several, "run_scripts/encode.py"]
-    # As many threads as here: another number rounds differently.
+    # As many threads as in this process: with another number, rounding differs.
     environment = cpu_environment(OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
     return subprocess.Popen(
         [*command, *flags(folder, name)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def test_killed_and_run_again_the_files_are_those_of_one_run(start):
+def test_a_killed_and_repeated_run_writes_the_files_of_one_run(start):
     encode.main(flags(start, "whole"))
     for shards in (1, 4):
         process = launch(start, "out")
@@ -118,7 +118,7 @@ def test_two_processes_write_the_files_of_one(start):
     process = launch(start, "two", processes=2)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
-    assert 0 < int(re.search(rb"(\d+) encoded here", printed)[1]) < len(TEXTS), "the first process did a part alone"
+    assert 0 < int(re.search(rb"(\d+) encoded here", printed)[1]) < len(TEXTS), "the first process did only a part"
     assert set(contents(start / "two")) == set(contents(start / "one"))
     for size in ("1x8", "4x32"):
         (ids, rows), (other_ids, other_rows) = whole(start / "two", size), whole(start / "one", size)
@@ -153,7 +153,7 @@ def test_wrong_input_ends_in_one_line(start, capsys):
         (["--batch_size", "0"], "batch_size: 0 is not allowed"),
         (["--sizes", "9x8"], "9x8"),
         (["--input", str(start / "none.txt")], "is not a file"),
-        (["--input", str(start / "empty.txt"), "--output_dir", str(start / "e")], "holds no text"),
+        (["--input", str(start / "empty.txt"), "--output_dir", str(start / "e")], "has no texts"),
         (["--output_dir", str(start / "mine")], "holds something else; choose another folder"),
         (["--prompt_name", "query"], "prompt_name: 'query' is unknown"),
     ):

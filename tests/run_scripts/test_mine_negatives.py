@@ -47,7 +47,7 @@ def test_end_to_end(suffix, files, tmp_path, capsys):
     table = check_table(read_table(str(path)))
     assert table.column_names == ["anchor", "positive", "negative", "negative_1"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    # against a plain loop at the smallest size of the ladder
+    # compared with a plain loop at the smallest size of the ladder
     model, pairs = TwoDMSEModel.from_pretrained(tmp_path / "model"), read_table(str(tmp_path / "pairs.csv"))
     assert table.select_columns(["anchor", "positive"]).to_dict() == pairs.to_dict()
     documents = SENTENCES[1::2]
@@ -66,7 +66,7 @@ def test_awkward_texts_survive_in_every_format(files, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     change = {"--corpus_file": [str(tmp_path / "corpus.jsonl")], "--num_negatives": ["6"], "--range_min": ["0"]}
     for suffix in FORMATS:
-        path = str(tmp_path / f"mined.jsonl{suffix}")  # the last suffix counts
+        path = str(tmp_path / f"mined.jsonl{suffix}")  # only the last suffix counts
         main(flags(files | change | {"--output_file": [path]}))
         table = check_table(read_table(path))
         assert len(table) == 11
@@ -76,7 +76,7 @@ def test_awkward_texts_survive_in_every_format(files, tmp_path):
 def test_rows_with_too_few_negatives_are_dropped_and_counted(files, tmp_path, capsys):
     main(flags(files | {"--num_negatives": ["8"], "--sampling": ["random"]}))
     table = read_table(files["--output_file"][0])
-    assert len(table) == 9  # the anchor with two positives has eight documents left, of which one is skipped
+    assert len(table) == 9  # eight documents are left for the anchor with two positives, and one of them is skipped
     assert SENTENCES[0] not in table["anchor"]
     assert "2 rows dropped, with fewer than 8 left" in capsys.readouterr().out
 

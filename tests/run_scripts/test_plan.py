@@ -1,4 +1,4 @@
-"""plan.py prints costs and scores of every size, and one choice."""
+"""plan.py prints the costs and scores of every size, and one choice."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Publishing, against a stand-in of the Hub's HTTP API on loopback."""
+"""Publishing, with a local server that imitates the Hub's HTTP API."""
 
 import base64
 import json
@@ -60,7 +60,7 @@ def test_dry_run_writes_and_lists_what_would_be_uploaded(model_folder, tmp_path,
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few calls that creating a repository and one commit take; everything is noted in `server.calls`."""
+    """Answers the few calls that create a repository and one commit, and records them in `server.calls`."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

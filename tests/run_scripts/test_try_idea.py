@@ -21,7 +21,7 @@ LARGEST = Size(4, 32)
 
 @pytest.fixture
 def make(tiny_model, tmp_path):
-    """A function from the strengths of ideas to their trainer, around a model with random projections."""
+    """A function from the strengths of ideas to their trainer, with a model that has random projections."""
 
     def trainer(strengths: dict[str, float], rows: Dataset = ROWS, projected=True, **kwargs):
         settings = {
@@ -36,7 +36,7 @@ def make(tiny_model, tmp_path):
 
 
 def loss_and_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
-    """Of the first rows, without dropout."""
+    """The loss of the first rows and its gradients, without dropout."""
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
@@ -55,7 +55,7 @@ def test_weights_of_the_largest_size(make):
     assert [a[:3] for a in changed.alignments] == [a[:3] for a in usual.alignments]
 
 
-def test_drawn_sizes_come_on_top_and_change_from_step_to_step(make):
+def test_drawn_sizes_are_added_and_change_from_step_to_step(make):
     trainer, usual = make({"drawn_sizes": 2}, sizes=["1x8", "3x16", "4x32"]), plan(make({}, sizes=["1x8", "4x32"]))
     seen = set()
     for trainer.state.global_step in range(20):
@@ -103,7 +103,7 @@ def test_rates_fall_from_layer_to_layer(make):
 
 
 def test_angle_is_added_to_cosent(make, monkeypatch):
-    monkeypatch.setitem(SCORE_LOSSES, "cosent+angle", None)  # so that it is gone afterwards
+    monkeypatch.setitem(SCORE_LOSSES, "cosent+angle", None)  # removed again after the test
     losses = {
         loss: loss_and_gradients(make({}, SCORED, loss=loss, alignment="none"))[0] for loss in ("cosent", "angle")
     }
