@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainer import arguments, objectives
 from trainer.arguments import TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainingArguments
 from trainer.m3.trainer import M3TrainingArguments
@@ -42,3 +43,10 @@ def test_bf16_follows_the_launcher(kind, tmp_path, monkeypatch):
                 monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
             assert kind(output_dir=str(tmp_path), use_cpu=True).bf16 is expected, (capable, launched)
             assert kind(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+
+
+def test_the_names_in_the_arguments_are_those_of_the_implementations():
+    """They are stated separately, so that arguments can be read without the modeling code."""
+    assert tuple(objectives.OBJECTIVES) == arguments.OBJECTIVES
+    assert set(objectives.DEFAULT_ALIGNMENT) <= set(arguments.OBJECTIVES)
+    assert set(objectives.DEFAULT_ALIGNMENT.values()) <= set(arguments.ALIGNMENTS)

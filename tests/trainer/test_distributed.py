@@ -52,8 +52,7 @@ def make_trainer(model, folder, objective, alignment, loss, unlabeled_texts=None
         seed=3,
         **kwargs,
     )
-    rows = TRIPLETS if loss == "infonce" else SCORED
-    rows = Dataset.from_dict(rows)
+    rows = Dataset.from_dict(TRIPLETS if loss == "infonce" else SCORED)
     trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, unlabeled_texts=unlabeled_texts)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -377,8 +376,7 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
             logging_steps=1,
             **({"bf16": False} | settings),
         )
-        rows = Dataset.from_dict(TRIPLETS)
-        trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, unlabeled_texts=unlabeled_texts)
+        trainer = TwoDMSETrainer(model, args, Dataset.from_dict(TRIPLETS), unlabeled_texts=unlabeled_texts)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         moved = [after.detach() - old for after, old in zip(model.parameters(), before, strict=True)]
