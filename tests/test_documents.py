@@ -105,6 +105,7 @@ def test_links_and_paths_exist(page):
     local = [link.partition("#")[0] for link in links(text) if "://" not in link]
     missing = [link for link in local if link and not (page.parent / link).exists()]
     assert not missing
-    assert not [path for path in paths(text) if not (ROOT / path).exists()]
+    if page.name != "CHANGELOG.md":  # which names files that have moved
+        assert not [path for path in paths(text) if not (ROOT / path).exists()]
     own = re.compile(r"2dmse|twodmse", re.IGNORECASE)
     assert not [link for link in links(text) if "://" in link and own.search(link)], "the project is linked relatively"
