@@ -164,8 +164,12 @@ def supports_inputs_embeds(backbone: nn.Module) -> bool:
 def count_positions(backbone: PreTrainedModel) -> int:
     """Longest input that the backbone has positions for, in tokens."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
-    # RoBERTa-style models count positions from after the padding index.
-    return positions - sum(index + 1 for index in _padding_indices(backbone))
+    return positions - first_position(backbone)
+
+
+def first_position(backbone: nn.Module) -> int:
+    """The position of a text's first token: RoBERTa-style models count from after the padding index, others from 0."""
+    return sum(index + 1 for index in _padding_indices(backbone))
 
 
 def _padding_indices(backbone: nn.Module) -> list[int]:

@@ -1,4 +1,4 @@
-"""Texts in batches of similar length: argument checks, tokenization, padding, grouping, and a pass over many texts."""
+"""Texts in batches of similar length: argument checks, grouping, and a pass over many texts."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,12 +9,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .tokens import Tokens, tokenize
+
 # Texts that are tokenized at once.
 _PIECE = 4096
 # On a CPU, a batch with more tokens does not fit into the caches.
-_CPU_TOKENS = 2048
-# A progress bar appears from this many batches on; shorter work ends before anyone would read it.
-_BATCHES_FOR_A_BAR = 20
+CPU_TOKENS = 2048
+# The fewest and the most tokens per batch on a GPU.
+_GPU_TOKENS = (8192, 131_072)
+# A progress bar appears from this many texts on; shorter work ends before anyone would read it.
+_TEXTS_FOR_A_BAR = 640
 
 
 def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
@@ -35,19 +39,6 @@ def check_batch_size(batch_size: int) -> None:
     """ValueError unless `batch_size` is a whole number from 1."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} is not allowed; use a whole number from 1")
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[dict]:
-    """One dict of token lists per text, not padded."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
-    keys = [key for key in encoded if key in ("input_ids", "attention_mask", "token_type_ids")]
-    return [{key: encoded[key][row] for key in keys} for row in range(len(texts))]
-
-
-def pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict], device=None) -> dict[str, torch.Tensor]:
-    """Rows of tokens as (batch, longest) tensors, padded on the right whatever side the tokenizer is set to."""
-    batch = tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def row_lengths(mask: torch.Tensor) -> list[int]:
@@ -100,24 +91,31 @@ def back_in_order(groups: list[tuple[np.ndarray, int]]) -> torch.Tensor:
 
 
 def pooled_states(
-    forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    forward: Callable[[dict], torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     max_length: int,
-    batch_size: int,
-    device,
-    show_progress_bar: bool | None,
+    batch_tokens: int,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    show_progress_bar: bool | None = None,
 ) -> torch.Tensor:
     """Run `forward` over the texts, longest first, and put the rows back in the order of the texts.
 
+    The next texts are tokenized while the model is busy with the current ones. Results stay on the device until a piece
+    of some thousand texts is done, and are copied while the next piece runs.
+
     Args:
-        forward: maps a padded batch on `device` to (exits, batch, hidden).
+        forward: maps a batch on `device`, padded or packed, to (exits, texts of the batch, hidden).
         tokenizer: of the model.
         texts: at least one.
         max_length: in tokens; longer texts are truncated.
-        batch_size: texts per batch when they are the longest; see `token_batches`.
+        batch_tokens: most tokens per batch.
+        batch_size: most texts per batch when they are the longest; shorter texts come in larger batches.
         device: where the batches go.
-        show_progress_bar: None shows one for work of 20 batches or more, on a terminal.
+        packed: whether the batches are packed rows instead of padded ones.
+        show_progress_bar: None shows one for long work, on a terminal.
 
     Returns:
         (exits, len(texts), hidden), float32, on the CPU.
@@ -125,33 +123,64 @@ def pooled_states(
     Raises:
         ValueError: there are no texts.
     """
-    # Tokenized in pieces, so that a long corpus never exists as Python lists of numbers; the next piece is tokenized
-    # while the model is busy with the current one.
-    piece = max(batch_size, _PIECE)
-    starts = range(0, len(texts), piece)
-    bar = _progress_bar(len(texts), batch_size, show_progress_bar)
-    output = None
-    most = _CPU_TOKENS if torch.device(device).type == "cpu" else sys.maxsize
-    with ThreadPoolExecutor(1) as tokenizing:
-        waiting = [tokenizing.submit(tokenize, tokenizer, texts[s : s + piece], max_length) for s in starts[:1]]
-        for start in starts:
-            rows = waiting.pop().result()
-            if start + piece < len(texts):
-                following = texts[start + piece : start + 2 * piece]
-                waiting.append(tokenizing.submit(tokenize, tokenizer, following, max_length))
-            for index in token_batches([len(row["input_ids"]) for row in rows], batch_size, most):
-                states = forward(pad(tokenizer, [rows[i] for i in index], device)).float().cpu()
-                if output is None:
-                    output = torch.empty(states.shape[0], len(texts), states.shape[2])
-                output[:, torch.from_numpy(index + start)] = states
-                bar.update(len(index))
-    bar.close()
-    if output is None:
+    if not texts:
         raise ValueError("texts: the list is empty; give at least one text")
-    return output
+    gathered: list[torch.Tensor] = []
+    bar = _progress_bar(len(texts), show_progress_bar)
+    output = _Output(len(texts))
+    for start, tokens in _tokenized(tokenizer, texts, max_length):
+        rows = []
+        for index in token_batches(tokens.lengths, batch_size, batch_tokens):
+            batch = tokens.take(index)
+            gathered.append(forward(batch.packed(device) if packed else batch.padded(device)).float())
+            rows.append(index)
+            bar.update(len(index))
+        output.add(start, np.concatenate(rows), torch.cat(gathered, dim=1))
+        gathered.clear()
+    bar.close()
+    return output.finish()
 
 
-def token_batches(lengths: Sequence[int], batch_size: int, most: int = sys.maxsize) -> Iterator[np.ndarray]:
+def _tokenized(tokenizer, texts: Sequence[str], max_length: int) -> Iterator[tuple[int, Tokens]]:
+    """(first text, tokens) of each piece of the texts; a thread is always one piece ahead."""
+    starts = range(0, len(texts), _PIECE)
+    with ThreadPoolExecutor(1) as pool:
+        work = lambda start: pool.submit(tokenize, tokenizer, texts[start : start + _PIECE], max_length)
+        following = work(0)
+        for start in starts:
+            tokens = following.result()
+            if start + _PIECE < len(texts):
+                following = work(start + _PIECE)
+            yield start, tokens
+
+
+class _Output:
+    """(exits, texts, hidden) on the CPU, filled piece by piece; a piece is copied when the next one has started."""
+
+    def __init__(self, texts: int):
+        self.texts = texts
+        self.whole: torch.Tensor | None = None
+        self.waiting: tuple[int, np.ndarray, torch.Tensor] | None = None
+
+    def add(self, start: int, rows: np.ndarray, states: torch.Tensor) -> None:
+        self._copy()
+        self.waiting = start, rows, states
+
+    def finish(self) -> torch.Tensor:
+        self._copy()
+        assert self.whole is not None
+        return self.whole
+
+    def _copy(self) -> None:
+        if self.waiting is None:
+            return
+        start, rows, states = self.waiting
+        if self.whole is None:
+            self.whole = torch.empty(states.shape[0], self.texts, states.shape[2])
+        self.whole[:, torch.from_numpy(rows + start)] = states.cpu()
+
+
+def token_batches(lengths: Sequence[int], batch_size: int | None, most: int = sys.maxsize) -> Iterator[np.ndarray]:
     """Rows, longest first, in batches of equal token counts: shorter rows come in larger batches.
 
     Args:
@@ -162,15 +191,29 @@ def token_batches(lengths: Sequence[int], batch_size: int, most: int = sys.maxsi
     >>> [rows.tolist() for rows in token_batches([2, 8, 4, 4, 1], 1)]
     [[1], [2, 3], [0, 4]]
     """
-    order = np.argsort([-length for length in lengths], kind="stable")
-    tokens, first = min(most, batch_size * lengths[order[0]]), 0
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    tokens, first = most if batch_size is None else min(most, batch_size * int(lengths[order[0]])), 0
     while first < len(order):
-        rows = order[first : first + max(1, tokens // max(1, lengths[order[first]]))]
+        rows = order[first : first + max(1, tokens // max(1, int(lengths[order[first]])))]
         yield rows
         first += len(rows)
 
 
-def _progress_bar(texts: int, batch_size: int, show: bool | None):
+def default_batch_tokens(device: torch.device, hidden_size: int, intermediate_size: int) -> int:
+    """Tokens per batch that suit a device: what stays in a CPU's caches, or what an eighth of a GPU's free memory
+    holds, between 8,192 and 131,072."""
+    if device.type == "cpu":
+        return CPU_TOKENS
+    if device.type != "cuda":
+        return _GPU_TOKENS[0]
+    # A layer's largest states in float32: the two sides of the activation, and some of the model's width.
+    per_token = 4 * (2 * intermediate_size + 8 * hidden_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(min(max(free // 8 // per_token, _GPU_TOKENS[0]), _GPU_TOKENS[1]))
+
+
+def _progress_bar(texts: int, show: bool | None):
     # By default a bar needs long work and a terminal (tqdm's disable=None).
-    disable = (True if texts < _BATCHES_FOR_A_BAR * batch_size else None) if show is None else not show
+    disable = (True if texts < _TEXTS_FOR_A_BAR else None) if show is None else not show
     return logging.tqdm(total=texts, desc="Encoding", unit="text", leave=False, disable=disable)

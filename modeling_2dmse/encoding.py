@@ -8,9 +8,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import count_positions
-from .batching import check_batch_size, check_texts, pooled_states
+from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
 from .configuration_2dmse import TwoDMSEConfig
 from .formats import quantize
+from .packing import find_packing
 from .pooling import cut_and_normalize
 
 # The mixin is combined with PreTrainedModel, and calls its methods; type checkers need to know them.
@@ -33,6 +34,7 @@ class EncodeMixin(_Model):
     backbone: PreTrainedModel
     _tokenizer: PreTrainedTokenizerBase | None
     _hub_kwargs: dict
+    _packs: bool | None
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +72,7 @@ class EncodeMixin(_Model):
         texts: str | Sequence[str],
         num_layers: int | None = None,
         dim: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
         max_length: int | None = None,
@@ -84,14 +86,14 @@ class EncodeMixin(_Model):
             texts: a string, or a list of strings.
             num_layers: layers to run, 1 to N; default: all layers of this model.
             dim: dimensions to keep, 1 to the hidden size; default: `config.dim`.
-            batch_size: texts per batch when they are the longest. Batches of shorter texts hold more texts and as many
-                tokens (on a CPU at most 2,048 tokens, which is faster there).
+            batch_size: most texts per batch when they are the longest. Batches of shorter texts hold more texts and as
+                many tokens. Default: as many tokens as suit the device, see `batching.default_batch_tokens`.
             prompt: text put in front of every text.
             prompt_name: name of one of `config.prompts` to put in front, if `prompt` is not given.
             max_length: in tokens; longer texts are truncated.
             precision: `float32`, `float16`, `int8` or `binary`, see `formats.quantize`.
             convert_to_tensor: return a tensor on the model's device instead of a numpy array.
-            show_progress_bar: default: for work of 20 batches or more, on a terminal.
+            show_progress_bar: default: for 640 texts or more, on a terminal.
 
         Returns:
             (len(texts), dim) unit vectors in the order of the texts, or (dim,) for a single string.
@@ -102,7 +104,8 @@ class EncodeMixin(_Model):
         """
         dim = self.config.dim if dim is None else self._check_dim(dim)
         layers = [self.num_layers if num_layers is None else num_layers]
-        check_batch_size(batch_size)
+        if batch_size is not None:
+            check_batch_size(batch_size)
         texts, single = check_texts(texts)
         states = self.encode_states(
             texts, layers, batch_size, self.find_prompt(prompt, prompt_name), max_length, show_progress_bar
@@ -115,7 +118,7 @@ class EncodeMixin(_Model):
         self,
         texts: Sequence[str],
         layers: Iterable[int] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         prompt: str = "",
         max_length: int | None = None,
         show_progress_bar: bool | None = None,
@@ -145,12 +148,26 @@ class EncodeMixin(_Model):
                     self.tokenizer,
                     [prompt + text for text in texts] if prompt else texts,
                     min(max_length or self.max_length, self.max_length),
+                    self._batch_tokens(),
                     batch_size,
                     self.device,
-                    show_progress_bar,
+                    packed=self.device.type != "cpu" and self.packs,
+                    show_progress_bar=show_progress_bar,
                 )
         finally:
             self.train(training)
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts may run as one packed row; found by trying on first use, see `packing.find_packing`."""
+        if self._packs is None:
+            self._packs = find_packing(self.backbone)
+        return self._packs
+
+    def _batch_tokens(self) -> int:
+        config = self.config.backbone_config
+        width = getattr(config, "intermediate_size", None) or 4 * self.config.hidden_size
+        return default_batch_tokens(self.device, self.config.hidden_size, width)
 
     def find_prompt(self, prompt: str | None = None, name: str | None = None) -> str:
         """The text to put in front of every text.

@@ -28,6 +28,7 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .loading import check_loaded, hub_kwargs
 from .outputs import TwoDMSEOutput
+from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
@@ -83,6 +84,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             deeper = "|".join(str(n) for n in range(config.num_layers, stored))
             self._keys_to_ignore_on_load_unexpected = [rf"^(backbone\.{stack}|exit_projections)\.({deeper})\."]
         self._tokenizer = None
+        self._packs = None
         self._hub_kwargs = {}
         self.post_init()
 
@@ -130,6 +132,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             final_norm=check_exits(backbone, stack),
             dtype=backbone.dtype,
         )
+        config._attn_implementation = backbone.config._attn_implementation  # else the new model would choose anew
         with torch.device("meta"):
             model = cls(config)
         if os.path.isdir(name_or_path):
@@ -161,11 +164,9 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
-        """The word embeddings of the backbone."""
         return cast(torch.nn.Embedding, self.backbone.get_input_embeddings())
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        """Replace the word embeddings of the backbone."""
         self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
@@ -180,6 +181,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         layers: Sequence[int] | None = None,
         num_buckets: int = 1,
         lengths: Sequence[int] | None = None,
+        packing: Packing | None = None,
     ) -> TwoDMSEOutput:
         """Run the encoder.
 
@@ -194,6 +196,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             num_buckets: with `layers`, run the rows in up to this many groups of similar length, each padded only to
                 its own longest row; the pooled states are in the order of the rows. For padding on the right only.
             lengths: columns up to each row's last real token, if they are known without waiting for the GPU.
+            packing: with `layers`, where each text is in `input_ids` of shape (1, tokens), if the model `packs`.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds` are given, both `num_layers` and `layers`
@@ -211,21 +214,21 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         inputs = {name: value for name, value in given.items() if value is not None}
         if attention_mask is None:
             tokens = inputs["inputs_embeds" if input_ids is None else "input_ids"]
-            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-            inputs["attention_mask"] = attention_mask
+            attention_mask = inputs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
             return TwoDMSEOutput(last_hidden_state=self._project(self.token_states([depth], inputs)[0], depth))
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
-        if num_buckets > 1:
+        if packing is not None:
+            if not self.packs:
+                raise ValueError(f"packing: {type(self.backbone).__name__} runs padded batches only")
+            inputs |= packed_inputs(self.backbone, packing)
+        elif num_buckets > 1:
             return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets, lengths))
         states = self.token_states(layers, inputs)
-        return TwoDMSEOutput(
-            last_hidden_state=self._project(states[-1], layers[-1]),
-            layer_embeddings=self._pool(layers, states, attention_mask),
-        )
+        return TwoDMSEOutput(layer_embeddings=self._pool(layers, states, attention_mask, packing))
 
     def add_exit_projections(self) -> None:
         """Give each exit its own square matrix, applied to its state and initially the identity.
@@ -332,16 +335,18 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         Returns:
             One (batch, length, hidden) tensor per exit.
         """
-        accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds"}
+        accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds", "packing"}
         options: dict = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:
             options["use_cache"] = False
         return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **options)
 
-    def _pool(
-        self, layers: Sequence[int], states: Sequence[torch.Tensor], attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        pooled = [pool(state, attention_mask, self.config.pooling) for state in states]
+    def _pool(self, layers, states: Sequence[torch.Tensor], attention_mask, packing=None) -> torch.Tensor:
+        mode = self.config.pooling
+        pooled = [
+            pool(state, attention_mask, mode) if packing is None else pool_packed(state[0], packing, mode)
+            for state in states
+        ]
         return torch.stack([self._project(state, n) for n, state in zip(layers, pooled, strict=True)])
 
     def _project(self, state: torch.Tensor, num_layers: int) -> torch.Tensor:

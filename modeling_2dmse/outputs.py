@@ -12,7 +12,7 @@ class TwoDMSEOutput(ModelOutput):
 
     Args:
         last_hidden_state: (batch, length, hidden), token states of the deepest exit, after the backbone's final norm
-            and the exit's projection. None if the rows were run in buckets of different lengths.
+            and the exit's projection. None if `layers` was given: only pooled states are projected then.
         layer_embeddings: (len(layers), batch, hidden) in float32, pooled states of the exits in `layers`, neither cut
             nor normalised. None if `layers` was not given.
     """

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_2dmse import Size, TwoDMSEModel
-from modeling_2dmse.batching import pooled_states
+from modeling_2dmse.batching import CPU_TOKENS, pooled_states
 from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds, write_profile
@@ -48,7 +48,9 @@ class OnnxEncoder:
     ) -> torch.Tensor:
         """(1, len(texts), dim) embeddings, of the one size that was exported."""
         length = min(max_length or self.max_length, self.max_length)
-        return pooled_states(self._run, self.tokenizer, texts, length, batch_size, "cpu", show_progress_bar)
+        return pooled_states(
+            self._run, self.tokenizer, texts, length, CPU_TOKENS, batch_size, show_progress_bar=show_progress_bar
+        )
 
     def _run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         (vectors,) = self.session.run(None, {key: batch[key].numpy() for key in ("input_ids", "attention_mask")})

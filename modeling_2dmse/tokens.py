@@ -1,0 +1,129 @@
+"""Texts as token ids in flat arrays, and batches made of them: padded, or packed into one row."""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .packing import Packing, to_device
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of some texts, one text after another.
+
+    Args:
+        ids: (tokens,), int64.
+        starts: (texts + 1,), int64: the first token of each text, and the number of all tokens.
+        type_ids: (tokens,), int64; None if they are all 0, the default of every model.
+        pad_id: the token that fills up padded rows.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    type_ids: np.ndarray | None
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(texts,), int64: tokens of each text."""
+        return np.diff(self.starts)
+
+    def take(self, rows: np.ndarray) -> "Tokens":
+        """The texts of the given row numbers, in their order."""
+        lengths = self.lengths[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.arange(starts[-1]) + np.repeat(self.starts[:-1][rows] - starts[:-1], lengths)
+        types = None if self.type_ids is None else self.type_ids[index]
+        return Tokens(self.ids[index], starts, types, self.pad_id)
+
+    def padded(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and, unless they are all 0, `token_type_ids`: (texts, longest), padded on the
+        right whatever side the tokenizer is set to."""
+        real = np.arange(self.lengths.max(initial=1))[None] < self.lengths[:, None]
+        arrays = {"input_ids": np.full(real.shape, self.pad_id), "attention_mask": real.astype(np.int64)}
+        arrays["input_ids"][real] = self.ids
+        if self.type_ids is not None:
+            arrays["token_type_ids"] = np.zeros(real.shape, dtype=np.int64)
+            arrays["token_type_ids"][real] = self.type_ids
+        return {name: to_device(array, torch.device(device)) for name, array in arrays.items()}
+
+    def packed(self, device: torch.device | str = "cpu") -> dict:
+        """`input_ids` and, unless they are all 0, `token_type_ids`: (1, tokens); and `packing`."""
+        device = torch.device(device)
+        arrays = {"input_ids": self.ids} | ({} if self.type_ids is None else {"token_type_ids": self.type_ids})
+        batch: dict = {name: to_device(array[None], device) for name, array in arrays.items()}
+        return batch | {"packing": Packing(self.lengths, device)}
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """The texts of several `Tokens` of one tokenizer, one after another."""
+    starts = [part.starts[1:] + offset for part, offset in zip(parts, _offsets(parts), strict=True)]
+    types = None
+    if any(part.type_ids is not None for part in parts):
+        types = np.concatenate([np.zeros_like(p.ids) if p.type_ids is None else p.type_ids for p in parts])
+    ids = np.concatenate([part.ids for part in parts])
+    return Tokens(ids, np.concatenate([[0], *starts]).astype(np.int64), types, parts[0].pad_id)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
+    """Tokenize texts, truncated to `max_length` tokens.
+
+    A text without any token (an empty one, if the tokenizer adds no special tokens) becomes one padding token, so that
+    it has an embedding, the same in every batch.
+    """
+    pad_id = tokenizer.pad_token_id or 0
+    if not tokenizer.is_fast:
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
+        return _flatten(encoded["input_ids"], encoded.get("token_type_ids"), pad_id)
+    backend, has_types = _backend(tokenizer, max_length)
+    encodings = backend.encode_batch_fast(list(texts))
+    types = [encoding.type_ids for encoding in encodings] if has_types else None
+    return _flatten([encoding.ids for encoding in encodings], types, pad_id)
+
+
+# A tokenizer's own settings are never changed: they would be saved with it, and another thread may be using them.
+_backends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int):
+    """A copy of a fast tokenizer that truncates to `max_length`, and whether its token types are other than 0."""
+    side = tokenizer.truncation_side
+    key = (max_length, side, len(tokenizer))
+    with _lock:
+        known = _backends.setdefault(tokenizer, {})
+        if key not in known:
+            # Through its JSON, as if it were saved and loaded.
+            backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+            backend.no_padding()
+            backend.enable_truncation(max_length, direction=side)
+            types = "token_type_ids" in tokenizer.model_input_names
+            known[key] = backend, types and any(backend.encode("a").type_ids)
+        return known[key]
+
+
+def _flatten(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int) -> Tokens:
+    if not all(ids):
+        ids = [row or [pad_id] for row in ids]
+        types = None if types is None else [row or [0] for row in types]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]).astype(np.int64)
+    flat = [
+        np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=starts[-1])
+        for rows in (ids, types)
+        if rows is not None
+    ]
+    types_of = flat[1] if len(flat) == 2 and flat[1].any() else None
+    return Tokens(flat[0], starts, types_of, pad_id)
+
+
+def _offsets(parts: Sequence[Tokens]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(part.ids) for part in parts])[:-1]]).astype(np.int64)
