@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .arguments import TwoDMSETrainingArguments
-    from .objectives import Objective, Plan, plan_loss
+    from .objectives import Objective, Plan
+    from .plan_loss import plan_loss
     from .projections import fit_exit_projections
     from .trainer import TwoDMSETrainer
 
@@ -28,7 +29,7 @@ _MODULES = {
     "TwoDMSETrainer": "trainer",
     "TwoDMSETrainingArguments": "arguments",
     "fit_exit_projections": "projections",
-    "plan_loss": "objectives",
+    "plan_loss": "plan_loss",
 }
 
 

@@ -1,22 +1,17 @@
 """Objectives: which sizes a step trains, with which weights, and which sizes learn from which.
 
-An objective maps a ladder and a random generator to a `Plan`; `plan_loss` maps a plan and the pooled states to a loss.
+An objective maps a ladder and a random generator to a `Plan`; `plan_loss` in its own file maps a plan and the pooled
+states to a loss.
 They depend on nothing else, so gathering across processes and gradient caching are the same for all objectives.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-
 from modeling_2dmse.configuration_2dmse import Size
-from modeling_2dmse.pooling import cut_and_normalize
-
-from .alignment import feature_kl, pca_distance, score_kl
-from .losses import SCALE, Rows, base_loss
 
 
 class Term(NamedTuple):
@@ -207,133 +202,3 @@ OBJECTIVES = {
     "espresso": plan_espresso,
 }
 DEFAULT_ALIGNMENT = {"2dmse": "feature_kl", "starbucks": "score_kl"}
-
-
-def plan_parts(
-    plan: Plan,
-    states: Sequence[torch.Tensor],
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    start: torch.Tensor | None = None,
-) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """The parts of a step's loss, one after another.
-
-    The parts share only the states. So the backward pass of one part can run, and its graph be freed, before the next
-    part is computed.
-
-    Args:
-        plan: the computation.
-        states: the raw pooled states, (rows, hidden) for each of `plan.layers`.
-        rows: the roles of the rows.
-        loss: name of the base loss.
-        scale: the factor of the similarities (1 / temperature).
-        start: (rows, hidden), the pooled states of the model before training after the layers of the teacher, which
-            they replace in `score_kl`.
-
-    Yields:
-        name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
-    """
-    if len(states) != len(plan.layers):
-        raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
-
-    def state(num_layers: int) -> torch.Tensor:
-        return states[plan.layers.index(num_layers)].float()
-
-    def embedding(size: Size) -> torch.Tensor:
-        return cut_and_normalize(rows.labeled_states(state(size.num_layers)), size.dim)
-
-    def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        kind, student, teacher, _ = alignment
-        above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
-        return _distance(kind, student.dim, teacher.dim, part(state(student.num_layers)), part(above), scale)
-
-    # No tensor has a name here: it would stay in memory during the caller's backward pass and the next parts.
-    for size, weight in plan.terms:
-        yield f"loss/{size}", weight, base_loss(loss, embedding(size), rows, scale)
-    for name, alignments, part in (
-        ("alignment", plan.alignments, rows.labeled_states),
-        ("unlabeled", plan.unlabeled, rows.unlabeled_states),
-    ):
-        for alignment in alignments:
-            yield f"{name}/{alignment.student}", alignment.weight, distance(alignment, part)
-    first = rows.counts[0]
-    for queries, documents, weight in plan.crosses:
-        joined = torch.cat(
-            (state(queries.num_layers)[:first], rows.labeled_states(state(documents.num_layers))[first:])
-        )
-        yield f"cross/{queries}", weight, base_loss(loss, cut_and_normalize(joined, queries.dim), rows, scale)
-
-
-@torch.enable_grad()
-def plan_gradient(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """The loss of a step, with its gradient; the arguments are those of `plan_parts`.
-
-    The parts are computed one after another, so the matrices of only one size are in memory at a time.
-
-    Returns:
-        the weighted sum, the value of each part by name (without its weight), and the gradient with respect to the
-        states. None of them has a graph.
-    """
-    gradient = torch.zeros_like(states)
-    # One leaf per exit, whose gradient is a slice: the gradient of an indexing would be as large as all exits.
-    leaves = [state.detach().requires_grad_() for state in states]
-    for leaf, slot in zip(leaves, gradient, strict=True):
-        leaf.grad = slot
-    total, parts = states.new_zeros((), dtype=torch.float32), {}
-    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale, start):
-        (weight * value).backward()
-        total, parts[name] = total + weight * value.detach(), value.detach()
-    return total, parts, gradient
-
-
-def plan_loss(
-    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a step; the arguments are those of `plan_parts`.
-
-    Args:
-        plan: the computation.
-        states: (L, rows, hidden), the raw pooled states after each of `plan.layers`.
-        rows: the roles of the rows.
-        loss: name of the base loss.
-        scale: the factor of the similarities (1 / temperature).
-        start: (rows, hidden), the states of the model before training, if it is the teacher.
-
-    Returns:
-        the weighted sum, whose backward can run only once, and the value of each part by name.
-    """
-    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale, start)
-    return _WithGradient.apply(states, total, gradient), parts
-
-
-class _WithGradient(torch.autograd.Function):
-    """A value whose gradient with respect to the states is known already; backward uses it up."""
-
-    @staticmethod
-    def forward(ctx, states, value, gradient):
-        ctx.gradient = gradient
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_value):
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("plan_loss: backward can run only once on its loss")
-        return gradient.mul_(grad_value), None, None
-
-
-def _distance(
-    kind: str, dim: int, teacher_dim: int, state: torch.Tensor, teacher: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The distance of one exit's states (rows, H) at `dim` to the teacher's states (rows, H) at `teacher_dim`."""
-    if kind == "pca":
-        return pca_distance(state, dim)
-    if kind == "raw_feature_kl":
-        return feature_kl(state, teacher)
-    if kind == "feature_kl":
-        return feature_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, dim))
-    return score_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, teacher_dim), scale)

@@ -24,7 +24,8 @@ from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mea
 from .gradient_cache import CachedForward
 from .losses import SCALE, Rows
 from .model_card import Run, build_card, write_card
-from .objectives import Objective, Plan, plan_gradient, plan_loss
+from .objectives import Objective, Plan
+from .plan_loss import plan_gradient, plan_loss
 from .preparation import (
     check_training_tables,
     find_encoder,

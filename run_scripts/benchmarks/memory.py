@@ -10,7 +10,8 @@ from run_scripts.shared import models
 from run_scripts.shared.measure import allocated_at_peak, in_a_fresh_process, in_turn, peak_memory, row, seconds
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.losses import Rows
-from trainer.objectives import Objective, plan_loss
+from trainer.objectives import Objective
+from trainer.plan_loss import plan_loss
 
 EXAMPLES, CHUNK, LENGTH = 2048, 64, 32
 QUERIES, DOCUMENTS, DIM = 128, 1024, 768

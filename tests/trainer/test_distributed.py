@@ -21,7 +21,8 @@ from run_scripts.shared import runs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.distributed import shard_by_layers
 from trainer.losses import Rows
-from trainer.objectives import OBJECTIVES, plan_loss
+from trainer.objectives import OBJECTIVES
+from trainer.plan_loss import plan_loss
 from trainer.shared import checkpoints
 from trainer.shared.checkpoints import as_defined
 
