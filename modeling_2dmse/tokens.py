@@ -64,14 +64,10 @@ class Tokens:
         return batch | {"packing": Packing(self.lengths, device)}
 
 
-def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """The texts of several `Tokens` of one tokenizer, one after another."""
-    starts = [part.starts[1:] + offset for part, offset in zip(parts, _offsets(parts), strict=True)]
-    types = None
-    if any(part.type_ids is not None for part in parts):
-        types = np.concatenate([np.zeros_like(p.ids) if p.type_ids is None else p.type_ids for p in parts])
-    ids = np.concatenate([part.ids for part in parts])
-    return Tokens(ids, np.concatenate([[0], *starts]).astype(np.int64), types, parts[0].pad_id)
+def from_rows(rows: Sequence[np.ndarray], pad_id: int) -> Tokens:
+    """The tokens of texts that were tokenized before, from the ids of each; all token types are 0."""
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Tokens(np.concatenate(rows), starts, None, pad_id)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
@@ -123,7 +119,3 @@ def _flatten(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None
     ]
     types_of = flat[1] if len(flat) == 2 and flat[1].any() else None
     return Tokens(flat[0], starts, types_of, pad_id)
-
-
-def _offsets(parts: Sequence[Tokens]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(part.ids) for part in parts])[:-1]]).astype(np.int64)

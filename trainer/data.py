@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.batching import check_texts as as_texts
+from modeling_2dmse.tokens import Tokens, from_rows, tokenize
 
 from .shared.tables import check_texts, draw_rows
 
@@ -128,7 +129,8 @@ class PairCollator:
 
     A batch contains:
 
-    - `input_ids` and `attention_mask`, (rows, length); `token_type_ids` if the tokenizer returns them;
+    - `input_ids` and `attention_mask`, (rows, length), or `input_ids` alone, (1, tokens), if `packed`; `token_type_ids`
+      if they are not all 0;
     - `lengths`: tokens of each row;
     - `counts`: rows of each column; an example without a text in a column of negatives adds none;
     - `unlabeled`: number of rows of texts without labels, after the others, if the examples have any;
@@ -139,22 +141,31 @@ class PairCollator:
         columns: the text columns in the order of their roles. If there are texts without labels, `unlabeled` is the
             last.
         max_length: maximum length of a text in tokens.
+        packed: put all rows into one row without padding.
+        remember: keep the tokens of every text, for tables that are read more than once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Sequence[str],
+        max_length: int,
+        packed: bool = False,
+        remember: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.columns = list(columns)
         self.max_length = max_length
+        self.packed = packed
+        self._known: dict[str, np.ndarray] | None = {} if remember else None
 
     def __call__(self, examples: list[dict]) -> dict:
         columns = [[example[column] for example in examples if example[column]] for column in self.columns]
         texts = [text for column in columns for text in column]
-        batch = self.tokenizer(
-            texts, truncation=True, max_length=self.max_length, padding=True, padding_side="right", return_tensors="pt"
-        )
-        known = ("input_ids", "attention_mask", "token_type_ids")
-        output = {key: batch[key] for key in known if key in batch}
-        output["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
+        tokens = self._tokenize(texts)
+        output = tokens.packed() if self.packed else tokens.padded()
+        output.pop("packing", None)  # made again on the device of the model
+        output["lengths"] = tokens.lengths.tolist()
         counts = list(map(len, columns))
         if UNLABELED in self.columns:
             output["unlabeled"] = counts.pop()
@@ -162,6 +173,18 @@ class PairCollator:
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
         return output
+
+    def _tokenize(self, texts: list[str]) -> Tokens:
+        if self._known is None:
+            return tokenize(self.tokenizer, texts, self.max_length)
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            tokens = tokenize(self.tokenizer, new, self.max_length)
+            if tokens.type_ids is not None:  # only ids are kept
+                self._known = None
+                return tokenize(self.tokenizer, texts, self.max_length)
+            self._known.update(zip(new, np.split(tokens.ids, tokens.starts[1:-1]), strict=True))
+        return from_rows([self._known[text] for text in texts], self.tokenizer.pad_token_id or 0)
 
 
 def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:

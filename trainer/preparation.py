@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
-from .data import add_unlabeled_texts, check_table, join_tables, rescale_scores
+from .data import PairCollator, add_unlabeled_texts, check_table, join_tables, rescale_scores, text_columns
 from .losses import PAIR_LOSSES, SCORE_LOSSES
 from .objectives import Objective
 from .shared.sampling import BlockSampler
@@ -108,6 +108,27 @@ def make_objective(
             f"unlabeled_weight {args.unlabeled_weight:g}"
         )
     return objective
+
+
+# Texts of a table whose tokens are kept in memory from epoch to epoch; longer tables are tokenized again.
+_KEPT_TEXTS = 2_000_000
+
+
+def make_collator(
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, encoder: TwoDMSEModel, args: TwoDMSETrainingArguments
+) -> PairCollator:
+    """The collator of the training rows. On a GPU it packs them, if the model packs; on a CPU buckets are as fast."""
+    columns = text_columns(rows)
+    repeats = args.num_train_epochs > 1 or args.max_steps > len(rows) // args.train_batch_size
+    remember = repeats and len(rows) * len(columns) <= _KEPT_TEXTS
+    length = min(args.max_length, encoder.max_length)
+    return PairCollator(tokenizer, columns, length, packed=runs_packed(encoder, args), remember=remember)
+
+
+def runs_packed(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> bool:
+    """Whether the rows of a step run as one packed row."""
+    padded = args.torch_compile or args.gradient_cache_chunk_size is not None
+    return args.device.type == "cuda" and not padded and encoder.packs
 
 
 def make_block_sampler(tables: Sequence[Dataset], args: TwoDMSETrainingArguments) -> BlockSampler | None:

@@ -14,10 +14,11 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.packing import Packing
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
-from .data import PairCollator, check_table, text_columns, texts_to_fit
+from .data import check_table, texts_to_fit
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
@@ -30,6 +31,7 @@ from .preparation import (
     check_training_tables,
     find_encoder,
     make_block_sampler,
+    make_collator,
     make_objective,
     prepare_rows,
     resolve_ladder,
@@ -102,7 +104,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and rows is not None:
-            collator = PairCollator(tokenizer, text_columns(rows), min(args.max_length, self.encoder.max_length))
+            collator = make_collator(tokenizer, rows, self.encoder, args)
         # Made here, so that impossible batches are refused before anything is written.
         self.block_sampler = make_block_sampler(self.train_tables, args)
         set_epoch = [SetEpoch(self.block_sampler)] if self.block_sampler is not None else []
@@ -200,7 +202,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""
         inputs, lengths, rows, plan = self._step(inputs)
-        outputs = model(**inputs, layers=plan.layers, num_buckets=self.args.num_buckets, lengths=lengths)
+        outputs = model(**inputs, layers=plan.layers, **self._buckets(inputs, lengths))
         start = self._start_state(plan, inputs, lengths)
         states, start, rows = self._join(outputs.layer_embeddings, start, rows)
         loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.args.loss_scale, start)
@@ -244,8 +246,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         layers = (alignments[0].teacher.num_layers,)
         with self.accelerator.autocast():
             if chunk_rows is None:
-                settings = {"num_buckets": self.args.num_buckets, "lengths": lengths}
-                return self._start(**inputs, layers=layers, **settings).layer_embeddings[0]
+                return self._start(**inputs, layers=layers, **self._buckets(inputs, lengths)).layer_embeddings[0]
             forward = lambda chunk: self._start(**chunk, layers=layers).layer_embeddings
             return CachedForward(forward, inputs, chunk_rows, lengths).states()[0]
 
@@ -261,6 +262,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         inputs = dict(inputs)
         rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("unlabeled", 0))
         lengths = inputs.pop("lengths", None)
+        if "attention_mask" not in inputs:
+            inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
         if self.args.torch_compile:
             lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
         return inputs, lengths, rows, self.objective.plan(self._step_generator())
@@ -286,6 +289,10 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _buckets(self, inputs: dict, lengths: list[int] | None) -> dict[str, Any]:
+        """How the rows of a padded batch run; those of a packed one run as they are."""
+        return {} if "packing" in inputs else {"num_buckets": self.args.num_buckets, "lengths": lengths}
 
     def score(self, tasks: Sequence[Task], sizes: Sequence[Size], prefix: str = "eval") -> dict[str, float]:
         """The metrics of `evaluate`, without logging them."""

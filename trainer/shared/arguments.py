@@ -20,14 +20,21 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def gpu_has_bf16() -> bool:
+    """Whether the training runs on a GPU with bfloat16 hardware, without FSDP or DeepSpeed, whose configuration decides
+    on mixed precision."""
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
+    return torch.cuda.is_available() and not sharded and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass
 class BaseTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with other defaults, for every trainer of this project.
 
     The defaults that differ:
 
-    - `bf16` is on if `accelerate launch` sets it, or if the training runs on a CPU that has instructions for it (AMX or
-      AVX512-BF16).
+    - `bf16` is on if `accelerate launch` sets it, or if the training runs on a GPU that has it, or on a CPU that has
+      instructions for it (AMX or AVX512-BF16).
     - `remove_unused_columns` is off: the collators read the columns.
     - `logging_nan_inf_filter` is off: a loss that is not finite stops the run.
     - `eval_strategy` is `steps`. Evaluations and checkpoints come at each quarter of the run.
@@ -37,8 +44,8 @@ class BaseTrainingArguments(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "bf16 mixed precision. Default: as `accelerate launch` sets it, else on for CPUs with AMX or "
-            "AVX512-BF16."
+            "help": "bf16 mixed precision. Default: as `accelerate launch` sets it, else on for GPUs that have "
+            "it and CPUs with AMX or AVX512-BF16."
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the columns."})
@@ -57,13 +64,16 @@ class BaseTrainingArguments(TrainingArguments):
         on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
-            chosen = launched == "no" and on_cpu and cpu_has_bf16()
+            chosen = launched == "no" and (cpu_has_bf16() if on_cpu else gpu_has_bf16())
             self.bf16 = not self.fp16 and (chosen or launched == "bf16")
             if chosen and self.bf16:
-                logger.warning("bf16 is on: this CPU has instructions for it (turn it off with --bf16 false)")
+                where = "CPU" if on_cpu else "GPU"
+                logger.warning(f"bf16 is on: this {where} has instructions for it (turn it off with --bf16 false)")
         # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         super().__post_init__()
+        if not on_cpu:
+            self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
 
     @property
     def n_gpu(self) -> int:
