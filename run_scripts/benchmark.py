@@ -16,6 +16,8 @@ BENCHMARKS = (
     "growth",
     "funnel",
     "funnel-quality",
+    "host",
+    "gpu",
     "m3",
 )
 

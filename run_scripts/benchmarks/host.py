@@ -46,8 +46,8 @@ def host_cost(args, texts: list[str], rows: Dataset) -> list[dict]:
 def _measure(args, texts: list[str], rows: Dataset) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(args.model_name_or_path))
     columns = text_columns(rows)
-    batches = [rows[start : start + TRIPLETS] for start in range(0, len(rows), TRIPLETS)]
-    examples = [[dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)] for batch in batches]
+    whole = rows.to_list()
+    examples = [whole[start : start + TRIPLETS] for start in range(0, len(whole), TRIPLETS)]
     trained = [text for batch in examples for column in columns for text in (row[column] for row in batch) if text]
     again = PairCollator(tokenizer, columns, args.max_length, packed=True, remember=True)
     _collate(again, examples)
@@ -64,7 +64,7 @@ def _measure(args, texts: list[str], rows: Dataset) -> list[dict]:
     more = {"seconds": taken}
     return [
         row("host.encode", "<= 1.3", taken["encode"], taken["encode tokens"], texts=len(texts), **more),
-        row("host.train", "<= 1.5", taken["train"], taken["train tokens"], triplets=TRIPLETS, steps=len(batches)),
+        row("host.train", "<= 1.5", taken["train"], taken["train tokens"], triplets=TRIPLETS, steps=len(examples)),
         row("host.train.again", "<= 0.2", taken["train again"], taken["train tokens"], triplets=TRIPLETS),
     ]
 

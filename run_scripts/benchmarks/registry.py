@@ -15,8 +15,10 @@ from trainer.shared.tables import read_table
 
 from .encode import encode_cost
 from .funnel import funnel_cost, funnel_quality
+from .gpu import gpu_cost, sources_of
 from .grid import grid_cost
 from .growth import growth_cost
+from .host import host_cost
 from .m3 import m3_cost
 from .memory import memory_cost
 from .smae import smae_cost
@@ -73,6 +75,8 @@ MEASURES = {
     "growth": growth_cost,
     "funnel": lambda args: funnel_cost(args, read_texts(args)),
     "funnel-quality": _funnel_quality,
+    "gpu": lambda args: gpu_cost(args, sources_of(args, read_texts(args), read_tasks(args)), read_rows(args)),
+    "host": lambda args: host_cost(args, read_texts(args), read_rows(args).select(range(50 * 128))),
     "m3": lambda args: m3_cost(args.runs),
 }
 

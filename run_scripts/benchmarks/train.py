@@ -46,21 +46,21 @@ def train_cost(args, rows: Dataset) -> list[dict]:
     peers.check_same_embeddings(model, peer, head[columns[0]], parse_ladder(args.sizes))
     peers.check_same_loss(model, peer, {column: head[column] for column in columns})
     if args.profile:
-        trainer = _ours(args, rows, TrainerCallback(), bf16=False)
+        trainer = ours(args, rows, TrainerCallback(), bf16=False)
         write_profile(trainer.train, Path(args.output_dir) / "profile-train.txt")
-    ours, theirs = partial(_rate, _ours, args, rows), partial(_rate, _theirs, args, rows)
+    own, other = partial(rate, ours, args, rows), partial(rate, theirs, args, rows)
     sides = {
-        "ours": partial(ours, bf16=False),
-        "theirs": partial(theirs, bf16=False, whole=True),
-        "theirs-sampled": partial(theirs, bf16=False, whole=False),
-        "ours-default": ours,
-        "theirs-default": partial(theirs, bf16=False, whole=False, batch=8),
-        "ours-projections": partial(ours, bf16=False, **PROJECTIONS),
-        "ours-recipe": partial(ours, bf16=False, **RECIPE),
-        "ours-unlabeled": partial(ours, bf16=False, unlabeled=True, **RECIPE),
+        "ours": partial(own, bf16=False),
+        "theirs": partial(other, bf16=False, whole=True),
+        "theirs-sampled": partial(other, bf16=False, whole=False),
+        "ours-default": own,
+        "theirs-default": partial(other, bf16=False, whole=False, batch=8),
+        "ours-projections": partial(own, bf16=False, **PROJECTIONS),
+        "ours-recipe": partial(own, bf16=False, **RECIPE),
+        "ours-unlabeled": partial(own, bf16=False, unlabeled=True, **RECIPE),
     }
     if cpu_has_bf16() or model.device.type != "cpu":
-        sides |= {"ours-bf16": partial(ours, bf16=True), "theirs-bf16": partial(theirs, bf16=True, whole=True)}
+        sides |= {"ours-bf16": partial(own, bf16=True), "theirs-bf16": partial(other, bf16=True, whole=True)}
     rates = in_turn(args.runs, sides)
     more = {"batch": BATCH, "steps": STEPS, "unit": "samples per second"}
     lines = [
@@ -85,7 +85,7 @@ def ladder_cost(args, rows: Dataset) -> dict:
     Single steps are compared because the difference is smaller than the drift of the machine's speed during a run.
     """
     sides = {"ladder": {}, "one size": {"objective": "separate", "sizes": args.sizes[-1:]}}
-    trainers = {name: _ours(args, rows, TrainerCallback(), bf16=False, **more) for name, more in sides.items()}
+    trainers = {name: ours(args, rows, TrainerCallback(), bf16=False, **more) for name, more in sides.items()}
     batches = list(trainers["ladder"].get_train_dataloader())
     count = dict.fromkeys(sides, 0)
 
@@ -117,14 +117,14 @@ class Clock(TrainerCallback):
         return self.marks[-1] - self.marks[WARM_UP - 1]
 
 
-def _rate(side: Callable, *args, batch: int = BATCH, **options) -> float:
+def rate(side: Callable, *args, batch: int = BATCH, **options) -> float:
     """Samples per second of one run."""
     clock = Clock()
     side(*args, clock, batch=batch, **options).train()
     return STEPS * batch / clock.elapsed
 
 
-def _ours(
+def ours(
     args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, unlabeled: bool = False, **options
 ) -> Trainer:
     rows = _part(rows, batch)
@@ -136,17 +136,20 @@ def _ours(
     return TwoDMSETrainer(model=model, args=arguments, train_dataset=rows, unlabeled_texts=texts, callbacks=[clock])
 
 
-def _theirs(
-    args, rows: Dataset, clock: TrainerCallback, whole: bool, batch: int = BATCH, bf16: bool = False
+def theirs(
+    args, rows: Dataset, clock: TrainerCallback, whole: bool | None, batch: int = BATCH, bf16: bool = False
 ) -> Trainer:
-    """Matryoshka2dLoss on every layer and dim of the ladder (`whole`), or by its default on one of each per step."""
+    """Matryoshka2dLoss on every layer and dim of the ladder (`whole`), or by its default on one of each per step; the
+    inner loss alone, at the full size, for None."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
 
     peer = peers.load_peer(models.resolve_model(args.model_name_or_path), args.max_length)
     each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
-    loss = Matryoshka2dLoss(peer, MultipleNegativesRankingLoss(peer), dims, **each)
+    loss = MultipleNegativesRankingLoss(peer)
+    if whole is not None:
+        loss = Matryoshka2dLoss(peer, loss, dims, **each)
     # Without a GPU, transformers refuses bf16 unless use_cpu is set.
     on_cpu = bf16 and not torch.accelerator.is_available()
     arguments = SentenceTransformerTrainingArguments(**_shared(batch), bf16=bf16, use_cpu=on_cpu)
