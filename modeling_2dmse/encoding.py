@@ -46,13 +46,15 @@ class EncodeMixin(_Model):
         """The tokenizer of the folder or repository that the model was loaded from.
 
         Raises:
-            ValueError: the model was not loaded from a folder, and no tokenizer was set.
+            ValueError: the model was not loaded from a folder, and no tokenizer was set; or the tokenizer needs code of
+                the folder, and the model was loaded without `trust_remote_code=True`.
         """
         tokenizer = self._tokenizer
         if tokenizer is None:
             if not self.config.name_or_path:
                 raise ValueError("tokenizer: this model was not loaded from a folder; set model.tokenizer first")
-            tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **self._hub_kwargs)
+            options = self._hub_kwargs or {"config": self.config, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **options)
             self.tokenizer = tokenizer
         return tokenizer
 

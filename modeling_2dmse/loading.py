@@ -17,6 +17,15 @@ def check_loaded(info: dict, name: object, hint: str) -> None:
         )
 
 
+def auto_kwargs(kwargs: dict) -> dict:
+    """The arguments of `from_pretrained` that hold for transformers' Auto classes too, which load the other files.
+
+    `trust_remote_code` is always among them, False unless the caller has given it: without it, an Auto class that finds
+    code in a folder asks on standard input whether to run it.
+    """
+    return {**hub_kwargs(kwargs), "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
+
+
 def hub_kwargs(kwargs: dict) -> dict:
     """The arguments of `from_pretrained` that the tokenizer and the pooling must be fetched with as well."""
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")

@@ -78,7 +78,7 @@ def read_head(name_or_path: str, hub: dict, **kwargs) -> tuple[dict, dict[str, t
 
     Args:
         name_or_path: folder or Hub name.
-        hub: arguments for fetching a configuration (`revision`, `token`, ...).
+        hub: arguments for fetching a configuration (`revision`, `token`, `trust_remote_code`, ...).
         kwargs: arguments for loading a model.
 
     Returns:

@@ -26,7 +26,7 @@ from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
 from .export import check_export, export
-from .loading import check_loaded, hub_kwargs
+from .loading import auto_kwargs, check_loaded, hub_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
@@ -106,6 +106,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
                 folder declares, else `lasttoken` for decoders and `mean` for encoders.
             prompts: texts that `encode(prompt_name=...)` puts in front.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
+                `trust_remote_code=True` also holds for the tokenizer; without it, no code of the folder is run.
 
         Returns:
             The elastic model, in evaluation mode.
@@ -113,8 +114,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         Raises:
             ValueError: the backbone's layers cannot be found or cut, or the backbone does not have one of the sizes.
         """
-        name_or_path = str(name_or_path)
-        backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **kwargs))
+        name_or_path, options = str(name_or_path), auto_kwargs(kwargs)
+        backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **{**kwargs, **options}))
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if isinstance(backbone, cls):
@@ -140,7 +141,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         model.backbone = backbone
         model.config.backbone_config = backbone.config
         model.config.name_or_path = model.name_or_path = name_or_path  # PEFT reads the latter
-        model._hub_kwargs = hub_kwargs(kwargs)
+        model._hub_kwargs = {**options, "config": backbone.config}  # else the tokenizer's loading reads another one
         return model.eval()
 
     @classmethod
@@ -151,7 +152,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of an elastic model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
-                the layers above n are neither built nor read.
+                the layers above n are neither built nor read. `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
             ValueError: the weights do not fill the model, which would leave layers with random weights.
@@ -159,7 +160,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
-        model._hub_kwargs = hub_kwargs(kwargs)
+        model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
         check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder")
         return (model, info) if wants_info else model
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .backbone import LayerStandIn, build_backbone, cut_config, is_decoder, layers_of, view
 from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
-from .loading import check_loaded, hub_kwargs
+from .loading import auto_kwargs, check_loaded
 from .masked_loss import vocabulary_loss
 from .mlm_head import MaskedLanguageHead, new_head_settings, read_head
 from .modeling_2dmse import TwoDMSEModel
@@ -99,8 +99,8 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         Raises:
             ValueError: the backbone is a decoder, it does not have one of the sizes, or there is no ladder.
         """
-        name_or_path = str(name_or_path)
-        elastic = AutoConfig.from_pretrained(name_or_path, **hub_kwargs(kwargs)).model_type == "2dmse"
+        name_or_path, options = str(name_or_path), auto_kwargs(kwargs)
+        elastic = AutoConfig.from_pretrained(name_or_path, **options).model_type == "2dmse"
         if elastic:
             encoder = TwoDMSEModel.from_pretrained(name_or_path, **kwargs)
         else:
@@ -116,7 +116,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         if depth < encoder.num_layers:
             logger.warning(f"the ladder ends at {depth} layers; deeper layers would not be trained and are dropped")
             encoder = encoder.truncate(depth)
-        found = None if elastic else read_head(name_or_path, hub_kwargs(kwargs), **kwargs)
+        found = None if elastic else read_head(name_or_path, options, **{**kwargs, **options})
         settings, weights = found or (new_head_settings(encoder.backbone), None)
         if found is None:
             logger.warning(f"{name_or_path} has no masked-language head; a new one is created on its word embeddings")
@@ -143,6 +143,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
+        model.encoder._hub_kwargs = auto_kwargs(kwargs)
         check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder")
         return (model, info) if wants_info else model
 

@@ -18,7 +18,7 @@ def constructor_options(config: PreTrainedConfig) -> dict[str, bool]:
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision transformer with random weights."""
-    return AutoModel.from_config(config, **constructor_options(config))
+    return AutoModel.from_config(config, trust_remote_code=False, **constructor_options(config))
 
 
 def find_mask_token(backbone: nn.Module) -> nn.Parameter | None:

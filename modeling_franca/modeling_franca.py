@@ -72,14 +72,32 @@ class FrancaModel(FrancaPreTrainedModel):
         size = config.hidden_size
         self.rasa = nn.Linear(size, size, bias=False) if config.rasa else None
         self._image_processor = None
+        self._trusts_code = False
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path: str | os.PathLike, **settings) -> "FrancaModel":
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a saved model; `trust_remote_code=True` also holds for its image processor.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of a Franca model.
+            args: those of `PreTrainedModel.from_pretrained`.
+            kwargs: those of `PreTrainedModel.from_pretrained`.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with its loading info
+        model._trusts_code = bool(kwargs.get("trust_remote_code"))
+        return loaded
+
+    @classmethod
+    def from_backbone(
+        cls, name_or_path: str | os.PathLike, trust_remote_code: bool = False, **settings
+    ) -> "FrancaModel":
         """Import a pre-trained vision transformer.
 
         Args:
             name_or_path: folder or Hub name of a Dinov2, DINOv3, ViT, ...
+            trust_remote_code: whether code of the folder may be run, for the backbone and the image processor.
             settings: fields of `FrancaConfig`, for example `nesting_sizes`.
 
         Returns:
@@ -88,10 +106,11 @@ class FrancaModel(FrancaPreTrainedModel):
         Raises:
             ValueError: it is a Franca model already, or a setting is not allowed.
         """
-        backbone, config = load_backbone(name_or_path, settings)
+        backbone, config = load_backbone(name_or_path, settings, trust_remote_code)
         with torch.device("meta"):
             model = cls(config)
         model.backbone = backbone
+        model._trusts_code = trust_remote_code
         return model.eval()
 
     @property
@@ -101,7 +120,7 @@ class FrancaModel(FrancaPreTrainedModel):
             source = self.config.name_or_path
             if not source:
                 raise ValueError("image_processor: this model was not loaded from a folder; set model.image_processor")
-            self._image_processor = AutoImageProcessor.from_pretrained(source)
+            self._image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=self._trusts_code)
         return self._image_processor
 
     @image_processor.setter
@@ -211,10 +230,12 @@ class FrancaModel(FrancaPreTrainedModel):
         save_processor(self, save_directory)
 
 
-def load_backbone(name_or_path: str | os.PathLike, settings: dict) -> tuple[PreTrainedModel, FrancaConfig]:
+def load_backbone(
+    name_or_path: str | os.PathLike, settings: dict, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, FrancaConfig]:
     """The model of a stock checkpoint, and the configuration of a Franca model around it."""
     name_or_path = str(name_or_path)
-    backbone = AutoModel.from_pretrained(name_or_path)
+    backbone = AutoModel.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if isinstance(backbone, FrancaPreTrainedModel):
         raise ValueError(f"name_or_path: {name_or_path} is a Franca model already; load it with from_pretrained")
     config = FrancaConfig(backbone_config=backbone.config, dtype=backbone.dtype, **settings)

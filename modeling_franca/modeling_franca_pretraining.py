@@ -66,20 +66,24 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         self._freeze()
 
     @classmethod
-    def from_backbone(cls, name_or_path: str | os.PathLike, **settings) -> "FrancaForPretraining":
+    def from_backbone(
+        cls, name_or_path: str | os.PathLike, trust_remote_code: bool = False, **settings
+    ) -> "FrancaForPretraining":
         """Start from a pre-trained vision transformer.
 
         Args:
             name_or_path: folder or Hub name of a Dinov2, DINOv3, ViT, ...
+            trust_remote_code: whether code of the folder may be run, for the backbone and the image processor.
             settings: fields of `FrancaConfig`, for example `nesting_sizes`.
 
         Raises:
             ValueError: it is a Franca model already, or a setting is not allowed.
         """
-        backbone, config = load_backbone(name_or_path, settings)
+        backbone, config = load_backbone(name_or_path, settings, trust_remote_code)
         model = cls(config)
         model.student.backbone.load_state_dict(backbone.state_dict())
         model.copy_to_teacher()
+        model.teacher._trusts_code = trust_remote_code
         return model
 
     @classmethod
@@ -104,6 +108,7 @@ class FrancaForPretraining(FrancaPreTrainedModel):
                 f"model, for example {absent[0]}; {cls.__name__}.from_backbone starts from a vision transformer"
             )
         model._freeze()  # loading creates new parameters
+        model.teacher._trusts_code = bool(kwargs.get("trust_remote_code"))
         return (model, info) if wants_info else model
 
     @property

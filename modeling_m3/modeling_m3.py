@@ -29,6 +29,9 @@ class MatryoshkaLlavaModel(LlavaModel):
 
     def __init__(self, config: MatryoshkaLlavaConfig):
         config.check_visual_tokens()
+        for part in (config.vision_config, config.text_config):
+            if hasattr(part, "auto_map"):
+                delattr(part, "auto_map")  # LLaVA's code would ask whether to run what it names
         super().__init__(config)
 
     def encode_images(

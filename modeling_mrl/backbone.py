@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights, without the pooling head that no size uses."""
-    return drop_pooler(AutoModel.from_config(config))
+    return drop_pooler(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:

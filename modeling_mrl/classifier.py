@@ -61,7 +61,9 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError(
                 f"pooling: {config.pooling!r} does not work with {kind}; choose one of {', '.join(self.poolings)}"
             )
-        self.backbone = _drop_unused_pooler(AutoModel.from_config(config.backbone_config), config.pooling)
+        self.backbone = _drop_unused_pooler(
+            AutoModel.from_config(config.backbone_config, trust_remote_code=False), config.pooling
+        )
         self.heads = nn.ModuleList(
             MatryoshkaHead(config.dims_of(n), cast(int, config.num_labels), config.head_type) for n in self._exits
         )
@@ -92,7 +94,9 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError(
                 f"name_or_path: {name_or_path} is a nested classifier already; load it with from_pretrained"
             )
-        backbone = AutoModel.from_pretrained(str(name_or_path), **kwargs)
+        # Without the word, transformers would ask on standard input whether to run code that it finds.
+        trusted = bool(kwargs.pop("trust_remote_code", False))
+        backbone = AutoModel.from_pretrained(str(name_or_path), trust_remote_code=trusted, **kwargs)
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if backbone.config.model_type == _ELASTIC:

@@ -1,6 +1,7 @@
 """An approximate first stage with FAISS: a graph or inverted lists over the first dimensions."""
 
 import math
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 
 # k-means needs some rows per centre; more than this many make it slower, not better.
 _ROWS_PER_CENTRE = 64
+# How the file of every FAISS index of vectors starts: its kind, d, ntotal, two unused numbers, is_trained, metric_type
+# (write_index_header in faiss/impl/index_write.cpp).
+_HEADER = struct.Struct("<4siqqq?i")
 
 
 def faiss():
@@ -47,9 +51,32 @@ def build_graph(spec: str, dim: int, blocks: Callable[[], Iterator[np.ndarray]],
     library.write_index(index, str(path))
 
 
-def read_graph(path: Path):
-    """The FAISS index in a file."""
-    return faiss().read_index(str(path))
+def read_graph(path: Path, dim: int, count: int):
+    """The FAISS index in a file, which must be one of `build_graph`.
+
+    Args:
+        path: of the file.
+        dim: dimensions of its vectors.
+        count: number of its vectors.
+
+    Raises:
+        ValueError: FAISS is not installed, or the file is not an index of `count` vectors of `dim` dimensions with
+            inner products.
+    """
+    library = faiss()
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    # Read before FAISS reads the rest, which trusts the file.
+    found = _HEADER.unpack(header) if len(header) == _HEADER.size else None
+    if found is None or found[1:3] != (dim, count) or found[6] != library.METRIC_INNER_PRODUCT:
+        raise ValueError(f"path: {path} is not a graph of {count} vectors of {dim} dimensions; build the index again")
+    try:
+        index = library.read_index(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"path: {path} cannot be read by FAISS; build the index again") from error
+    if (index.d, index.ntotal, index.metric_type) != (dim, count, library.METRIC_INNER_PRODUCT):
+        raise ValueError(f"path: {path} is not a graph of {count} vectors of {dim} dimensions; build the index again")
+    return index
 
 
 def search_graph(index, queries: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,9 @@ from typing import cast
 import numpy as np
 
 from .approximate import build_graph, faiss, read_graph, search_graph
+from .checking import Kinds, check_fields, check_name
 from .stages import APPROXIMATE, PRECISIONS, Stage, check_stages, select
-from .store import Writer, read
+from .store import META, Writer, check_file, read
 
 VECTORS, IDS, TEXTS, OFFSETS, GRAPH = "vectors.f32", "ids", "texts.utf8", "text_offsets", "graph.faiss"
 # Numbers (scores, copied entries) in memory at once, vectors that are written at once, and entries of a small precision
@@ -122,6 +123,10 @@ class FunnelIndex:
                 another one.
         """
         meta, arrays = read(path, verify)
+        try:
+            _check_contents(meta, arrays)
+        except ValueError as error:
+            raise ValueError(f"path: {Path(path) / META} is damaged: {error}") from error
         if model is not None and model != meta["model"]:
             raise ValueError(f"model: {path} was built with {meta['model']}, not with {model}")
         return cls(path, meta, arrays)
@@ -213,7 +218,9 @@ class FunnelIndex:
     def _graph(self, queries: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best that the graph finds, (Q, keep)."""
         if self._faiss is None:
-            self._faiss = read_graph(self.path / GRAPH)
+            # Whatever `open` has checked, the file may be another one by now.
+            check_file(self.path / GRAPH, self.meta["files"][GRAPH])
+            self._faiss = read_graph(self.path / GRAPH, stage.dim, len(self))
         scores, rows = search_graph(self._faiss, _prefix(queries, stage.dim, "float32"), stage.keep)
         if (rows < 0).any():
             found = int((rows >= 0).sum(axis=1).min())
@@ -238,6 +245,42 @@ class FunnelIndex:
         scores, rows = (np.concatenate(pair) for pair in zip(left, right, strict=True))
         top = select(scores, min(keep, len(scores)), rows if self._rank is None else self._rank[rows])
         return scores[top], rows[top]
+
+
+def _check_contents(meta: dict, arrays: dict[str, np.ndarray]) -> None:
+    """ValueError unless the fields of `index.json` are those that `build` writes, and the arrays fit them."""
+    object_or_none = (dict, type(None))
+    kinds: Kinds = {"count": int, "width": int, "model": object_or_none, "prefixes": list, "graph": object_or_none}
+    check_fields(meta, kinds, "index")
+    count, width = meta["count"], meta["width"]
+    if not count or not width:
+        raise ValueError(f"index: {count} vectors of {width} dimensions are not allowed")
+    expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {VECTORS: (np.dtype("<f4"), (count, width))}
+    for entry in meta["prefixes"]:
+        check_fields(entry, {"dim": int, "precision": str, "file": str}, "prefixes")
+        dim, precision = entry["dim"], entry["precision"]
+        _check_prefixes([(dim, precision)], width)
+        if check_name(entry["file"], "prefixes") != _file(dim, precision):
+            raise ValueError(f"prefixes: the file {entry['file']} is not {_file(dim, precision)}")
+        sample = _prefix(np.zeros((1, dim), np.float32), dim, precision)
+        expected[entry["file"]] = sample.dtype, (count, *sample.shape[1:])
+    if meta["graph"] is not None:
+        check_fields(meta["graph"], {"dim": int, "spec": str}, "graph")
+        expected[GRAPH] = np.dtype("u1"), arrays[GRAPH].shape if GRAPH in arrays else ()
+    if IDS in arrays:
+        expected[IDS] = arrays[IDS].dtype, (count,)
+    if TEXTS in arrays or OFFSETS in arrays:
+        expected[TEXTS] = np.dtype("u1"), arrays[TEXTS].shape[:1] if TEXTS in arrays else ()
+        expected[OFFSETS] = np.dtype("<i8"), (count + 1,)
+    for name, (dtype, shape) in expected.items():
+        if name not in arrays:
+            raise ValueError(f"files: {name} is missing")
+        if (arrays[name].dtype, arrays[name].shape) != (dtype, shape):
+            raise ValueError(f"files: {name} is {arrays[name].dtype} {arrays[name].shape}, not {dtype} {shape}")
+    if OFFSETS in arrays:
+        ends = arrays[OFFSETS]
+        if ends[0] != 0 or ends[-1] != len(arrays[TEXTS]) or (np.diff(ends) < 0).any():
+            raise ValueError(f"files: {OFFSETS} does not fit {TEXTS}")
 
 
 def _unit(rows, width: int | None, first: int, name: str) -> np.ndarray:

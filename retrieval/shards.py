@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from .checking import check_fields
 from .reading import Malformed, Text
 
 FORMATS = ("npy", "parquet")
@@ -87,24 +89,54 @@ def finish(folder: Path, settings: dict, summary: dict) -> None:
     _write_json(folder / SUMMARY, settings | summary)
 
 
+def read_summary(folder: Path) -> dict:
+    """The description of the embeddings in a folder; ValueError if they are not complete, or it is damaged."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise ValueError(f"embeddings: {folder} has no {SUMMARY}, so it is not complete; let encode.py finish first")
+    text_or_none = (str, type(None))
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **{"rows": int, "shards": int, "sizes": list, "format": str, "precision": str, "model_name_or_path": str},
+        **{"weights": int, "max_length": int, "input": str, "text_column": str, "id_column": text_or_none},
+    }
+    try:
+        summary = check_fields(json.loads(path.read_text(encoding="utf-8")), kinds, SUMMARY)
+        if summary["format"] not in FORMATS:
+            raise ValueError(f"{SUMMARY}: format {summary['format']!r} is not allowed")
+        sizes = summary["sizes"]
+        # A size is also the name of a folder, and must not lead out of this one.
+        if not sizes or not all(isinstance(size, str) and re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in sizes):
+            raise ValueError(f"{SUMMARY}: sizes {sizes!r} is not allowed")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"embeddings: {path} is damaged: {error}") from error
+    return summary
+
+
 def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids and embeddings of one size, shard by shard; ValueError if the folder is not complete or lacks the size."""
-    if not (folder / SUMMARY).is_file():
-        raise ValueError(f"embeddings: {folder} is not complete; run encode.py to its end")
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     if size not in summary["sizes"]:
         raise ValueError(f"size: {size} is not in {folder}, which has {', '.join(summary['sizes'])}")
     for number in range(summary["shards"]):
         path = folder / size / f"{number:05d}"
         if summary["format"] == "npy":
             ids = json.loads((folder / IDS / f"{number:05d}.json").read_text(encoding="utf-8"))
-            yield ids, np.load(path.with_suffix(".npy"))
+            yield _checked(path, ids, np.load(path.with_suffix(".npy"), allow_pickle=False), size)
         else:
             import pyarrow.parquet as pq
 
             table = pq.read_table(path.with_suffix(".parquet"))
             vectors = table["embedding"].combine_chunks()
-            yield table["id"].to_pylist(), vectors.flatten().to_numpy().reshape(len(table), -1)
+            rows = vectors.flatten().to_numpy().reshape(len(table), -1)
+            yield _checked(path, table["id"].to_pylist(), rows, size)
+
+
+def _checked(path: Path, ids, rows: np.ndarray, size: str) -> tuple[list[str], np.ndarray]:
+    """Ids and embeddings of a shard; ValueError unless there is one text id for each row."""
+    are_ids = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
+    if not are_ids or rows.ndim != 2 or len(ids) != len(rows):
+        raise ValueError(f"embeddings: {path} of size {size} is damaged: its ids do not fit its rows; encode it again")
+    return ids, rows
 
 
 def _shards(texts: Iterable[Text | Malformed], size: int, on_error: str, skipped: list[list]) -> Iterator[list[Text]]:

@@ -1,6 +1,8 @@
 """A folder of arrays that appears complete or not at all, and is checked when it is opened."""
 
+import fnmatch
 import json
+import math
 import os
 import shutil
 import zlib
@@ -9,9 +11,15 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .checking import check_fields, check_name
+
 FORMAT = 1
 META = "index.json"
 _READ = 2**24
+# The files of an index, see `FunnelIndex`.
+_NAMES = (META, "vectors.f32", "prefix-*", "ids", "texts.utf8", "text_offsets", "graph.faiss")
+# Kinds of numbers and text that an array may have: never Python objects, whose bytes would be taken for addresses.
+_KINDS = "iufSU"
 
 
 class Writer:
@@ -26,11 +34,13 @@ class Writer:
     """
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # a link to the folder stays a link to the new one
         if self.path.exists() and any(self.path.iterdir()) and not overwrite:
             raise ValueError(f"path: {path} exists; name another folder, or overwrite it")
         if overwrite and self.path.exists() and not (self.path / META).is_file():
             raise ValueError(f"path: {path} exists and is not an index, so it is not overwritten")
+        if overwrite and self.path.exists():
+            _check_only_index(self.path)
         self.partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -92,30 +102,58 @@ def read(path: str | os.PathLike, verify: bool) -> tuple[dict, dict[str, np.ndar
         verify: whether to read every file once and compare its checksum.
 
     Raises:
-        ValueError: the folder is not an index, or one of its files is missing, truncated or damaged.
+        ValueError: the folder is not an index, one of its files is missing, truncated or damaged, or `index.json` has
+            something that `Writer` does not write.
     """
     folder = Path(path)
     if not (folder / META).is_file():
         raise ValueError(f"path: {path} has no {META}, so it is not an index")
+    meta = _read_meta(folder / META)
+    if meta["format"] != FORMAT:
+        raise ValueError(f"path: {path} is an index of format {meta['format']}; this version reads format {FORMAT}")
+    return meta, {name: _map(folder / name, entry, verify) for name, entry in meta["files"].items()}
+
+
+def check_file(path: Path, entry: dict) -> None:
+    """ValueError if a file is not the one that its entry in `index.json` describes, by its checksum."""
+    if not path.is_file() or _checksum(path) != entry["crc32"]:
+        raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")
+
+
+def _read_meta(path: Path) -> dict:
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        version, files = meta["format"], meta["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"path: {folder / META} is damaged: {error}") from error
-    if version != FORMAT:
-        raise ValueError(f"path: {path} is an index of format {version}; this version reads format {FORMAT}")
-    return meta, {name: _map(folder / name, entry, verify) for name, entry in files.items()}
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        check_fields(meta, {"format": int, "files": dict}, META)
+        for name, entry in meta["files"].items():
+            check_name(name, f"{META}, files")
+            what = f"{META}, {name}"
+            check_fields(entry, {"dtype": str, "shape": list, "crc32": int}, what)
+            if np.dtype(entry["dtype"]).kind not in _KINDS:
+                raise ValueError(f"{what}: dtype {entry['dtype']} is not allowed")
+            if not entry["shape"] or not all(type(size) is int and size >= 0 for size in entry["shape"]):
+                raise ValueError(f"{what}: shape {entry['shape']} is not allowed")
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:  # numpy reads a dtype as Python code
+        raise ValueError(f"path: {path} is damaged: {error}") from error
+    return meta
+
+
+def _check_only_index(folder: Path) -> None:
+    """ValueError if an index folder also has files that are not the index's, which replacing it would delete."""
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, own) for own in _NAMES)]
+    if foreign:
+        raise ValueError(f"path: {folder} also has {', '.join(foreign[:3])}, so it is not overwritten; move it away")
 
 
 def _map(path: Path, entry: dict, verify: bool) -> np.ndarray:
     dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-    expected = dtype.itemsize * int(np.prod(shape))
+    expected = dtype.itemsize * math.prod(shape)  # numpy's product would overflow
     found = path.stat().st_size if path.is_file() else -1
     if found != expected:
         state = "is missing" if found < 0 else f"has {found} bytes instead of {expected}: it was truncated or changed"
         raise ValueError(f"path: {path} {state}; build the index again")
-    if verify and _checksum(path) != entry["crc32"]:
-        raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")
+    if verify:
+        check_file(path, entry)
     if not expected:
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)

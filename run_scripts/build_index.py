@@ -1,12 +1,11 @@
 """Build an index from encode.py's output: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from retrieval import FunnelIndex
 from retrieval.reading import STDIN, Text, read_texts
-from retrieval.shards import SUMMARY, read_shards
+from retrieval.shards import read_shards, read_summary
 from run_scripts.shared import cli
 
 
@@ -36,9 +35,7 @@ def main(argv=None) -> None:
     with cli.user_errors():
         (args,) = cli.Parser((IndexArguments,)).parse(argv)
         folder = Path(args.embeddings)
-        if not (folder / SUMMARY).is_file():
-            raise ValueError(f"embeddings: {folder} has no {SUMMARY}; let encode.py finish first")
-        made = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        made = read_summary(folder)
         if made["precision"] not in ("float32", "float16"):
             raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
         size = args.size or made["sizes"][-1]

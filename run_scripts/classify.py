@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, output, runs
+from run_scripts.shared import checks, cli, output, remote_code, runs
 from trainer.mrl.arguments import ClassifierTrainingArguments
 
 
@@ -38,6 +38,7 @@ class ModelArguments:
     loss_reduction: str = field(
         default="sum", metadata={"help": "sum of the losses of all sizes (as in the paper), or mean."}
     )
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,7 @@ class FitArguments:
                   "can be the training file with the rows that were held out of it."},
     )  # fmt: skip
     batch_size: int = field(default=32, metadata={"help": "Rows per batch."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass
@@ -92,6 +94,7 @@ class EvalArguments:
         default=0,
         metadata={"help": "Number of times that the cascade is timed, in turn with the largest size; 0: never."},
     )
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -147,7 +150,7 @@ def fit_cascade(argv) -> None:
 
         from run_scripts.training import classifying
 
-        classifier = classifying.load(args.model_name_or_path)
+        classifier = classifying.load(args.model_name_or_path, args.trust_remote_code)
         table, seen = classifying.read_unseen(classifier, args.fit_file, "fit_file", ["train"])
         thresholds = classifier.model.fit_cascade(table, classifier.collator, args.batch_size)
     classifying.save_thresholds(classifier.folder, table, thresholds)
@@ -168,7 +171,7 @@ def evaluate(argv) -> None:
         from run_scripts.training import classifying
         from trainer.mrl.trainer import batches, evaluate_classifier
 
-        classifier = classifying.load(args.model_name_or_path)
+        classifier = classifying.load(args.model_name_or_path, args.trust_remote_code)
         model, collator = classifier.model, classifier.collator
         if args.timing_runs and model.config.thresholds is None:
             raise ValueError("timing_runs: there is no cascade to time; run fit-cascade first")

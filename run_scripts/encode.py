@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from retrieval.reading import STDIN, count_lines, read_texts
 from retrieval.shards import FORMATS, check_settings, encode_shards, finish
 from run_scripts.evaluate import choose_sizes
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 if TYPE_CHECKING:
     from modeling_2dmse import Size, TwoDMSEModel
@@ -45,6 +45,7 @@ class EncodeArguments:
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put before each text."})
     on_error: str = field(default="stop", metadata={"help": "What to do at a malformed line: stop or skip."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -64,7 +65,8 @@ def main(argv=None) -> None:
         state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not find each other
         if args.input == STDIN and state.num_processes > 1:
             raise ValueError("input: only one process can read standard input; start encode.py as a single process")
-        model = models.load_encoder(args.model_name_or_path).to(state.device)
+        model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        model = model.to(state.device)
         sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
         prompt = model.find_prompt(name=args.prompt_name)
         folder, settings = Path(args.output_dir), describe(args, model, sizes)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 if TYPE_CHECKING:
     from modeling_2dmse import Size, TwoDMSEModel
@@ -36,6 +36,7 @@ class EvaluationArguments:
     batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -49,7 +50,8 @@ def main(argv=None) -> None:
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
-        model = models.to_device(models.load_encoder(args.model_name_or_path, pooling=args.pooling))
+        options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
+        model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,6 +58,7 @@ class EvaluationArguments:
     batch_size: int = field(default=64, metadata={"help": "Pictures per batch."})
     seed: int = field(default=0, metadata={"help": "Seed of the random weights and of RASA's pictures."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -72,7 +73,7 @@ def main(argv=None) -> None:
         train, test = _read(args, "train"), _read(args, "test")
         if train.features["label"] != test.features["label"]:
             raise ValueError("test_dir: its classes are not those of train_dir")
-        models = {_name(path): _load(path) for path in args.model_name_or_path}
+        models = {_name(path): _load(path, args.trust_remote_code) for path in args.model_name_or_path}
         sizes = _choose_sizes(args.sizes, list(models.values()))
         if args.random_init:
             models[RANDOM] = _random_twin(next(iter(models.values())), args.seed)
@@ -126,16 +127,18 @@ def _name(path: str) -> str:
     return os.path.basename(path.rstrip(os.sep))
 
 
-def _load(path: str) -> FrancaModel:
+def _load(path: str, trust_remote_code: bool) -> FrancaModel:
     from transformers import AutoImageProcessor
 
     from modeling_franca import FrancaConfig, FrancaModel
     from run_scripts.shared import models
 
     path = models.resolve_model(path)
-    is_ours = models.read_config(path).model_type == FrancaConfig.model_type
-    model = FrancaModel.from_pretrained(path) if is_ours else FrancaModel.from_backbone(path)
-    model.image_processor = AutoImageProcessor.from_pretrained(path)
+    trust = {"trust_remote_code": trust_remote_code}
+    with remote_code.named(path):
+        is_ours = models.read_config(path, **trust).model_type == FrancaConfig.model_type
+        model = FrancaModel.from_pretrained(path, **trust) if is_ours else FrancaModel.from_backbone(path, **trust)
+        model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
     return models.to_device(model).eval()
 
 

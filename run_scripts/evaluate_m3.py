@@ -7,7 +7,7 @@ cascade that goes to the next level while the answer is not confident.
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 
 @dataclass
@@ -35,6 +35,7 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=16, metadata={"help": "Rows per batch."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
         from trainer.m3.levels import join_scores, level_table, score_batch
 
         rows = read_conversations(args.data_file, args.image_dir, "data_file")
-        model, processor = load_llava(args.model_name_or_path)
+        model, processor = load_llava(args.model_name_or_path, args.trust_remote_code)
         sizes = check_token_sizes(args.visual_token_sizes or model.config.visual_token_sizes, model.config.grid_side)
         collator = ConversationCollator(processor, sizes)
         collator([rows[0]])  # shows here what does not fit the processor's template

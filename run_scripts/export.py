@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,7 @@ class ExportArguments:
         default=None,
         metadata={"help": "Scored pairs; prints the Spearman of what was written and of the model itself."},
     )
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -52,7 +53,7 @@ def main(argv=None) -> None:
 
         check_export(args.output_dir, args.format, args.dtype)
         tasks = [load_sts(path) for path in args.sts_files or []]
-        model = models.load_encoder(args.model_name_or_path)
+        model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         small = model.truncate(args.num_layers, args.dim)
         small.export(args.output_dir, format=args.format, dtype=args.dtype)
     parameters = sum(parameter.numel() for parameter in small.parameters())
@@ -60,7 +61,11 @@ def main(argv=None) -> None:
     size = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     print(f"{small.num_layers}x{small.config.dim} as {args.format}, {args.dtype}: {args.output_dir}")
     print(f"{parameters / 1e6:.2f} M of {whole / 1e6:.2f} M parameters, {size / 1e6:.1f} MB on disk")
-    written = onnx_encoder(args.output_dir) if args.format == "onnx" else plain_encoder(args.output_dir, small)
+    trusted = args.trust_remote_code
+    if args.format == "onnx":
+        written = onnx_encoder(args.output_dir, trust_remote_code=trusted)
+    else:
+        written = plain_encoder(args.output_dir, small, trusted)
     for task in tasks:
         before, after = spearman(task, small.encode), spearman(task, written)
         print(f"{task.name}: Spearman {after:.4f}, in the model {before:.4f} ({after - before:+.4f})")
@@ -78,22 +83,26 @@ def check(args: ExportArguments) -> None:
     checks.check_model(args.model_name_or_path)
 
 
-def plain_encoder(folder: str, small: TwoDMSEModel) -> Callable[[Sequence[str]], np.ndarray]:
+def plain_encoder(
+    folder: str, small: TwoDMSEModel, trust_remote_code: bool = False
+) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to the embeddings of the written backbone, loaded from its folder."""
     from modeling_2dmse import TwoDMSEModel
 
-    model = TwoDMSEModel.from_backbone(folder, pooling=small.config.pooling)
+    model = TwoDMSEModel.from_backbone(folder, pooling=small.config.pooling, trust_remote_code=trust_remote_code)
     return lambda texts: model.encode(texts, dim=small.config.dim)
 
 
-def onnx_encoder(folder: str, batch_size: int = 32) -> Callable[[Sequence[str]], np.ndarray]:
+def onnx_encoder(
+    folder: str, batch_size: int = 32, trust_remote_code: bool = False
+) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to the embeddings that stock onnxruntime and the saved tokenizer give."""
     import numpy as np
     import onnxruntime
     from transformers import AutoTokenizer
 
     session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"), providers=["CPUExecutionProvider"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     names = [entry.name for entry in session.get_inputs()]
 
     def encode(texts: Sequence[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli, runs
+from run_scripts.shared import checks, cli, remote_code, runs
 from trainer.arguments import TwoDMSETrainingArguments
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear layers."}
     )
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass

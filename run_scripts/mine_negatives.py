@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 from trainer.selection import NegativeSelection
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class MiningArguments:
     batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an output file that exists."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -68,7 +69,7 @@ def main(argv=None) -> None:
         from trainer.mining import embed, mine
 
         task = read_task(args, selection)
-        model = models.to_device(models.load_encoder(args.model_name_or_path))
+        model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
         size = choose_size(model, args.size)
         os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
     print(f"{len(task.rows)} rows, {len(task.anchors)} anchors, {task.num_documents} documents; at {size}", flush=True)
@@ -96,6 +97,10 @@ def check(args: MiningArguments) -> None:
         raise ValueError(f"output_file: {args.output_file} is a folder")
     if os.path.exists(args.output_file) and not args.overwrite:
         raise ValueError(f"output_file: {args.output_file} exists; choose another or pass --overwrite true")
+    for name in ("train_file", "corpus_file"):
+        path = getattr(args, name)
+        if path is not None and os.path.realpath(path) == os.path.realpath(args.output_file):
+            raise ValueError(f"output_file: {args.output_file} is the {name}, which is not replaced; choose another")
     for name in ("batch_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     if args.size is not None:

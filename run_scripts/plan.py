@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from retrieval.planning import BYTES, Cell, Limits, as_rows, choose, pareto, plan
 from retrieval.reading import Text, read_texts
 from run_scripts.evaluate import choose_sizes
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 
 @dataclass
@@ -36,6 +36,7 @@ class PlanArguments:
     )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for plan.json and plan.png."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -48,7 +49,7 @@ def main(argv=None) -> None:
         from run_scripts.shared import models, output
 
         scores = read_scores(args.results) if args.results else None
-        model = models.to_device(models.load_encoder(args.model_name_or_path))
+        model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
         sizes = choose_sizes(model, args.sizes)
         texts = _texts(args.texts)
         cells = plan(model, sizes, texts, scores, args.precision, args.max_length)

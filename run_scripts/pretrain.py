@@ -6,7 +6,7 @@ The encoder to fine-tune from is written to OUT/encoder.
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, runs
+from run_scripts.shared import checks, cli, remote_code, runs
 from trainer.smae.arguments import SmaeTrainingArguments
 
 
@@ -25,6 +25,7 @@ class ModelArguments:
         metadata={"help": "Pooling of the saved encoder: mean, cls, lasttoken or weightedmean. Default: the pooling "
                   "that the model's folder declares, otherwise mean."},
     )  # fmt: skip
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass

@@ -6,7 +6,7 @@ OUT contains student, teacher and heads; OUT/backbone the teacher's backbone as 
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, runs
+from run_scripts.shared import checks, cli, remote_code, runs
 from trainer.franca.arguments import FrancaTrainingArguments
 
 
@@ -26,6 +26,7 @@ class ModelArguments:
         metadata={"help": 'Configuration of a new backbone: {"model_type": "dinov2", "hidden_size": 192, '
                   '"image_size": 64, "patch_size": 8, ...}.', "metavar": "JSON"},
     )  # fmt: skip
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass

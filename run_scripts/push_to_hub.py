@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from huggingface_hub.errors import HfHubHTTPError
 
 from run_scripts.shared import cli
-from trainer.shared.hub import check_model_folder, check_repo_id, find_token, stage, upload
+from trainer.shared.hub import check_loads, check_model_folder, check_repo_id, find_token, stage, upload
 
 
 @dataclass
@@ -32,6 +32,7 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((PushArguments,)).parse(argv)
         check_model_folder(args.model_name_or_path)
         check_repo_id(args.repo_id)
+        check_loads(args.model_name_or_path)
         if args.dry_run is not None:
             files = stage(args.model_name_or_path, args.repo_id, args.dry_run)
             print("\n".join(files))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retrieval import FunnelIndex, Stage, parse_stages
+from retrieval.checking import check_fields
 from retrieval.stages import check_stages
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 if TYPE_CHECKING:
     from modeling_2dmse import TwoDMSEModel
@@ -33,6 +34,7 @@ class SearchArguments:
         default=None, metadata={"help": "The index's model, if it has moved since the index was built."}
     )
     prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put before each query."})
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -49,6 +51,7 @@ def main(argv=None) -> None:
         made = index.meta["model"]
         if not made:
             raise ValueError(f"index: {index.path} does not name the model that made it; build it with build_index.py")
+        check_fields(made, {"name": str, "weights": int, "num_layers": int, "max_length": int}, f"{index.path}, model")
         args.k = min(10, len(index)) if args.k is None else args.k
         stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
@@ -57,7 +60,7 @@ def main(argv=None) -> None:
 
         from run_scripts.shared import models
 
-        model = models.load_encoder(name)
+        model = models.load_encoder(name, trust_remote_code=args.trust_remote_code)
         if models.fingerprint(model) != made["weights"]:
             raise ValueError(f"model_name_or_path: the weights are not those that made {index.path}")
         if made["num_layers"] < model.num_layers:

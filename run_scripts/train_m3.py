@@ -6,7 +6,7 @@ The model is a stock LLaVA, or an earlier output of this script.
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, output, runs
+from run_scripts.shared import checks, cli, output, remote_code, runs
 from trainer.m3.arguments import M3TrainingArguments
 
 
@@ -27,6 +27,7 @@ class ModelArguments:
         metadata={"help": "Visual tokens per image if a call of the saved model does not choose. Default: the model's "
                   "setting, all of them for a stock LLaVA."},
     )  # fmt: skip
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 @dataclass

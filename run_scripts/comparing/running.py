@@ -89,9 +89,9 @@ class Comparison:
 
     def _evaluate(self, model: str, unit: Unit, tasks: list[StsData]) -> dict:
         """{"scores": {task: {size: Spearman}}} of a model folder, and the machine it was evaluated on."""
-        _, args = self.budget.arguments()
+        trained, args = self.budget.arguments()
         sizes = [unit.size] if unit.size else args.sizes
-        encoder = models.to_device(models.load_encoder(model, sizes))
+        encoder = models.to_device(models.load_encoder(model, sizes, trust_remote_code=trained.trust_remote_code))
         options = {"max_length": args.max_length, "show_progress_bar": False}
         results = evaluate_tasks(encoder, tasks, parse_ladder(sizes), **options)["sts"]
         scores = {task.name: results[task.name]["spearman"] for task in tasks}

@@ -72,7 +72,7 @@ def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
 
     model, args = budget.arguments()
     set_seed(seed)
-    peer = peers.load_peer(models.resolve_model(model.model_name_or_path), args.max_length)
+    peer = peers.load_peer(models.resolve_model(model.model_name_or_path), args.max_length, model.trust_remote_code)
     rows = budget.rows(seed)
     loss_class = losses.CoSENTLoss if "score" in rows.column_names else losses.MultipleNegativesRankingLoss
     inner = loss_class(peer, scale=args.loss_scale)

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from run_scripts.shared import secrets
 from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -59,6 +60,7 @@ class Parser(HfArgumentParser):
         if argv and not argv[0].startswith("-"):
             recipe = argv.pop(0)
         flags = [*(recipe_flags(recipe) if recipe else []), *argv]
+        secrets.remember(flags)
         self._refuse_renamed(flags)
         values, unknown = self.parse_known_args(flags)
         if unknown:
@@ -112,7 +114,7 @@ def exactly_one(args, first: str, second: str, what: str) -> None:
 def fail(message) -> None:
     """End the program with one line on stderr and exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
-        line = " ".join(str(message).split())
+        line = secrets.hide(" ".join(str(message).split()))
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,14 +1,19 @@
 """Finding and loading the model that a flag names."""
 
+import contextlib
 import os
 import zlib
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, dynamic_module_utils
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
-from run_scripts.shared import checks
+from run_scripts.shared import checks, remote_code
 from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
+
+# Every load says whether code of the model may be run. If transformers meets some in a load of its own that does not,
+# this makes it refuse: it would ask on standard input, which may be the texts to embed.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -20,10 +25,18 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
-    """Load a TwoDMSE model, or any other text encoder as the backbone of a new elastic model."""
+    """Load a TwoDMSE model, or any other text encoder as the backbone of a new elastic model, and its tokenizer."""
     name_or_path = resolve_model(name_or_path)
+    with remote_code.named(name_or_path):
+        model = _load_encoder(name_or_path, sizes, pooling, **kwargs)
+        with contextlib.suppress(OSError):  # a folder without a tokenizer is refused when it is needed
+            model.tokenizer  # noqa: B018, loaded now, where an error is one line
+    return model
+
+
+def _load_encoder(name_or_path: str, sizes, pooling: str | None, **kwargs) -> TwoDMSEModel:
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
-        return load_adapter(name_or_path)
+        return load_adapter(name_or_path, **kwargs)
     kind = read_config(name_or_path, **kwargs).model_type
     if kind == StarbucksConfig.model_type:
         raise ValueError(f"model_name_or_path: {name_or_path} is a pre-training model; use {name_or_path}/encoder")
@@ -38,8 +51,10 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
 def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """The configuration of a model; ValueError if it cannot be found."""
     hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+    trusted = bool(kwargs.get("trust_remote_code"))
     try:
-        return AutoConfig.from_pretrained(name_or_path, **hub)
+        with remote_code.named(name_or_path):
+            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trusted, **hub)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -60,13 +75,13 @@ def to_device(model: TwoDMSEModel) -> TwoDMSEModel:
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
-def load_adapter(folder: str) -> TwoDMSEModel:
+def load_adapter(folder: str, **kwargs) -> TwoDMSEModel:
     """The model of a LoRA checkpoint, with the adapter merged into the weights."""
     from peft import PeftConfig, PeftModel
 
     config = TwoDMSEConfig.from_pretrained(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    encoder = load_encoder(base, config.sizes)
+    encoder = load_encoder(base, config.sizes, **kwargs)
     encoder.config.pooling = config.pooling
     if encoder.num_layers > config.num_layers:
         encoder = encoder.truncate(config.num_layers, config.dim)

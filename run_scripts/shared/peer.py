@@ -18,11 +18,11 @@ def check_installed() -> None:
         raise ValueError('benchmark: sentence-transformers is missing; pip install -e ".[benchmark]"')
 
 
-def load_peer(folder: str, max_length: int):
+def load_peer(folder: str, max_length: int, trust_remote_code: bool = False):
     """The model of a folder as a SentenceTransformer, on the device that it selects itself."""
     from sentence_transformers import SentenceTransformer
 
-    peer = SentenceTransformer(folder)
+    peer = SentenceTransformer(folder, trust_remote_code=trust_remote_code)
     peer.max_seq_length = max_length
     return peer
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from run_scripts.shared import late_peft  # noqa: F401 (for what it does when it is imported)
+from run_scripts.shared import output_dir as folders
 from run_scripts.shared.cli import Parser, fail
 from run_scripts.shared.output import say
 from trainer.shared import checkpoints
@@ -29,8 +30,8 @@ class OverwriteArguments:
 
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Replace an output folder that has another run: it is moved aside, and deleted after the new "
-                  "run has ended well."},
+        metadata={"help": "Replace an output folder that has an earlier run and nothing else: it is moved aside, and "
+                  "deleted after the new run has ended well."},
     )  # fmt: skip
 
 
@@ -50,11 +51,15 @@ class TrainingRun:
         self._overwrite = any(isinstance(part, OverwriteArguments) and part.overwrite for part in arguments)
         self._previous: str | None = None
         check_output_dir(self.args.output_dir, allowed=bool(self.resume) or self._overwrite)
+        if self._overwrite and not self.resume:
+            folders.check_replaceable(self.args.output_dir, arguments)
 
     def begin(self, trainer) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
+        if self.args.should_save:
+            folders.mark(self.args.output_dir, os.path.basename(sys.argv[0]))
         self.trainer = trainer
 
     def train(self) -> None:
@@ -156,12 +161,11 @@ def training_errors(trainer) -> Iterator[None]:
 
 def move_aside(args: "TrainingArguments") -> str | None:
     """Move the folder of an earlier run away, so that it survives if the new run fails; the new name, or None."""
-    previous, folder = None, args.output_dir.rstrip(os.sep)
+    previous = None
     with args.main_process_first(local=False, desc="moving the earlier run aside"):
-        if args.process_index == 0 and os.path.isdir(folder) and os.listdir(folder):
-            previous = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(folder, previous)
-            os.makedirs(folder)
+        if args.process_index == 0:
+            previous = folders.move_aside(args.output_dir)
+        if previous is not None:
             say(f"the earlier run is kept in {previous} until this one has ended well")
     return previous
 

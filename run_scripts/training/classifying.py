@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 
 from modeling_mrl import MatryoshkaConfig, MatryoshkaForImageClassification, MatryoshkaForSequenceClassification
 from modeling_mrl.backbone import count_positions
 from modeling_mrl.classifier import MatryoshkaClassifier
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, remote_code
 from run_scripts.shared.measure import in_turn, row, seconds
 from trainer.mrl.arguments import ClassifierTrainingArguments
 from trainer.mrl.data import (
@@ -81,8 +81,8 @@ def report(trainer: ClassifierTrainer) -> None:
         output.say(f"\n{len(evaluation)} rows held out of training:\n\n{table_of(scores, model.config)}")
 
 
-def load(folder: str) -> Classifier:
-    """The classifier that `train` has written to a folder."""
+def load(folder: str, trust_remote_code: bool = False) -> Classifier:
+    """The classifier that `train` has written to a folder; `trust_remote_code` is for its tokenizer or processor."""
     if not os.path.isfile(os.path.join(folder, SETTINGS_FILE)):
         raise ValueError(f"model_name_or_path: {folder} has no {SETTINGS_FILE}; train a classifier with `train` first")
     settings = json.loads(Path(folder, SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -90,7 +90,8 @@ def load(folder: str) -> Classifier:
     images = MatryoshkaForImageClassification.__name__ in architectures
     kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
     model = models.to_device(kind.from_pretrained(folder))
-    return Classifier(folder, model, _collator(model, _processor(folder, images), settings), settings)
+    processor = _processor(folder, images, trust_remote_code)
+    return Classifier(folder, model, _collator(model, processor, settings), settings)
 
 
 def read_unseen(classifier: Classifier, path: str, argument: str, kinds: list[str]) -> tuple[Dataset, int]:
@@ -181,21 +182,26 @@ def _build(model_args: ModelArguments, args: ClassifierTrainingArguments, labels
     kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
     # The model smooths the labels of every size; Trainer would smooth those of one.
     smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
-    model = kind.from_backbone(
-        name,
-        sizes=args.sizes,
-        head_type=model_args.head_type,
-        pooling=model_args.pooling,
-        loss_weights=model_args.loss_weights,
-        loss_reduction=model_args.loss_reduction,
-        label_smoothing=smoothing,
-        id2label=dict(enumerate(labels)),
-    )
-    return model, _processor(name, images)
+    with remote_code.named(name):
+        model = kind.from_backbone(
+            name,
+            sizes=args.sizes,
+            head_type=model_args.head_type,
+            pooling=model_args.pooling,
+            loss_weights=model_args.loss_weights,
+            loss_reduction=model_args.loss_reduction,
+            label_smoothing=smoothing,
+            id2label=dict(enumerate(labels)),
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    return model, _processor(name, images, model_args.trust_remote_code)
 
 
-def _processor(name: str, images: bool):
-    processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name)
+def _processor(name: str, images: bool, trust_remote_code: bool):
+    with remote_code.named(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        loader = AutoImageProcessor if images else AutoTokenizer
+        processor = loader.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
     if not images and processor.pad_token is None:
         processor.pad_token = processor.eos_token  # padding is masked, so any token will do
     return processor

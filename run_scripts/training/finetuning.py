@@ -12,7 +12,7 @@ import datasets
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
 from trainer.data import check_table, draw_texts, join_tables
@@ -127,7 +127,8 @@ def write_card(
     is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
     texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
     # The saved model: under FSDP, a single process cannot run the trainer's.
-    saved = TwoDMSEModel.from_pretrained(folder).to(trainer.args.device)
+    saved = TwoDMSEModel.from_pretrained(folder, trust_remote_code=model_args.trust_remote_code)
+    saved = saved.to(trainer.args.device)
     data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
     on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
     source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
@@ -141,7 +142,9 @@ def write_card(
         datasets=[data_args.dataset_name] if on_the_hub else [],
         license=model_args.license or ("apache-2.0" if is_minilm else None),
     )
-    model_card.write_card(folder, model_card.build_card(encoder, trainer.objective, run))
+    card = model_card.build_card(encoder, trainer.objective, run)
+    card.content = secrets.hide(card.content)
+    model_card.write_card(folder, card)
 
 
 def push(trainer: TwoDMSETrainer) -> None:
@@ -155,7 +158,12 @@ def push(trainer: TwoDMSETrainer) -> None:
 
 
 def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
-    encoder = models.load_encoder(model_args.model_name_or_path, args.sizes, model_args.pooling)
+    encoder = models.load_encoder(
+        model_args.model_name_or_path,
+        args.sizes,
+        model_args.pooling,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
         raise ValueError("sizes: name the sizes to train, for example --sizes 1x32 2x64 3x128 6x384")
@@ -203,6 +211,6 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
 
 
 def _command() -> str:
-    """The command line of this run, without the folders of this machine."""
+    """The command line of this run, without the folders of this machine and without secrets."""
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["accelerate launch run_scripts/finetune.py", *map(shlex.quote, words)])
+    return " ".join(["accelerate launch run_scripts/finetune.py", *(shlex.quote(secrets.hide(w)) for w in words)])

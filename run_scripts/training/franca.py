@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil, s
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_franca import FrancaConfig, FrancaForPretraining
-from run_scripts.shared import models
+from run_scripts.shared import models, remote_code
 from run_scripts.shared.pictures import read_pictures
 from trainer.franca.arguments import FrancaTrainingArguments
 from trainer.franca.trainer import FrancaTrainer
@@ -41,13 +41,15 @@ def _load_model(model_args: ModelArguments, settings: FrancaSettings) -> FrancaF
         model.image_processor = _new_processor(config.image_size)
         return model
     path = models.resolve_model(model_args.model_name_or_path)
-    if models.read_config(path).model_type != FrancaConfig.model_type:
-        model = FrancaForPretraining.from_backbone(path, **given)
-    elif given:
-        raise ValueError(f"{next(iter(given))}: {path} has its own settings; leave --{next(iter(given))} out")
-    else:
-        model = FrancaForPretraining.from_pretrained(path)
-    model.image_processor = AutoImageProcessor.from_pretrained(path)
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    with remote_code.named(path):
+        if models.read_config(path, **trust).model_type != FrancaConfig.model_type:
+            model = FrancaForPretraining.from_backbone(path, **trust, **given)
+        elif given:
+            raise ValueError(f"{next(iter(given))}: {path} has its own settings; leave --{next(iter(given))} out")
+        else:
+            model = FrancaForPretraining.from_pretrained(path, **trust)
+        model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
     return model
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: M3TrainingArguments) -> M3Trainer:
     """The trainer with its model and rows; ValueError for anything that cannot be trained."""
     train, evaluation = _load_rows(data_args)
-    model, processor = load_llava(model_args.model_name_or_path, dtype="float32", **_changes(model_args))
+    model, processor = load_llava(
+        model_args.model_name_or_path, model_args.trust_remote_code, dtype="float32", **_changes(model_args)
+    )
     # Rows that do not fit the processor's template or the length are found here, before anything is written.
     ConversationCollator(processor, [1], args.max_length)(list(train.select(range(min(64, len(train))))))
     return M3Trainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor)

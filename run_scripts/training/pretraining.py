@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import datasets
 
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, parse_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, remote_code
 from trainer.shared.texts import check_corpus, read_corpus
 from trainer.smae.arguments import SmaeTrainingArguments
 from trainer.smae.corpus import endless, pack
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: SmaeTrainingArguments) -> SmaeTrainer:
     """The trainer with its model and texts; ValueError for anything that cannot be trained."""
-    model = _load_model(model_args, args)
-    tokenizer = model.encoder.tokenizer
+    with remote_code.named(model_args.model_name_or_path):
+        model = _load_model(model_args, args)
+        tokenizer = model.encoder.tokenizer
     check_tokenizer(tokenizer)
     length = min(args.max_length, model.encoder.max_length)
     train, evaluation = _load_texts(data_args, args, tokenizer, length)
@@ -46,16 +47,17 @@ def report(trainer: SmaeTrainer, before: dict, metrics: dict) -> None:
 
 def _load_model(model_args: ModelArguments, args: SmaeTrainingArguments) -> StarbucksForMaskedAutoencoding:
     path = models.resolve_model(model_args.model_name_or_path)
-    config = models.read_config(path)
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    config = models.read_config(path, **trust)
     if config.model_type == StarbucksConfig.model_type:
-        model = StarbucksForMaskedAutoencoding.from_pretrained(path)
+        model = StarbucksForMaskedAutoencoding.from_pretrained(path, **trust)
         ladder = [str(size) for size in parse_ladder(args.sizes)] if args.sizes else None
         if ladder and ladder != list(map(str, model.ladder)):
             raise ValueError(f"sizes: {path} is trained for {' '.join(map(str, model.ladder))}; leave --sizes out")
         return model
     if args.sizes:
         parse_ladder(args.sizes, config.num_hidden_layers, config.hidden_size)
-    return StarbucksForMaskedAutoencoding.from_backbone(path, sizes=args.sizes, pooling=model_args.pooling)
+    return StarbucksForMaskedAutoencoding.from_backbone(path, sizes=args.sizes, pooling=model_args.pooling, **trust)
 
 
 def _load_texts(data: DataArguments, args: SmaeTrainingArguments, tokenizer, length: int):

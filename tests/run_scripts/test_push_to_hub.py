@@ -186,3 +186,57 @@ def test_wrong_input(model_folder, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["--model_name_or_path", str(folder), "--repo_id", repo])
         assert message in capsys.readouterr().err
+
+
+def refused(folder, target, capsys, message):
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model_name_or_path", str(folder), "--repo_id", "org/elastic", "--dry_run", str(target)])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
+    assert not target.exists()
+
+
+def test_links_out_of_the_folder_are_not_published(model_folder, tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key.txt").write_text("private")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    for name, target in (
+        ("notes.txt", secret / "key.txt"),
+        ("notes", secret),
+        ("again", model_folder),
+        ("1_Pooling/up", model_folder / "README.md/../.."),
+        ("gone.txt", tmp_path / "nowhere"),
+    ):
+        (model_folder / name).symlink_to(target)
+        refused(model_folder, tmp_path / "dry", capsys, f"{name} is a link to ")
+        (model_folder / name).unlink()
+    os.mkfifo(model_folder / "pipe")
+    refused(model_folder, tmp_path / "dry", capsys, "pipe is not a file")
+    (model_folder / "pipe").unlink()
+    (model_folder / "LICENSE").symlink_to("README.md")  # a link inside the folder: its file is published
+    (tmp_path / "link").symlink_to(model_folder)
+    main(
+        ["--model_name_or_path", str(tmp_path / "link"), "--repo_id", "org/elastic", "--dry_run", str(tmp_path / "dry")]
+    )
+    assert (tmp_path / "dry" / "LICENSE").is_file()
+    assert not [path for path in (tmp_path / "dry").rglob("*") if path.is_symlink()]
+
+
+def test_the_target_of_a_dry_run_is_not_copied_into_itself(model_folder, tmp_path, capsys):
+    for target in (model_folder / "dry", model_folder / "1_Pooling" / "dry"):
+        refused(model_folder, target, capsys, f"dry_run: {target} is inside {model_folder}")
+
+
+def test_what_does_not_load_is_not_published(model_folder, tmp_path, capsys):
+    weights, config = model_folder / "model.safetensors", model_folder / "config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    for damaged in (whole[:-40], b"", b"\x80\x04pickle", whole[:8] + b"{" + whole[9:20]):
+        weights.write_bytes(damaged)
+        refused(model_folder, tmp_path / "dry", capsys, "does not load, so it is not published: ")
+    weights.write_bytes(whole)
+    wide = {**settings["backbone_config"], "hidden_size": 64}
+    for changed in ("{", "[]", json.dumps(settings | {"backbone_config": wide}), json.dumps(settings | {"sizes": 5})):
+        config.write_text(changed)
+        refused(model_folder, tmp_path / "dry", capsys, "does not load, so it is not published: ")

@@ -27,6 +27,25 @@ def gpu_has_bf16() -> bool:
     return torch.cuda.is_available() and not sharded and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+class Secret(str):
+    """A string that is not written into files: pickled it is None, and its `repr` hides it.
+
+    Trainer pickles its arguments into `training_args.bin`, next to the weights that are published.
+    """
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self):
+        return "'***'"
+
+
 @dataclass
 class BaseTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with other defaults, for every trainer of this project.
@@ -38,6 +57,8 @@ class BaseTrainingArguments(TrainingArguments):
     - `remove_unused_columns` is off: the collators read the columns.
     - `logging_nan_inf_filter` is off: a loss that is not finite stops the run.
     - `eval_strategy` is `steps`. Evaluations and checkpoints come at each quarter of the run.
+
+    `hub_token` becomes a `Secret`: no file of a run contains it.
     """
 
     # None, which transformers' annotation does not have, tells an unset flag from false.
@@ -74,6 +95,8 @@ class BaseTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not on_cpu:
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
+        if self.hub_token is not None:
+            self.hub_token = Secret(self.hub_token)
 
     @property
     def n_gpu(self) -> int:

@@ -4,9 +4,12 @@ import fnmatch
 import json
 import os
 import shutil
+import stat
 
 from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 
 # Files of a training run that users of the model do not need.
 LEFT_OUT = ("checkpoint-*", "runs", "*.partial", "training_args.bin", "_*", ".*", "*.log")
@@ -22,6 +25,19 @@ def check_model_folder(folder: str) -> None:
     missing = [name for name in needed if name not in names and not (sharded and name == "model.safetensors")]
     if missing:
         raise ValueError(f"model_name_or_path: {folder} is not a saved elastic model: {', '.join(missing)} is missing")
+
+
+def check_loads(folder: str) -> None:
+    """ValueError unless the configuration and the weights of a model folder load; no code of the folder is run."""
+    from modeling_2dmse import TwoDMSEModel  # takes seconds; what is checked before does not need it
+
+    try:
+        TwoDMSEModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (SafetensorError, StrictDataclassError, ArithmeticError, AttributeError, ImportError, LookupError, OSError,
+            RuntimeError, TypeError, ValueError) as error:  # fmt: skip
+        # The folder may contain anything, and each of its mistakes ends in another of these.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: {folder} does not load, so it is not published: {reason}") from error
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -48,13 +64,20 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
     Args:
         folder: a model folder.
         repo_id: the Hub name.
-        target: a folder that is empty or does not exist.
+        target: a folder that is empty or does not exist, and is not inside `folder`.
 
     Returns:
         the paths of the files inside `target`, sorted.
+
+    Raises:
+        ValueError: `target` is not allowed, or `folder` has a link that leads out of it, a link to a folder, or
+            something that is neither a file nor a folder.
     """
     if os.path.isdir(target) and os.listdir(target):
         raise ValueError(f"dry_run: {target} is not empty; choose another folder")
+    if _is_inside(target, folder):
+        raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
+    _check_real(folder)
     shutil.copytree(folder, target, ignore=_ignore, dirs_exist_ok=True)
     card_path = os.path.join(target, "README.md")
     if os.path.isfile(card_path):
@@ -82,6 +105,29 @@ def upload(folder: str, repo_id: str, token: str, private: bool, revision: str |
         depth = json.load(file)["num_layers"]
     message = f"Upload an elastic encoder of {depth} layers"
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).commit_url
+
+
+def _check_real(folder: str) -> None:
+    """ValueError for what would be uploaded and is not the folder's own: a link could name any file of this machine."""
+    for root, folders, files in os.walk(folder):
+        left_out = _ignore(root, [*folders, *files])
+        folders[:] = [name for name in folders if name not in left_out]
+        for name in [*folders, *files]:
+            path = os.path.join(root, name)
+            if name in left_out:
+                continue
+            if os.path.islink(path) and (not os.path.isfile(path) or not _is_inside(path, folder)):
+                raise ValueError(
+                    f"model_name_or_path: {path} is a link to {os.readlink(path)}; put the file itself there"
+                )
+            if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+                raise ValueError(f"model_name_or_path: {path} is not a file; remove it")
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether what a path leads to is a folder or something in it."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def _title(text: str) -> str | None:
