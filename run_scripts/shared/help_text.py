@@ -65,7 +65,7 @@ TEXTS = {
     "seed": "Seed of everything that is random.",
     "use_cpu": "Train on the CPU even if there is a GPU.",
     "per_device_eval_batch_size": "Examples per batch in evaluations.",
-    "output_dir": "Folder of the run: model, checkpoints and results.",
+    "output_dir": "Folder of the run: model, checkpoints and results. Default: trainer_output.",
     "resume_from_checkpoint": "Checkpoint to resume from; true: the newest complete one in output_dir.",
     "save_strategy": "When to save a checkpoint: no, steps, epoch or best.",
     "save_total_limit": "Number of checkpoints to keep, the newest ones. Default: all.",
@@ -102,7 +102,7 @@ def clean(parser) -> None:
     """Give each flag of a `cli.Parser` a readable kind of value, and its default as it would be typed."""
     fields = {field.name: field for kind in parser.dataclass_types for field in dataclasses.fields(kind)}
     for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):  # --flag false does the same
+        if action.const is False:  # --no_flag, which is the same as --flag false
             action.help = argparse.SUPPRESS
         if action.help == argparse.SUPPRESS or action.dest in ("help", "help_all"):
             continue

@@ -67,11 +67,9 @@ class TrainingRun:
         with self.saving():
             self.trainer.train(resume_from_checkpoint=self.resume)
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> contextlib.AbstractContextManager[None]:
         """For what is written after training: an error ends the program with one line, as in `train`."""
-        with training_errors(self.trainer):
-            yield
+        return training_errors(self.trainer)
 
     def end(self) -> None:
         """Delete the earlier run, and leave the process group."""
