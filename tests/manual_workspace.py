@@ -11,6 +11,7 @@ from tiny_vision import draw_picture
 from transformers import AutoModel, BertConfig, RobertaConfig
 
 from modeling_2dmse import TwoDMSEModel
+from run_scripts.shared.output_dir import mark
 
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = ["1x32", "2x64", "3x128", "4x192", "5x256", "6x384"]
@@ -48,6 +49,7 @@ def _write_models(folder: Path, tokenizer) -> None:
     model = TwoDMSEModel.from_backbone(folder / next(iter(BACKBONES)), sizes=LADDER)
     for name in ("quickstart", "nli"):
         model.save_pretrained(folder / "out" / name)
+        mark(str(folder / "out" / name), "finetune.py")  # as its output, which --overwrite may replace
 
 
 def _write_texts(folder: Path) -> None:
