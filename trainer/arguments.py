@@ -1,6 +1,9 @@
 """The arguments of `TwoDMSETrainer`."""
 
+import os
 from dataclasses import dataclass, field
+
+import torch
 
 from .losses import LOSSES, SCALE
 from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
@@ -19,7 +22,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
 
     - a batch size of 64, because in-batch negatives need many examples;
     - warm-up over the first tenth of the steps;
-    - the checkpoint with the best `eval_ladder_mean` is kept at the end, if evaluations and checkpoints coincide.
+    - the checkpoint with the best `eval_ladder_mean` is kept at the end, if evaluations and checkpoints coincide;
+    - on a GPU, two processes prepare the batches.
 
     `initial_share` is weight-space ensembling (WiSE-FT, Wortsman et al. 2022), with a share per layer: see
     `trainer.averaging`.
@@ -96,6 +100,10 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples per step and process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts per batch in evaluations."})
+    # None, which transformers' annotation does not have, tells an unset flag from 0.
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Processes that prepare batches. Default: 2 on a GPU, else 0."}
+    )
     metric_for_best_model: str | None = field(
         default="ladder_mean", metadata={"help": "Metric that selects the best checkpoint."}
     )
@@ -134,4 +142,10 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.dataloader_num_workers is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.dataloader_num_workers = 2 if on_gpu else 0
+            self.dataloader_persistent_workers = on_gpu  # they keep the tokens of the texts that they have seen
+        if self.dataloader_num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else each worker warns of it, and switches it off
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Training tables: checking them, joining them, and collating their texts into one batch of rows."""
 
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.batching import check_texts as as_texts
@@ -175,6 +177,8 @@ class PairCollator:
         return output
 
     def _tokenize(self, texts: list[str]) -> Tokens:
+        if get_worker_info() is not None:  # a forked process does not have the tokenizer's threads
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._known is None:
             return tokenize(self.tokenizer, texts, self.max_length)
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
