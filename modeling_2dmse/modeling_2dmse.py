@@ -123,7 +123,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         if pooling is None:
             pooling = read_pooling(name_or_path, **hub_kwargs(kwargs))
             pooling = pooling or ("lasttoken" if is_decoder(backbone) else "mean")
-        stack = find_layer_stack(backbone)
+        stack, attention = find_layer_stack(backbone), backbone.config._attn_implementation
         config = TwoDMSEConfig(
             backbone_config=backbone.config,
             pooling=pooling,
@@ -133,9 +133,9 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             final_norm=check_exits(backbone, stack),
             dtype=backbone.dtype,
         )
-        config._attn_implementation = backbone.config._attn_implementation  # else the new model would choose anew
         with torch.device("meta"):
             model = cls(config)
+        backbone.config._attn_implementation = attention  # a new configuration or model chooses again
         if os.path.isdir(name_or_path):
             backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
         model.backbone = backbone
@@ -200,8 +200,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             packing: with `layers`, where each text is in `input_ids` of shape (1, tokens), if the model `packs`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, both `num_layers` and `layers`
-                are given, or the model does not have these layers.
+            ValueError: arguments are given together that exclude each other, or the model does not have the layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")

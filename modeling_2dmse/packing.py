@@ -217,8 +217,9 @@ def find_packing(backbone: PreTrainedModel) -> bool:
         mask = mask.flatten(1).long()
         expected = backbone(input_ids=row[0][tokens], attention_mask=mask).last_hidden_state.flatten(0, 1)[places]
         found = backbone(input_ids=row, **packed_inputs(backbone, packing)).last_hidden_state[0]
-        error, spread = (found.float() - expected.float()).abs().max(), expected.float().std()
-        packs = bool(error < (1e-3 if expected.dtype == torch.float32 else 0.1) * spread)
+        error, spread = (found.float() - expected.float()).abs(), expected.float().std()
+        exact = expected.dtype == torch.float32  # half precision rounds some values by much
+        packs = bool(error.max() < 1e-3 * spread if exact else error.mean() < 0.05 * spread)
     except (IndexError, RuntimeError, TypeError, ValueError):
         packs = False
     finally:

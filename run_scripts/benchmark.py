@@ -16,8 +16,8 @@ BENCHMARKS = (
     "growth",
     "funnel",
     "funnel-quality",
-    "host",
     "gpu",
+    "host",
     "m3",
 )
 

@@ -89,6 +89,8 @@ def main(argv=None) -> None:
 def check(args: MiningArguments) -> None:
     """ValueError for a flag that is not allowed."""
     cli.exactly_one(args, "train_file", "beir_dir", "the pairs")
+    if args.size is not None:
+        checks.check_sizes([args.size], "size")
     if args.beir_dir is not None and args.corpus_file is not None:
         raise ValueError("corpus_file: the folder of --beir_dir has its own corpus; leave one of the two out")
     if not args.output_file.lower().endswith(FORMATS):
@@ -103,8 +105,6 @@ def check(args: MiningArguments) -> None:
             raise ValueError(f"output_file: {args.output_file} is the {name}, which is not replaced; choose another")
     for name in ("batch_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
-    if args.size is not None:
-        checks.check_sizes([args.size], "size")
     for name in ("train_file", "corpus_file"):
         checks.check_files(name, getattr(args, name))
     if args.beir_dir is not None:

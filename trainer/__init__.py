@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .arguments import TwoDMSETrainingArguments
     from .objectives import Objective, Plan
-    from .plan_loss import plan_loss
     from .projections import fit_exit_projections
+    from .step_loss import plan_loss
     from .trainer import TwoDMSETrainer
 
 __all__ = [
@@ -29,7 +29,7 @@ _MODULES = {
     "TwoDMSETrainer": "trainer",
     "TwoDMSETrainingArguments": "arguments",
     "fit_exit_projections": "projections",
-    "plan_loss": "plan_loss",
+    "plan_loss": "step_loss",
 }
 
 

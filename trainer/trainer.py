@@ -26,7 +26,6 @@ from .gradient_cache import CachedForward
 from .losses import SCALE, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
-from .plan_loss import plan_gradient, plan_loss
 from .preparation import (
     check_training_tables,
     find_encoder,
@@ -40,6 +39,7 @@ from .projections import fit_exit_projections
 from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.part_log import PartLogMixin
+from .step_loss import plan_gradient, plan_loss
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from run_scripts.shared import models
 from run_scripts.shared.measure import allocated_at_peak, row, seconds
 from trainer.losses import Rows
 from trainer.objectives import Objective
-from trainer.plan_loss import plan_loss
+from trainer.step_loss import plan_loss
 
 WORK = ("encode", "train")
 # The values that stay fixed while another quantity grows.

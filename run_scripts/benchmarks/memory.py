@@ -11,7 +11,7 @@ from run_scripts.shared.measure import allocated_at_peak, in_a_fresh_process, in
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.losses import Rows
 from trainer.objectives import Objective
-from trainer.plan_loss import plan_loss
+from trainer.step_loss import plan_loss
 
 EXAMPLES, CHUNK, LENGTH = 2048, 64, 32
 QUERIES, DOCUMENTS, DIM = 128, 1024, 768

@@ -13,7 +13,7 @@ import pytest
 import trainer.arguments
 import trainer.objectives
 from run_scripts import classify, finetune, pretrain, pretrain_franca, train_m3
-from run_scripts.shared import cli, help_text, runs
+from run_scripts.shared import cli, help_text, output_dir, runs
 from trainer.shared.arguments import BaseTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,8 @@ def life(tmp_path):
     """An output folder with an earlier run, a function that begins a run over it, and the events of its trainer."""
     out, events = tmp_path / "out", []
     out.mkdir()
-    (out / "model").write_text("earlier")
+    (out / "config.json").write_text("earlier")
+    output_dir.mark(str(out), "a script")
 
     def train(resume_from_checkpoint):
         events.append(f"train {resume_from_checkpoint}")
@@ -164,12 +165,12 @@ def life(tmp_path):
 
 def test_the_life_of_a_run(life):
     with life.start() as run:
-        assert (life.out / "model").read_text() == "earlier"
+        assert (life.out / "config.json").read_text() == "earlier"
         run.begin(life.trainer)
-        assert list(life.out.iterdir()) == []
+        assert [path.name for path in life.out.iterdir()] == [output_dir.MARKER]
         (previous,) = life.folder.glob("out.previous-*")
         run.train()
-        assert (previous / "model").read_text() == "earlier"
+        assert (previous / "config.json").read_text() == "earlier"
         assert life.events == ["train None"]
     assert list(life.folder.iterdir()) == [life.out]
     assert life.events == ["train None", "end"]
@@ -180,7 +181,7 @@ def test_a_wrong_input_before_begin_ends_in_one_line_and_moves_nothing(life, cap
         raise ValueError("sizes: wrong")
     assert capsys.readouterr().err.splitlines()[-1].endswith("error: sizes: wrong")
     assert [path.name for path in life.folder.iterdir()] == ["out"]
-    assert (life.out / "model").read_text() == "earlier"
+    assert (life.out / "config.json").read_text() == "earlier"
     assert life.events == []
 
 
@@ -193,7 +194,7 @@ def test_an_error_of_the_program_keeps_its_traceback_and_the_earlier_run(life):
     with pytest.raises(ValueError, match="a bug"):
         broken_run()
     (previous,) = life.folder.glob("out.previous-*")
-    assert (previous / "model").read_text() == "earlier"
+    assert (previous / "config.json").read_text() == "earlier"
     assert life.events == []
 
 

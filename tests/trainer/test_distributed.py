@@ -22,9 +22,9 @@ from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.distributed import shard_by_layers
 from trainer.losses import Rows
 from trainer.objectives import OBJECTIVES
-from trainer.plan_loss import plan_loss
 from trainer.shared import checkpoints
 from trainer.shared.checkpoints import as_defined
+from trainer.step_loss import plan_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
@@ -382,8 +382,7 @@ def test_the_cache_works_with(extra, tiny_model, tmp_path):
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         moved = [after.detach() - old for after, old in zip(model.parameters(), before, strict=True)]
         results.append((losses, moved))
-    (plain_losses, plain), (cached_losses, cached) = results
-    tolerance = 0.05 if extra == "bf16" else 1e-4
+    (plain_losses, plain), (cached_losses, cached), tolerance = *results, 0.05 if extra == "bf16" else 1e-4
     assert cached_losses == pytest.approx(plain_losses, rel=tolerance)
     assert max(change.abs().max() for change in plain) > 1e-4
     for ours, expected in zip(cached, plain, strict=True):

@@ -10,7 +10,7 @@ from modeling_2dmse import Size, parse_ladder
 from trainer.alignment import feature_kl, pca_distance, score_kl
 from trainer.losses import Rows, base_loss
 from trainer.objectives import OBJECTIVES, Objective, geometric_dims
-from trainer.plan_loss import plan_loss
+from trainer.step_loss import plan_loss
 
 N, H = 4, 32
 LADDER = parse_ladder(["1x8", "2x16", "4x32"])

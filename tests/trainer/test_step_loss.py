@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_2dmse import parse_ladder
-from trainer import plan_loss
+from trainer import step_loss
 from trainer.losses import Rows
 from trainer.objectives import Objective
 
@@ -21,10 +21,10 @@ PAIRS = Rows((11, 11), scores=torch.rand(11, generator=generator), unlabeled=7)
 
 
 def gradient(spec: Objective, rows: Rows, loss: str, monkeypatch, at_once: bool, start=None):
-    monkeypatch.setattr(plan_loss, "fits_stacked", lambda *_: at_once)
+    monkeypatch.setattr(step_loss, "fits_stacked", lambda *_: at_once)
     plan = spec.plan(random.Random(1))
     states = STATES[[n - 1 for n in plan.layers]]
-    return plan_loss.plan_gradient(plan, states, rows, loss, start=start)
+    return step_loss.plan_gradient(plan, states, rows, loss, start=start)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "cosent", "angle", "cosine_mse"])
@@ -55,8 +55,8 @@ def test_at_once_with_the_start_as_teacher(monkeypatch):
 
 def test_a_large_batch_is_computed_size_by_size():
     spec = Objective("starbucks", LADDER, N, H).plan(random.Random(0))
-    assert plan_loss.fits_stacked(spec, Rows((64, 64, 64)), torch.device("cpu"))
-    assert not plan_loss.fits_stacked(spec, Rows((2048, 2048, 2048)), torch.device("cuda"))
+    assert step_loss.fits_stacked(spec, Rows((64, 64, 64)), torch.device("cpu"))
+    assert not step_loss.fits_stacked(spec, Rows((2048, 2048, 2048)), torch.device("cuda"))
 
 
 def test_six_sizes_launch_hardly_more_operators_than_one():
@@ -67,7 +67,7 @@ def test_six_sizes_launch_hardly_more_operators_than_one():
         plan = plan._replace(terms=plan.terms[chosen], alignments=plan.alignments[chosen])
         states = STATES[[n - 1 for n in plan.layers]]
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            _, parts, _ = plan_loss.plan_gradient(plan, states, TRIPLETS, "infonce", start=START)
+            _, parts, _ = step_loss.plan_gradient(plan, states, TRIPLETS, "infonce", start=START)
         assert len(parts) == 2 * len(plan.terms)
         # Operators that only change the shape launch nothing.
         views = ("view", "t", "transpose", "expand", "slice", "as_strided", "unbind", "select", "detach", "diagonal")

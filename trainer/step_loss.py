@@ -17,7 +17,7 @@ from modeling_2dmse.pooling import cut_and_normalize
 
 from . import stacked
 from .alignment import feature_kl, pca_distance, score_kl
-from .losses import SCALE, Rows, base_loss
+from .losses import LOSSES, SCALE, Rows, base_loss
 from .objectives import Alignment, Plan
 
 # Numbers in the matrices of similarities of all sizes up to which the sizes of a step are computed at once.
@@ -153,7 +153,7 @@ def plan_gradient(
         states. None of them has a graph.
     """
     gradient = torch.zeros_like(states)
-    if fits_stacked(plan, rows, states.device):
+    if loss in LOSSES and fits_stacked(plan, rows, states.device):
         leaf = states.detach().requires_grad_()
         leaf.grad = gradient
         names, weights, values = zip(*plan_groups(plan, leaf, rows, loss, scale, start), strict=True)
