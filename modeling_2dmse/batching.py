@@ -180,7 +180,9 @@ class _Output:
         self.whole[:, torch.from_numpy(rows + start)] = states.cpu()
 
 
-def token_batches(lengths: Sequence[int], batch_size: int | None, most: int = sys.maxsize) -> Iterator[np.ndarray]:
+def token_batches(
+    lengths: Sequence[int] | np.ndarray, batch_size: int | None, most: int = sys.maxsize
+) -> Iterator[np.ndarray]:
     """Rows, longest first, in batches of equal token counts: shorter rows come in larger batches.
 
     Args:
@@ -191,11 +193,11 @@ def token_batches(lengths: Sequence[int], batch_size: int | None, most: int = sy
     >>> [rows.tolist() for rows in token_batches([2, 8, 4, 4, 1], 1)]
     [[1], [2, 3], [0, 4]]
     """
-    lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
-    tokens, first = most if batch_size is None else min(most, batch_size * int(lengths[order[0]])), 0
+    counts = np.asarray(lengths)
+    order = np.argsort(-counts, kind="stable")
+    tokens, first = most if batch_size is None else min(most, batch_size * int(counts[order[0]])), 0
     while first < len(order):
-        rows = order[first : first + max(1, tokens // max(1, int(lengths[order[first]])))]
+        rows = order[first : first + max(1, tokens // max(1, int(counts[order[first]])))]
         yield rows
         first += len(rows)
 

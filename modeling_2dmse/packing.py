@@ -7,7 +7,7 @@ is replaced: models pass keyword arguments through to their attention function.
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +20,11 @@ from transformers.masking_utils import sdpa_mask
 
 from .backbone import first_position
 
+varlen_attn: Callable | None
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
+
+    varlen_attn = varlen.varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
@@ -38,7 +41,7 @@ class Packing:
         device: of the tokens. What attention needs is copied there once, on first use.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.device = torch.device(device)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -140,12 +143,12 @@ def _attend_by_length(packing, query, key, value, causal, window, options) -> to
     """Texts of one length at a time, without padding or mask."""
     parts = []
     for first, texts, length in packing.equal_lengths:
-        rows = [
+        q, k, v = (
             states[first : first + texts * length].unflatten(0, (texts, length)).transpose(1, 2)
             for states in (query, key, value)
-        ]
+        )
         band = None if window is None or window >= length else _band(length, causal, window, query.device)
-        output = scaled_dot_product_attention(*rows, band, is_causal=causal and band is None, **options)
+        output = scaled_dot_product_attention(q, k, v, band, is_causal=causal and band is None, **options)
         parts.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)
 
@@ -154,10 +157,10 @@ def _attend_padded(packing, query, key, value, causal, window, options) -> torch
     """All texts at once, padded to one width for the attention only."""
     tokens, places, mask = packing.padded
     width = tokens.shape[1]
-    rows = [states[tokens].transpose(1, 2) for states in (query, key, value)]
+    q, k, v = (states[tokens].transpose(1, 2) for states in (query, key, value))
     if causal or (window is not None and window < width):
         mask = mask & _band(width, causal, width if window is None else window, query.device)
-    output = scaled_dot_product_attention(*rows, mask, **options)
+    output = scaled_dot_product_attention(q, k, v, mask, **options)
     return output.transpose(1, 2).flatten(0, 1)[places]
 
 

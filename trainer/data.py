@@ -165,7 +165,7 @@ class PairCollator:
         columns = [[example[column] for example in examples if example[column]] for column in self.columns]
         texts = [text for column in columns for text in column]
         tokens = self._tokenize(texts)
-        output = tokens.packed() if self.packed else tokens.padded()
+        output: dict = tokens.packed() if self.packed else tokens.padded()
         output.pop("packing", None)  # made again on the device of the model
         output["lengths"] = tokens.lengths.tolist()
         counts = list(map(len, columns))

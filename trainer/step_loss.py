@@ -122,8 +122,9 @@ def plan_groups(
                 [alignment.weight for alignment in group],
             )
             embeddings, dims = vectors(students, name), [size.dim for size in students]
-            from_start = start is not None and kind == "score_kl"
-            above = start if from_start else states[plan.layers.index(teacher.num_layers)]
+            above = states[plan.layers.index(teacher.num_layers)]
+            if start is not None and kind == "score_kl":
+                above = start
             above = above.detach()[sides[name]]
             if kind == "score_kl":
                 values = stacked.score_kl(embeddings, cut_and_normalize(above, teacher.dim), scale)

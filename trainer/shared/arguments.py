@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_xla_available, logging
 
 logger = logging.get_logger(__name__)
@@ -93,7 +94,7 @@ class BaseTrainingArguments(TrainingArguments):
         # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         super().__post_init__()
-        if not on_cpu:
+        if not on_cpu and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
