@@ -49,8 +49,8 @@ class Parser(HfArgumentParser):
 
         Args:
             argv: the arguments; those of the process if None.
-            check: called with all dataclasses but the last before the last is made. Making TrainingArguments takes
-                seconds, and what `check` refuses with a ValueError is refused before.
+            check: called before the last dataclass is made, with the other ones and with the values of all flags.
+                Making TrainingArguments takes seconds; a ValueError of `check` comes before.
 
         Raises:
             ValueError: the recipe cannot be read, or a flag is unknown or has a new name.
@@ -68,7 +68,7 @@ class Parser(HfArgumentParser):
         parsed: list = []
         for number, kind in enumerate(self.dataclass_types, 1):
             if check is not None and number == len(self.dataclass_types):
-                check(*parsed)
+                check(*parsed, values)
             names = [field.name for field in dataclasses.fields(kind) if field.init]
             parsed.append(kind(**{name: getattr(values, name) for name in names}))
         return tuple(parsed)

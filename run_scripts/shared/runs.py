@@ -94,14 +94,23 @@ def training_run(
     where it was moved.
 
     Args:
-        parser: with the dataclasses of the script, a subclass of TrainingArguments last.
+        parser: with the dataclasses of the script, OverwriteArguments among them, a subclass of TrainingArguments last.
         argv: the arguments; those of the process if None.
-        check: quick checks; see `Parser.parse`.
+        check: quick checks of the dataclasses of the script, before TrainingArguments are made.
     """
     use_all_cores()
     run = None
+
+    def check_early(*parts) -> None:
+        *mine, values = parts
+        if check is not None:
+            check(*mine)
+        if values.output_dir is not None:
+            resumes = str(values.resume_from_checkpoint).lower() not in ("none", "false")
+            check_output_dir(values.output_dir, allowed=resumes or values.overwrite)
+
     try:
-        run = TrainingRun(parser.parse(argv, check))
+        run = TrainingRun(parser.parse(argv, check_early))
         yield run
     except (ValueError, OSError) as error:
         if run is not None and run.trainer is not None:

@@ -127,12 +127,12 @@ def test_quick_checks_come_before_training_arguments_are_made():
         def __post_init__(self):
             self.seen.append("made")
 
-    def check(data):
-        Slow.seen.append(data.overwrite)
+    def check(data, values):
+        Slow.seen.append((data.overwrite, values.name))
 
     parser = cli.Parser((runs.OverwriteArguments, Slow))
     assert parser.parse(["--overwrite", "--name", "y"], check)[1].name == "y"
-    assert Slow.seen == [True, "made"]
+    assert Slow.seen == [(True, "y"), "made"]
 
 
 def test_the_names_that_arguments_state_are_those_of_the_objectives():
@@ -207,11 +207,15 @@ def run_script(*command: str, folder: Path) -> subprocess.CompletedProcess:
 def test_help_and_refusals_load_no_libraries_of_training(name, tmp_path):
     command = ["train"] if name == "classify" else []
     kind, flag = ("folder", "train_dir") if name == "pretrain_franca" else ("file", "train_file")
-    wrong = [*command, "--model_name_or_path", "m", f"--{flag}", "absent", "--output_dir", "out"]
+    wrong = [*command, "--model_name_or_path", "m", "--output_dir", "out", f"--{flag}", "absent"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data.csv").write_text("precious")
+    there = "out" if kind == "folder" else "out/data.csv"
     for argv, code, message in (
         ([*command, "--help"], 0, ""),
         ([*wrong, "--nonsense"], 2, "flags: --nonsense is unknown"),
         (wrong, 2, f"{flag}: absent is not a {kind}"),
+        ([*wrong[:-1], there], 2, "output_dir: out is not empty"),
     ):
         start = time.perf_counter()
         done = run_script(str(ROOT / "run_scripts" / f"{name}.py"), *argv, folder=tmp_path)
@@ -226,7 +230,7 @@ def test_help_and_refusals_load_no_libraries_of_training(name, tmp_path):
             line[: len(f"{name}.py: error: {message}")] for line in errors
         ]
         assert seconds < 20
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "data.csv"]
 
 
 @pytest.mark.parametrize("way", [["-m", "run_scripts.finetune"], ["-m", "twodmse", "finetune"]])
