@@ -41,7 +41,9 @@ class EncodeArguments:
         default="float32", metadata={"help": f"Precision of the embeddings: {', '.join(checks.PRECISIONS)}."}
     )
     shard_size: int = field(default=4096, metadata={"help": "Texts per shard."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Most texts per batch. Default: as many tokens as suit the device."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put before each text."})
     on_error: str = field(default="stop", metadata={"help": "What to do at a malformed line: stop or skip."})

@@ -33,7 +33,9 @@ class EvaluationArguments:
         metadata={"help": "For retrieval, also nDCG@10 of queries at each size against documents at each other size."},
     )
     pooling: str | None = field(default=None, metadata={"help": "Pooling, for a model whose folder does not set it."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Most texts per batch. Default: as many tokens as suit the device."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
     trust_remote_code: bool = remote_code.trust_flag()

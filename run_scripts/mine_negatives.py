@@ -53,7 +53,9 @@ class MiningArguments:
     size: str | None = field(
         default=None, metadata={"help": "LAYERSxDIM to encode and search with. Default: the smallest of the ladder."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Texts per batch."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Most texts per batch. Default: as many tokens as suit the device."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an output file that exists."})
     trust_remote_code: bool = remote_code.trust_flag()
