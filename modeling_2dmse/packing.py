@@ -205,7 +205,8 @@ def find_packing(backbone: PreTrainedModel) -> bool:
     """
     names = inspect.signature(backbone.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
-    usual = getattr(backbone.config, "_attn_implementation", None) == "sdpa"
+    # A model that was cut out of one that packs has its attention already.
+    usual = getattr(backbone.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
     interface = getattr(backbone, "_supports_attention_backend", False)
     if not (usual and open_ended and interface and "position_ids" in names):
         return False

@@ -7,8 +7,11 @@ vectors are its first dimensions, followed by zeros up to the largest dim, which
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from modeling_2dmse.packing import to_device
 
 from .losses import SCALE, Rows
 
@@ -117,6 +120,5 @@ def _rank_loss(similarity: torch.Tensor, scores: torch.Tensor, scale: float) -> 
 
 
 def _numbers(dims: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """(S,) on the device of `like`; the copy to a GPU is not waited for."""
-    tensor = torch.tensor(dims)
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+    """(S,) on the device of `like`."""
+    return to_device(np.asarray(dims), like.device)

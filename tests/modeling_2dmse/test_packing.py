@@ -81,6 +81,16 @@ def test_finding_out_leaves_padded_batches_as_they_were(tiny_model):
         assert torch.equal(model(**batch, layers=(2, 4)).layer_embeddings, before)
 
 
+def test_a_cut_of_a_model_that_packs_packs_too(tiny_model):
+    model = tiny_model()
+    assert model.packs
+    small = model.truncate(2)
+    assert small.packs
+    with torch.no_grad():
+        padded, packed = both(small, layers=(1, 2))
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "weightedmean"])
 def test_pooling_of_segments(mode):
     lengths = [3, 1, 4, 4, 2]
