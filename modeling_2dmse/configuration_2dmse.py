@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, PreTrainedConfig
 
 POOLING_MODES = ("mean", "cls", "lasttoken", "weightedmean")
+SIMILARITIES = ("cosine", "dot")
 
 
 class Size(NamedTuple):
@@ -93,15 +94,17 @@ class TwoDMSEConfig(PreTrainedConfig):
         sizes (list[str] | None): the ladder that the model is trained for, for example `["1x32", "6x384"]`.
         num_layers (int | None): layers that are built, and run by default; default: all layers of the backbone.
         dim (int | None): dimensions that `encode` keeps by default; default: the hidden size.
-        prompts (dict[str, str] | None): texts that `encode(prompt_name=...)` puts in front.
+        prompts (dict[str, str] | None): texts that `encode(prompt_name=...)` puts in front; retrieval is evaluated with
+            those named `query` and `document`.
         default_prompt_name (str | None): the prompt that `encode` uses if none is named.
         layer_stack (str | None): path of the backbone's list of layers; default: found by search.
         final_norm (str | None): path of the norm after the last layer, `""` for none; default: found by search.
         exit_projections (bool): whether the state of each exit goes through its own square matrix.
+        similarity (str): how embeddings are compared, `cosine` or `dot`. For `dot`, embeddings are not normalised.
         kwargs: those of `PreTrainedConfig`.
 
     Raises:
-        ValueError: `pooling` is unknown, or the backbone does not have one of the `sizes`.
+        ValueError: `pooling` or `similarity` is unknown, or the backbone does not have one of the `sizes`.
     """
 
     model_type = "2dmse"
@@ -119,6 +122,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         layer_stack=None,
         final_norm=None,
         exit_projections=False,
+        similarity="cosine",
         **kwargs,
     ):
         if backbone_config is None:
@@ -127,6 +131,8 @@ class TwoDMSEConfig(PreTrainedConfig):
             backbone_config = AutoConfig.for_model(**backbone_config)
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling: {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}")
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity: {similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
         self.backbone_config = backbone_config
         self.pooling = pooling
         self.num_layers = num_layers if num_layers is not None else backbone_config.num_hidden_layers
@@ -137,6 +143,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.layer_stack = layer_stack
         self.final_norm = final_norm
         self.exit_projections = exit_projections
+        self.similarity = similarity
         self.sizes: list[str] | None = None
         # These keys are derived; they are in config.json for other libraries that read them.
         for derived in ("is_matryoshka", "matryoshka_dimensions", "hidden_size", "num_hidden_layers"):
@@ -181,4 +188,4 @@ class TwoDMSEConfig(PreTrainedConfig):
 
 TwoDMSEConfig.register_for_auto_class()
 
-__all__ = ["POOLING_MODES", "Size", "TwoDMSEConfig", "parse_ladder", "parse_size"]
+__all__ = ["POOLING_MODES", "SIMILARITIES", "Size", "TwoDMSEConfig", "parse_ladder", "parse_size"]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .backbone import count_positions
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
 from .configuration_2dmse import TwoDMSEConfig
-from .formats import quantize
+from .formats import check_precision, quantize
 from .packing import find_packing
 from .pooling import cut_and_normalize
 
@@ -25,6 +25,23 @@ def check_between(name: str, value: int, highest: int) -> None:
     """ValueError unless `value` is a whole number from 1 to `highest`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
         raise ValueError(f"{name}: {value!r} is not allowed; this model has 1 to {highest}")
+
+
+def to_embeddings(pooled: torch.Tensor, dim: int, similarity: str) -> torch.Tensor:
+    """The embeddings of a size.
+
+    Args:
+        pooled: (..., hidden), the pooled states of the size's exit.
+        dim: dimensions to keep.
+        similarity: `cosine` or `dot`; embeddings are only normalised for `cosine`.
+
+    Returns:
+        (..., dim) in float32.
+
+    >>> to_embeddings(torch.tensor([[3.0, 4.0, 12.0]]), 2, "dot").tolist()
+    [[3.0, 4.0]]
+    """
+    return pooled[..., :dim].float().contiguous() if similarity == "dot" else cut_and_normalize(pooled, dim)
 
 
 class EncodeMixin(_Model):
@@ -98,7 +115,8 @@ class EncodeMixin(_Model):
             show_progress_bar: default: for 640 texts or more, on a terminal.
 
         Returns:
-            (len(texts), dim) unit vectors in the order of the texts, or (dim,) for a single string.
+            (len(texts), dim) in the order of the texts, or (dim,) for a single string. They are unit vectors, unless
+            `config.similarity` is `dot`.
 
         Raises:
             ValueError: an item is not a string, the model does not have the size, or `batch_size`, `prompt_name` or
@@ -108,11 +126,12 @@ class EncodeMixin(_Model):
         layers = [self.num_layers if num_layers is None else num_layers]
         if batch_size is not None:
             check_batch_size(batch_size)
+        check_precision(precision, self.config.similarity)
         texts, single = check_texts(texts)
         states = self.encode_states(
             texts, layers, batch_size, self.find_prompt(prompt, prompt_name), max_length, show_progress_bar
         )
-        embeddings = quantize(cut_and_normalize(states[0], dim), precision)
+        embeddings = quantize(to_embeddings(states[0], dim, self.config.similarity), precision)
         embeddings = embeddings[0] if single else embeddings
         return embeddings.to(self.device) if convert_to_tensor else embeddings.numpy()
 

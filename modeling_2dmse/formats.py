@@ -6,6 +6,17 @@ import torch
 PRECISIONS = ("float32", "float16", "int8", "binary")
 
 
+def check_precision(precision: str, similarity: str) -> None:
+    """ValueError if `precision` is unknown, or embeddings that are compared in this way have no such format."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if similarity == "dot" and precision in ("int8", "binary"):
+        raise ValueError(
+            f"precision: {precision} needs unit vectors, but this model compares embeddings by dot product; use "
+            "float32 or float16"
+        )
+
+
 def quantize(embeddings: torch.Tensor, precision: str) -> torch.Tensor:
     """Unit vectors in a compact format.
 

@@ -40,8 +40,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     """An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al.).
 
     embedding(n, d) = normalize((pool(state(n), attention_mask) W_n)[:d]), where state(n) is the output of n layers and
-    the backbone's own final norm, and W_n is the exit's projection (absent unless the model has exit projections). A
-    model cut to n layers and saved gives exactly the embeddings that the full model gives at n layers.
+    the backbone's own final norm, and W_n is the exit's projection (absent unless the model has them); `normalize` is
+    left out if `config.similarity` is `dot`. A model cut to n layers and saved gives exactly the same embeddings.
 
     Args:
         config: the backbone's configuration, pooling, sizes and prompts.

@@ -16,8 +16,13 @@ _POOLING_FLAGS = {
 
 
 def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
-    """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize.
+
+    Normalize is left out if embeddings are compared by dot product.
+    """
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if config.similarity == "cosine":
+        modules.append(("2_Normalize", "Normalize"))
     _write_modules(folder, modules, {"kwargs": ["num_layers"]})
     truncated = config.dim if config.dim < config.hidden_size else None
     _write_companions(folder, config, max_length, {"truncate_dim": truncated})
@@ -36,7 +41,8 @@ def write_exported_modules(folder: str, config: TwoDMSEConfig, max_length: int |
         settings: dict = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
         settings["activation_function"] = "torch.nn.modules.linear.Identity"
         _write_json(os.path.join(folder, "2_Dense", "config.json"), settings)
-    modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    if config.similarity == "cosine":
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
     _write_modules(folder, modules, {})
     _write_companions(folder, config, max_length, {})
 
@@ -56,7 +62,7 @@ def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None
     settings = {
         "prompts": config.prompts,
         "default_prompt_name": config.default_prompt_name,
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": config.similarity,
     }
     _write_json(os.path.join(folder, "config_sentence_transformers.json"), settings | options)
     transformer = {"max_seq_length": max_length, "do_lower_case": False}

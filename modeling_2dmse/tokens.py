@@ -70,6 +70,15 @@ def from_rows(rows: Sequence[np.ndarray], pad_id: int) -> Tokens:
     return Tokens(np.concatenate(rows), starts, None, pad_id)
 
 
+def join_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of all texts of several parts, one part after another."""
+    types = None
+    if any(part.type_ids is not None for part in parts):
+        types = np.concatenate([np.zeros_like(p.ids) if p.type_ids is None else p.type_ids for p in parts])
+    starts = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
+    return Tokens(np.concatenate([part.ids for part in parts]), starts, types, parts[0].pad_id)
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
     """Tokenize texts, truncated to `max_length` tokens.
 

@@ -38,6 +38,10 @@ def main(argv=None) -> None:
         made = read_summary(folder)
         if made["precision"] not in ("float32", "float16"):
             raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
+        if made.get("similarity", "cosine") != "cosine":
+            raise ValueError(
+                f"embeddings: {folder} is of a model that compares by dot product; an index has cosines only"
+            )
         size = args.size or made["sizes"][-1]
         prefixes = [_prefix(text) for text in args.prefixes]
         approximate = None

@@ -61,6 +61,7 @@ def main(argv=None) -> None:
         from accelerate import PartialState
 
         from modeling_2dmse import Size
+        from modeling_2dmse.formats import check_precision
         from run_scripts.shared import models, output, runs
 
         runs.use_all_cores()
@@ -71,6 +72,7 @@ def main(argv=None) -> None:
         model = model.to(state.device)
         sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
         prompt = model.find_prompt(name=args.prompt_name)
+        check_precision(args.precision, model.config.similarity)
         folder, settings = Path(args.output_dir), describe(args, model, sizes)
         with state.main_process_first():
             check_settings(folder, settings)
@@ -144,19 +146,21 @@ def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size]) -> d
     names = ("model_name_or_path", "input", "text_column", "id_column", "format", "precision", "shard_size")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"weights": models.fingerprint(model), "sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
+    if model.config.similarity != "cosine":
+        settings["similarity"] = model.config.similarity
     return settings | {"max_length": args.max_length or model.max_length}
 
 
 def embed(model: TwoDMSEModel, texts: list[str], sizes: list[Size], prompt: str, args: EncodeArguments) -> dict:
     """{size: (len(texts), dim) array in the precision asked for}, from one pass."""
+    from modeling_2dmse.encoding import to_embeddings
     from modeling_2dmse.formats import quantize
-    from modeling_2dmse.pooling import cut_and_normalize
 
-    layers = sorted({size.num_layers for size in sizes})
+    layers, similarity = sorted({size.num_layers for size in sizes}), model.config.similarity
     states = model.encode_states(texts, layers, args.batch_size, prompt, args.max_length, show_progress_bar=False)
     exits = dict(zip(layers, states, strict=True))
     return {
-        str(size): quantize(cut_and_normalize(exits[size.num_layers], size.dim), args.precision).numpy()
+        str(size): quantize(to_embeddings(exits[size.num_layers], size.dim, similarity), args.precision).numpy()
         for size in sizes
     }
 

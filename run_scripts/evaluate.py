@@ -37,6 +37,9 @@ class EvaluationArguments:
         default=None, metadata={"help": "Most texts per batch. Default: as many tokens as suit the device."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "Longest query of retrieval in tokens. Default: max_length."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
     trust_remote_code: bool = remote_code.trust_flag()
 
@@ -58,7 +61,7 @@ def main(argv=None) -> None:
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()
     results = {"model": args.model_name_or_path}
-    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "max_query_length": args.max_query_length}
     results |= evaluate_tasks(model, tasks, sizes, args.cross_sizes, **options)
     output.write_json(os.path.join(args.output_dir, "results.json"), results)
     output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
@@ -78,6 +81,7 @@ def check(args: EvaluationArguments) -> None:
     if not args.sts_files and not args.beir_dirs:
         raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
     checks.check_at_least("batch_size", args.batch_size, 1)
+    checks.check_at_least("max_query_length", args.max_query_length, 1)
     checks.check_no_results(args.output_dir, args.overwrite)
     if args.cross_sizes and not args.beir_dirs:
         raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")

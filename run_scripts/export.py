@@ -90,6 +90,7 @@ def plain_encoder(
     from modeling_2dmse import TwoDMSEModel
 
     model = TwoDMSEModel.from_backbone(folder, pooling=small.config.pooling, trust_remote_code=trust_remote_code)
+    model.config.similarity = small.config.similarity
     return lambda texts: model.encode(texts, dim=small.config.dim)
 
 
@@ -118,15 +119,15 @@ def onnx_encoder(
 
 
 def spearman(task: StsData, encode: Callable[[Sequence[str]], np.ndarray]) -> float:
-    """Spearman of the cosine similarity of the pairs."""
+    """Spearman of the similarity of the pairs, from embeddings that are of unit norm if cosines are compared."""
     import numpy as np
     import torch
 
     from trainer.evaluation import correlations
 
     left, right = (torch.from_numpy(encode(list(side))).double() for side in (task.sentence1, task.sentence2))
-    cosine = torch.nn.functional.cosine_similarity(left, right)
-    return correlations(cosine.numpy(), np.asarray(task.score, dtype=np.float64))["spearman"]
+    similarity = (left * right).sum(dim=1)
+    return correlations(similarity.numpy(), np.asarray(task.score, dtype=np.float64))["spearman"]
 
 
 if __name__ == "__main__":

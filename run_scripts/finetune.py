@@ -31,6 +31,11 @@ class ModelArguments:
         metadata={"help": "mean, cls, lasttoken or weightedmean. Default: the pooling that the model's folder "
                   "declares, otherwise lasttoken for decoders and mean for encoders."},
     )  # fmt: skip
+    guide_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Encoder that marks false negatives for infonce (GISTEmbed): texts that it puts nearer to an "
+                  "anchor than the positive are left out."},
+    )  # fmt: skip
     license: str | None = field(default=None, metadata={"help": "License of the trained model, for its card."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha; adapters are scaled by alpha / r."})
@@ -107,6 +112,8 @@ def check(model_args: ModelArguments, data_args: DataArguments) -> None:
     checks.check_files("eval_file", data_args.eval_file)
     checks.check_files("unlabeled_file", data_args.unlabeled_file)
     checks.check_model(model_args.model_name_or_path)
+    if model_args.guide_model_name_or_path is not None:
+        checks.check_model(model_args.guide_model_name_or_path, "guide_model_name_or_path")
     if model_args.lora_r < 0:
         raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
 

@@ -73,12 +73,20 @@ def main(argv=None) -> None:
         task = read_task(args, selection)
         model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
         size = choose_size(model, args.size)
+        check_filters(selection, model)
         os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
     print(f"{len(task.rows)} rows, {len(task.anchors)} anchors, {task.num_documents} documents; at {size}", flush=True)
     started = time.perf_counter()
     anchors, texts = (
-        embed(model, part, size, batch_size=args.batch_size, max_length=args.max_length)
-        for part in (task.anchors, task.texts)
+        embed(
+            model,
+            part,
+            size,
+            model.config.prompts.get(role, ""),
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+        for part, role in ((task.anchors, "query"), (task.texts, "document"))
     )
     negatives = mine(task, anchors, texts, selection)
     with cli.user_errors():
@@ -148,6 +156,15 @@ def choose_size(model: TwoDMSEModel, text: str | None) -> Size:
         return model.config.ladder[0]
     with named("size"):
         return parse_ladder([text], model.num_layers, model.config.hidden_size)[0]
+
+
+def check_filters(selection: NegativeSelection, model: TwoDMSEModel) -> None:
+    """ValueError for a filter of cosines if the model compares embeddings by dot product."""
+    for name in ("margin", "max_score"):
+        if model.config.similarity == "dot" and getattr(selection, name) is not None:
+            raise ValueError(
+                f"{name}: it limits cosines, but the model compares embeddings by dot product; use relative_margin"
+            )
 
 
 @contextlib.contextmanager

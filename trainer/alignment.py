@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .losses import SCALE
+from .losses import ABSENT, SCALE
 
 # Similarities that score_kl holds in memory at once (1 MB in float32).
 _BLOCK_SCORES = 2**18
@@ -35,12 +35,12 @@ def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def score_kl(student: torch.Tensor, teacher: torch.Tensor, scale: float = SCALE) -> torch.Tensor:
     """KL(teacher || student) between the softmaxes over each row's similarities to all other rows, mean over rows.
 
-    Starbucks' retrieval code does this on query-document scores. The diagonal (each row with itself) is left out. Many
-    rows are processed in blocks. The matrices of a block are computed again in the backward pass, so none is kept.
+    The diagonal (each row with itself) is left out. Many rows are processed in blocks. The matrices of a block are
+    computed again in the backward pass, so none is kept.
 
     Args:
-        student: (rows, d), unit norm.
-        teacher: (rows, D), unit norm; D may differ from d.
+        student: (rows, d).
+        teacher: (rows, D); D may differ from d.
         scale: the factor of the similarities (1 / temperature).
 
     Returns:
@@ -62,6 +62,24 @@ def _score_kl_rows(student: torch.Tensor, teacher: torch.Tensor, scale: float, s
     rows = slice(start, start + count)
     scores = [_without_self(scale * side[rows] @ side.T, start) for side in (student, teacher)]
     return _kl(*scores) * (len(scores[0]) / len(student))
+
+
+def query_kl(student: torch.Tensor, teacher: torch.Tensor, queries: int, scale: float = SCALE) -> torch.Tensor:
+    """KL(teacher || student) between the softmaxes over each query's similarities to all documents, mean over queries.
+
+    Starbucks' retrieval code aligns every size with the full size in this way.
+
+    Args:
+        student: (rows, d), the queries (or anchors) and after them the documents.
+        teacher: (rows, D); D may differ from d.
+        queries: number of queries.
+        scale: the factor of the similarities (1 / temperature).
+
+    Returns:
+        the divergence, a scalar.
+    """
+    scores = [scale * side[:queries] @ side[queries:].T for side in (student, teacher.detach())]
+    return _kl(*scores)
 
 
 def pca_distance(state: torch.Tensor, dim: int) -> torch.Tensor:
@@ -100,7 +118,7 @@ def pca(state: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _without_self(scores: torch.Tensor, start: int) -> torch.Tensor:
     """Replace the score of row i with itself, in column start + i, by a value whose softmax and gradient are zero."""
-    scores.diagonal(offset=start).fill_(-1e4)
+    scores.diagonal(offset=start).fill_(ABSENT)
     return scores
 
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .losses import LOSSES, SCALE
+from .losses import LOSSES, SCALES
 from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
 
 # The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
 OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
-ALIGNMENTS = ("none", "feature_kl", "score_kl")
+ALIGNMENTS = ("none", "feature_kl", "score_kl", "query_kl")
 TEACHERS = ("largest", "start")
+# modeling_2dmse.configuration_2dmse.SIMILARITIES.
+SIMILARITIES = ("cosine", "dot")
 
 
 @dataclass
@@ -35,8 +37,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     objective: str = field(default="starbucks", metadata={"help": f"The training objective: {', '.join(OBJECTIVES)}."})
     alignment: str | None = field(
         default=None,
-        metadata={"help": "How sizes learn from the largest: none, feature_kl, score_kl. Default: feature_kl for "
-                  "2dmse, score_kl for starbucks."},
+        metadata={"help": "How sizes learn from the largest: none, feature_kl, score_kl, query_kl. Default: feature_kl "
+                  "for 2dmse, score_kl for starbucks."},
     )  # fmt: skip
     alignment_weight: float | None = field(
         default=None, metadata={"help": "Weight of the alignment. Default: 1; 0.3 for starbucks with feature_kl."}
@@ -46,8 +48,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     teacher: str = field(
         default="largest",
-        metadata={"help": "Teacher of score_kl: largest (the largest size in the same step) or start (the model before "
-                  "training; a third slower)."},
+        metadata={"help": "Teacher of score_kl and query_kl: largest (the largest size in the same step) or "
+                  "start (the model before training; a third slower)."},
     )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
@@ -67,14 +69,33 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     loss: str | None = field(
         default=None,
-        metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, cosent for "
-                  "scores."},
+        metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, distill_kl if "
+                  "they have a teacher's scores, cosent for scores."},
     )  # fmt: skip
-    loss_scale: float = field(
-        default=SCALE, metadata={"help": "Factor of the similarities in the loss (1 / temperature)."}
+    # None, until `similarity` is known.
+    loss_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor of the similarities in the loss (1 / temperature). Default: 20, for dot 1."},
     )
+    similarity: str | None = field(
+        default=None,
+        metadata={"help": "How embeddings are compared: cosine or dot (not normalised); saved with the model. Default: "
+                  "cosine."},
+    )  # fmt: skip
+    query_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Text put before each anchor; saved as the model's prompt query. Default: the model's."},
+    )
+    document_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Text put before each positive and negative; saved as the model's prompt document. Default: "
+                  "the model's."},
+    )  # fmt: skip
     dropout: bool = field(default=True, metadata={"help": "Train with the dropout of the backbone's configuration."})
     max_length: int = field(default=128, metadata={"help": "Maximum length of a text in tokens; longer texts are cut."})
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "Maximum length of an anchor or query in tokens. Default: max_length."}
+    )
     num_buckets: int = field(
         default=6, metadata={"help": "Groups of similar length that the rows of a step are run in, to save padding."}
     )
@@ -116,6 +137,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
                 ("alignment", self.alignment or "none", ALIGNMENTS),
                 ("teacher", self.teacher, TEACHERS),
                 ("loss", self.loss or "infonce", LOSSES),
+                ("similarity", self.similarity or "cosine", SIMILARITIES),
                 ("batch_sampler", self.batch_sampler, BATCH_SAMPLERS),
                 ("mixing", self.mixing, MIXINGS),
             )
@@ -125,6 +147,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             f"{name}: {value!r} is not allowed; use a number of at least {least}"
             for name, value, least in (
                 ("max_length", self.max_length, 3),
+                ("max_query_length", self.max_query_length, 3),
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
                 ("cross_size_weight", self.cross_size_weight, 0),
@@ -142,6 +165,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.loss_scale is None:
+            self.loss_scale = SCALES[self.similarity or "cosine"]
         if self.dataloader_num_workers is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.dataloader_num_workers = 2 if on_gpu else 0

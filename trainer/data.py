@@ -3,7 +3,7 @@
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -14,13 +14,18 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.batching import check_texts as as_texts
-from modeling_2dmse.tokens import Tokens, from_rows, tokenize
+from modeling_2dmse.tokens import Tokens, from_rows, join_tokens, tokenize
 
-from .shared.tables import check_texts, draw_rows
+from .shared.tables import check_texts, draw_rows, text_columns
 
 # The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
-ACCEPTED = "(anchor, positive[, negative, negative_1, ...]) or (sentence1, sentence2, score)"
+# The first part of the name of each column with a teacher's scores is the column of texts that they belong to.
+TEACHER_SCORE = "_score"
+ACCEPTED = (
+    "(anchor, positive[, negative, negative_1, ...]), also with a teacher's score of each (positive_score, "
+    "negative_score, ...), or (sentence1, sentence2, score)"
+)
 
 
 def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
@@ -39,8 +44,8 @@ def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
     names = _ordered_columns(table.column_names, argument)
     table = table.select_columns(names)
     for name in names:
-        if name == "score":
-            table = _check_scores(table, argument)
+        if name == "score" or name.endswith(TEACHER_SCORE):
+            table = _check_scores(table, argument, name)
         else:  # numbered negatives may be empty: rows may have different numbers of negatives
             check_texts(table, name, argument, optional=name.startswith("negative_"))
     return table
@@ -52,19 +57,16 @@ def join_tables(tables: Sequence[Dataset]) -> Dataset:
     Rows of a table with fewer columns of negatives than another table have no text in the missing columns.
 
     Raises:
-        ValueError: some tables have scores and others have anchors.
+        ValueError: some tables have scores and others have anchors, or not all have a teacher's scores.
     """
     if len(tables) == 1:
         return tables[0]
     if len({"score" in table.column_names for table in tables}) == 2:
         raise ValueError("train_file: files with scores and files with anchors cannot be trained together")
+    if len({"positive_score" in table.column_names for table in tables}) == 2:
+        raise ValueError("train_file: files with a teacher's scores and files without cannot be trained together")
     names = max((table.column_names for table in tables), key=len)
     return datasets.concatenate_datasets(list(tables)).select_columns(names)
-
-
-def text_columns(table: Dataset) -> list[str]:
-    """The columns that contain texts, in the order of their roles."""
-    return [name for name in table.column_names if name != "score"]
 
 
 def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Dataset, float]:
@@ -87,10 +89,13 @@ def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Datase
     return table.remove_columns("score").add_column("score", (scores / highest).tolist()), highest
 
 
-def draw_texts(tables: Sequence[Dataset], seed: int, limit: int = 10_000) -> list[str]:
-    """At most `limit` different texts from the tables, drawn at random."""
-    tables = [draw_rows(table, limit, seed) for table in tables]
-    texts = dict.fromkeys(text for table in tables for name in text_columns(table) for text in table[name] if text)
+def draw_texts(
+    tables: Sequence[Dataset], seed: int, limit: int = 10_000, prompts: Mapping[str, str] | None = None
+) -> list[str]:
+    """At most `limit` different texts from the tables, drawn at random; `prompts` are put before those of a column."""
+    tables, before = [draw_rows(table, limit, seed) for table in tables], prompts or {}
+    columns = [(before.get(name, ""), table[name]) for table in tables for name in text_columns(table)]
+    texts = dict.fromkeys(prompt + text for prompt, column in columns for text in column if text)
     return random.Random(seed).sample(list(texts), min(limit, len(texts)))
 
 
@@ -120,10 +125,23 @@ def add_unlabeled_texts(table: Dataset, texts: Sequence[str], seed: int, batch: 
     return table.add_column(UNLABELED, [texts[order[i % len(texts)]] for i in range(len(table))])
 
 
-def texts_to_fit(tables: Sequence[Dataset], joined: Dataset, seed: int) -> list[str]:
-    """The texts that new projections are fitted to: those of all tables, and the texts without labels in `joined`."""
+def texts_to_fit(
+    tables: Sequence[Dataset], joined: Dataset, seed: int, prompts: Mapping[str, str] | None = None
+) -> list[str]:
+    """The texts that new projections are fitted to: those of all tables, and the texts without labels in `joined`.
+
+    The `prompts` `query` and `document`, if given, are put before them as in training.
+    """
     unlabeled = [joined.select_columns([UNLABELED])] if UNLABELED in joined.column_names else []
-    return draw_texts([*tables, *unlabeled], seed)
+    before = query_document_prompts(text_columns(joined), prompts or {})
+    return draw_texts([*tables, *unlabeled], seed, prompts=before)
+
+
+def query_document_prompts(columns: Sequence[str], prompts: Mapping[str, str]) -> dict[str, str]:
+    """The prompt of each column: `query` for anchors, `document` for what is found, none for sentence pairs."""
+    if columns[0] != "anchor":
+        return {}
+    return {name: prompts.get("document" if place else "query", "") for place, name in enumerate(columns)}
 
 
 class PairCollator:
@@ -136,7 +154,9 @@ class PairCollator:
     - `lengths`: tokens of each row;
     - `counts`: rows of each column; an example without a text in a column of negatives adds none;
     - `unlabeled`: number of rows of texts without labels, after the others, if the examples have any;
-    - `scores`, (B,), if the examples have a score.
+    - `scores`, (B,), if the examples have a score;
+    - `teacher_scores`, (candidates,), and `owners`, (candidates,), of the rows after the first column and without those
+      of texts without labels, if the examples have a teacher's scores: the score, and the number of the example.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -145,6 +165,8 @@ class PairCollator:
         max_length: maximum length of a text in tokens.
         packed: put all rows into one row without padding.
         remember: keep the tokens of every text, for tables that are read more than once.
+        prompts: texts that are put before those of a column.
+        max_first_length: maximum length of a text of the first column, by default `max_length`.
     """
 
     def __init__(
@@ -154,17 +176,23 @@ class PairCollator:
         max_length: int,
         packed: bool = False,
         remember: bool = False,
+        prompts: Mapping[str, str] | None = None,
+        max_first_length: int | None = None,
     ):
         self.tokenizer = tokenizer
         self.columns = list(columns)
         self.max_length = max_length
         self.packed = packed
-        self._known: dict[str, np.ndarray] | None = {} if remember else None
+        self.prompts = dict(prompts or {})
+        self.max_first_length = max_first_length or max_length
+        # The tokens of the texts that were cut to each length.
+        self._known: dict[int, dict[str, np.ndarray]] | None = None
+        if remember:
+            self._known = {max_length: {}, self.max_first_length: {}}
 
     def __call__(self, examples: list[dict]) -> dict:
         columns = [[example[column] for example in examples if example[column]] for column in self.columns]
-        texts = [text for column in columns for text in column]
-        tokens = self._tokenize(texts)
+        tokens = self._tokens(columns)
         output: dict = tokens.packed() if self.packed else tokens.padded()
         output.pop("packing", None)  # made again on the device of the model
         output["lengths"] = tokens.lengths.tolist()
@@ -174,42 +202,76 @@ class PairCollator:
         output["counts"] = tuple(counts)
         if "score" in examples[0]:
             output["scores"] = torch.tensor([example["score"] for example in examples], dtype=torch.float32)
+        if "positive_score" in examples[0]:
+            output |= self._teacher_scores(examples)
         return output
 
-    def _tokenize(self, texts: list[str]) -> Tokens:
+    def _teacher_scores(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        candidates = [column for column in self.columns[1:] if column != UNLABELED]
+        found = [
+            (row, example[column + TEACHER_SCORE])
+            for column in candidates
+            for row, example in enumerate(examples)
+            if example[column]
+        ]
+        owners, scores = zip(*found, strict=True)
+        return {"teacher_scores": torch.tensor(scores, dtype=torch.float32), "owners": torch.tensor(owners)}
+
+    def _tokens(self, columns: list[list[str]]) -> Tokens:
+        prompts = [self.prompts.get(name, "") for name in self.columns]
+        if any(prompts):
+            columns = [[prompt + text for text in column] for prompt, column in zip(prompts, columns, strict=True)]
+        others = [text for column in columns[1:] for text in column]
+        if self.max_first_length == self.max_length:
+            return self._tokenize(columns[0] + others, self.max_length)
+        parts = self._tokenize(columns[0], self.max_first_length), self._tokenize(others, self.max_length)
+        return join_tokens(parts)
+
+    def _tokenize(self, texts: list[str], max_length: int) -> Tokens:
         if get_worker_info() is not None:  # a forked process does not have the tokenizer's threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._known is None:
-            return tokenize(self.tokenizer, texts, self.max_length)
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+            return tokenize(self.tokenizer, texts, max_length)
+        known = self._known[max_length]
+        new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
-            tokens = tokenize(self.tokenizer, new, self.max_length)
+            tokens = tokenize(self.tokenizer, new, max_length)
             if tokens.type_ids is not None:  # only ids are kept
                 self._known = None
-                return tokenize(self.tokenizer, texts, self.max_length)
-            self._known.update(zip(new, np.split(tokens.ids, tokens.starts[1:-1]), strict=True))
-        return from_rows([self._known[text] for text in texts], self.tokenizer.pad_token_id or 0)
+                return tokenize(self.tokenizer, texts, max_length)
+            known.update(zip(new, np.split(tokens.ids, tokens.starts[1:-1]), strict=True))
+        return from_rows([known[text] for text in texts], self.tokenizer.pad_token_id or 0)
 
 
 def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
     if set(names) == {"sentence1", "sentence2", "score"}:
         return ["sentence1", "sentence2", "score"]
     negatives = [name for name in names if re.fullmatch(r"negative(_\d+)?", name)]
-    if set(names) == {"anchor", "positive", *negatives}:
-        return ["anchor", "positive", *sorted(negatives, key=lambda name: int(name[9:] or 0))]
+    columns = ["anchor", "positive", *sorted(negatives, key=lambda name: int(name[9:] or 0))]
+    scores = [name + TEACHER_SCORE for name in columns[1:]]
+    for ordered in (columns, [*columns, *scores]):
+        if set(names) == set(ordered):
+            return ordered
     raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
 
 
-def _check_scores(table: Dataset, argument: str) -> Dataset:
-    column = table.with_format("arrow")[:]["score"]
+def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
+    """The table with a column of float64; that of a teacher has NaN where there is no text to score."""
+    column = table.with_format("arrow")[:][name]
+    optional = name.startswith("negative_") and name != "negative" + TEACHER_SCORE
+    if optional and str(column.type) in ("string", "large_string"):
+        column = pc.if_else(pc.equal(column, ""), None, column)
     try:
         scores = pc.cast(column, "float64").to_numpy(zero_copy_only=False)
     except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise ValueError(f"{argument}: column score must hold numbers: {str(error).splitlines()[0]}") from error
-    broken = np.flatnonzero(~np.isfinite(scores))
+        raise ValueError(f"{argument}: column {name} must hold numbers: {str(error).splitlines()[0]}") from error
+    broken = ~np.isfinite(scores)
+    if optional:
+        broken &= np.asarray([bool(text) for text in table[name.removesuffix(TEACHER_SCORE)]])
+    broken = np.flatnonzero(broken)
     if len(broken):
         raise ValueError(
-            f"{argument}: column score holds {len(broken)} values that are not finite numbers, "
+            f"{argument}: column {name} holds {len(broken)} values that are not finite numbers, "
             f"the first in row {broken[0] + 1}"
         )
-    return table.remove_columns("score").add_column("score", scores.tolist())
+    return table.remove_columns(name).add_column(name, scores.tolist())

@@ -61,7 +61,23 @@ def gather_rows(states: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Rows]:
     if scores is not None:
         scores = torch.cat(_gather_uneven(scores, [count[0] for count in counts]))
     *columns, unlabeled = map(sum, zip(*counts, strict=True))
-    return joined, Rows(tuple(columns), scores, unlabeled)
+    texts = [count[:-1] for count in counts]
+    more: dict = {"guide": _gather_columns(rows.guide, texts)}
+    if rows.owners is not None and rows.teacher_scores is not None:
+        candidates = [count[1:] for count in texts]
+        earlier = sum(count[0] for count in texts[: dist.get_rank()])  # anchors of the processes before this one
+        more["owners"] = _gather_columns(rows.owners + earlier, candidates)
+        more["teacher_scores"] = _gather_columns(rows.teacher_scores, candidates)
+    return joined, Rows(tuple(columns), scores, unlabeled, **more)
+
+
+def _gather_columns(rows: torch.Tensor | None, counts: list[list[int]]) -> torch.Tensor | None:
+    """The (rows, ...) of every process, column after column; `counts` has the rows of each column of each process."""
+    if rows is None:
+        return None
+    parts = _gather_uneven(rows, [sum(count) for count in counts])
+    by_column = zip(*(part.split(count) for part, count in zip(parts, counts, strict=True)), strict=True)
+    return torch.cat([part for column in by_column for part in column])
 
 
 def _gather_uneven(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

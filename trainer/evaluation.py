@@ -13,9 +13,9 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from modeling_2dmse import Size, TwoDMSEModel
-from modeling_2dmse.pooling import cut_and_normalize
+from modeling_2dmse.encoding import to_embeddings
 
-from .data import check_table
+from .data import check_table, text_columns
 from .ranking import Top, merge_top, ranking_metrics, top_documents
 from .shared.tables import read_table
 
@@ -100,7 +100,7 @@ def retrieval_from_pairs(name: str, table: datasets.Dataset) -> RetrievalData:
     Each distinct anchor is a query, each distinct text of the other columns is a document, and the positives of an
     anchor are its relevant documents.
     """
-    documents = list(dict.fromkeys(text for column in table.column_names[1:] for text in table[column]))
+    documents = list(dict.fromkeys(text for column in text_columns(table)[1:] for text in table[column]))
     number = {text: f"d{index}" for index, text in enumerate(documents)}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
@@ -120,7 +120,9 @@ def task_from_table(name: str, table: datasets.Dataset) -> StsData | RetrievalDa
 
 
 def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
-    """Spearman and Pearson correlation of the cosine similarities with the scores, at every size.
+    """Spearman and Pearson correlation of the similarities with the scores, at every size.
+
+    The similarities are cosines or dot products (`model.config.similarity`). No prompt is used.
 
     Args:
         model: the model.
@@ -139,23 +141,31 @@ def evaluate_sts(model: TwoDMSEModel, data: StsData, sizes: Sequence[Size], **en
     states = _states(model, texts, sizes, **encode)
     result: dict[str, Any] = {"n": len(gold), "spearman": {}, "pearson": {}}
     for size in sizes:
-        embeddings = cut_and_normalize(states[size.num_layers], size.dim)
-        cosine = (embeddings[left] * embeddings[right]).sum(dim=1)
-        for metric, value in correlations(cosine.double().numpy(), gold).items():
+        embeddings = to_embeddings(states[size.num_layers], size.dim, model.config.similarity)
+        similarity = (embeddings[left] * embeddings[right]).sum(dim=1)
+        for metric, value in correlations(similarity.double().numpy(), gold).items():
             result[metric][str(size)] = value
     return result
 
 
 def evaluate_retrieval(
-    model: TwoDMSEModel, data: RetrievalData, sizes: Sequence[Size], cross_sizes: bool = False, **encode: Any
+    model: TwoDMSEModel,
+    data: RetrievalData,
+    sizes: Sequence[Size],
+    cross_sizes: bool = False,
+    max_query_length: int | None = None,
+    **encode: Any,
 ) -> dict[str, Any]:
     """nDCG@10, MRR@10 and recall@100 at every size, computed as in trec_eval (see `trainer.ranking`).
+
+    The model's prompts `query` and `document`, if it has any, are put before the queries and the documents.
 
     Args:
         model: the model.
         data: the task.
         sizes: the sizes to evaluate, all from one encoding pass.
         cross_sizes: also search with queries of each size among documents of each other size.
+        max_query_length: longest query in tokens; by default `max_length`.
         **encode: `batch_size`, `max_length` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Returns:
@@ -164,7 +174,7 @@ def evaluate_retrieval(
         the smaller of the two dims.
     """
     cells = [(queries, documents) for queries in sizes for documents in sizes if cross_sizes or queries == documents]
-    metrics = _judge(model, data, cells, **encode)
+    metrics = _judge(model, data, cells, max_query_length, **encode)
     result: dict[str, Any] = {"n_queries": len(data.queries), "ndcg@10": {}, "mrr@10": {}, "recall@100": {}}
     for size in sizes:
         for metric, value in metrics[size, size].items():
@@ -175,23 +185,31 @@ def evaluate_retrieval(
 
 
 def _judge(
-    model: TwoDMSEModel, data: RetrievalData, cells: Sequence[tuple[Size, Size]], **encode
+    model: TwoDMSEModel,
+    data: RetrievalData,
+    cells: Sequence[tuple[Size, Size]],
+    max_query_length: int | None,
+    **encode,
 ) -> dict[tuple[Size, Size], dict[str, float]]:
     """The metrics of each cell, a size of the queries and a size of the documents, from one pass over the texts."""
     layers = [size for cell in cells for size in cell]
     query_ids = list(data.queries)
     # With equal scores, trec_eval ranks the larger document id first; a stable ranking in this order does the same.
     document_ids = sorted(data.corpus, reverse=True)
-    queries = _states(model, [data.queries[query] for query in query_ids], layers, **encode)
+    prompts, similarity = model.config.prompts, model.config.similarity
+    options = encode if max_query_length is None else encode | {"max_length": max_query_length}
+    texts = [data.queries[query] for query in query_ids]
+    queries = _states(model, texts, layers, prompt=prompts.get("query", ""), **options)
     top: dict[tuple[Size, Size], Top] = {}
     for start in range(0, len(document_ids), _CORPUS_CHUNK):
         chunk = document_ids[start : start + _CORPUS_CHUNK]
-        documents = _states(model, [data.corpus[document] for document in chunk], layers, **encode)
+        texts = [data.corpus[document] for document in chunk]
+        documents = _states(model, texts, layers, prompt=prompts.get("document", ""), **encode)
         for cell in cells:
             (query, document), dim = cell, min(size.dim for size in cell)
             found = top_documents(
-                cut_and_normalize(queries[query.num_layers], dim),
-                cut_and_normalize(documents[document.num_layers], dim),
+                to_embeddings(queries[query.num_layers], dim, similarity),
+                to_embeddings(documents[document.num_layers], dim, similarity),
                 k=100,
                 first=start,
             )
@@ -208,6 +226,7 @@ def evaluate_tasks(
     tasks: Sequence[StsData | RetrievalData],
     sizes: Sequence[Size],
     cross_sizes: bool = False,
+    max_query_length: int | None = None,
     **encode: Any,
 ) -> dict[str, Any]:
     """Evaluate all tasks at all sizes.
@@ -217,6 +236,7 @@ def evaluate_tasks(
         tasks: the tasks.
         sizes: the sizes.
         cross_sizes: see `evaluate_retrieval`.
+        max_query_length: see `evaluate_retrieval`.
         **encode: see `evaluate_sts`.
 
     Returns:
@@ -228,7 +248,7 @@ def evaluate_tasks(
             results.setdefault("sts", {})[task.name] = evaluate_sts(model, task, sizes, **encode)
         else:
             results.setdefault("retrieval", {})[task.name] = evaluate_retrieval(
-                model, task, sizes, cross_sizes, **encode
+                model, task, sizes, cross_sizes, max_query_length, **encode
             )
     return results
 

@@ -129,22 +129,23 @@ def _relevant_pairs(data: RetrievalData) -> list[Pair]:
     return [(query, document) for query, document in pairs if query.strip() and document]
 
 
-def embed(model: TwoDMSEModel, texts: Sequence[str], size: Size, **encode: Any) -> torch.Tensor:
+def embed(model: TwoDMSEModel, texts: Sequence[str], size: Size, prompt: str = "", **encode: Any) -> torch.Tensor:
     """Embeddings at one size. The hidden states of the whole corpus, which are much wider, are never in memory at once.
 
     Args:
         model: the model.
         texts: the texts.
         size: the size.
+        prompt: text put in front of every text.
         **encode: `batch_size` and `max_length` of `TwoDMSEModel.encode`.
 
     Returns:
-        (len(texts), dim), float32, unit norm. As in training, no prompt is used.
+        (len(texts), dim), float32, of unit norm unless the model compares embeddings by dot product.
     """
     output = torch.empty(len(texts), size.dim)
     for start in range(0, len(texts), _ENCODE_CHUNK):
         part = texts[start : start + _ENCODE_CHUNK]
-        output[start : start + len(part)] = torch.from_numpy(model.encode(part, *size, prompt="", **encode))
+        output[start : start + len(part)] = torch.from_numpy(model.encode(part, *size, prompt=prompt, **encode))
     return output
 
 

@@ -22,7 +22,8 @@ class Term(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl` or `pca`."""
+    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl`, `query_kl` or
+    `pca`."""
 
     kind: str
     student: Size
@@ -49,12 +50,14 @@ class Plan(NamedTuple):
         alignments: the alignments on the labeled rows.
         crosses: the losses between sizes on the labeled rows.
         unlabeled: the alignments on the rows without labels.
+        similarity: how embeddings are compared, `cosine` or `dot`.
     """
 
     terms: tuple[Term, ...]
     alignments: tuple[Alignment, ...] = ()
     crosses: tuple[Cross, ...] = ()
     unlabeled: tuple[Alignment, ...] = ()
+    similarity: str = "cosine"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -74,15 +77,16 @@ class Objective:
         ladder: the sizes to train, small to large.
         num_layers: number of layers of the model, N.
         hidden_size: hidden size of the model, H.
-        alignment: `none`, `feature_kl` or `score_kl`; by default the choice of the objective.
+        alignment: `none`, `feature_kl`, `score_kl` or `query_kl`; by default the choice of the objective.
         alignment_weight: factor of the alignment; by default the choice of the objective.
         compression_dim: dimensions that `espresso` compresses to.
-        teacher: `largest`, or `start`: the teacher of `score_kl` is the model before training, for the largest size
-            too.
+        teacher: `largest`, or `start`: the teacher of `score_kl` and `query_kl` is the model before training, for the
+            largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size and documents at the deepest layer of
             the ladder, cut to the same dim; 0 for none.
         unlabeled_weight: factor of the alignment on texts without labels, as `alignment_weight` on the other texts; 0
-            if there are none.
+            if there are none. `score_kl` replaces `query_kl` on them: they have no queries.
+        similarity: how embeddings are compared, `cosine` or `dot`.
     """
 
     name: str
@@ -95,18 +99,21 @@ class Objective:
     teacher: str = "largest"
     cross_size_weight: float = 0.0
     unlabeled_weight: float = 0.0
+    similarity: str = "cosine"
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
         unlabeled: tuple[Alignment, ...] = ()
         if self.unlabeled_weight:
             state = rng.getstate()
-            unlabeled = replace(self, alignment_weight=self.unlabeled_weight, unlabeled_weight=0.0).plan(rng).alignments
+            kind = "score_kl" if self.kind == "query_kl" else self.alignment
+            spec = replace(self, alignment=kind, alignment_weight=self.unlabeled_weight, unlabeled_weight=0.0)
+            unlabeled = spec.plan(rng).alignments
             rng.setstate(state)  # so that both have the same sizes
-        plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled)
+        plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled, similarity=self.similarity)
         if self.teacher == "start":
             taught = {a.teacher: a.weight for a in plan.alignments}
-            alignments = (Alignment("score_kl", size, size, weight) for size, weight in taught.items())
+            alignments = (Alignment(self.kind, size, size, weight) for size, weight in taught.items())
             plan = plan._replace(alignments=plan.alignments + tuple(alignments))
         if not self.cross_size_weight:
             return plan

@@ -11,8 +11,19 @@ from transformers.utils import logging
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 
 from .arguments import TwoDMSETrainingArguments
-from .data import PairCollator, add_unlabeled_texts, check_table, join_tables, rescale_scores, text_columns
-from .losses import PAIR_LOSSES, SCORE_LOSSES
+from .data import (
+    TEACHER_SCORE,
+    UNLABELED,
+    PairCollator,
+    add_unlabeled_texts,
+    check_table,
+    join_tables,
+    query_document_prompts,
+    rescale_scores,
+    text_columns,
+)
+from .guide import GuidedCollator, guide_collator
+from .losses import PAIR_LOSSES, SCORE_LOSSES, TEACHER_LOSSES
 from .objectives import Objective
 from .shared.sampling import BlockSampler
 
@@ -44,6 +55,20 @@ def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> lis
     return ladder
 
 
+def set_comparison(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> None:
+    """Set the similarity and the prompts of the arguments in the model's configuration, and thus in what is saved."""
+    config = encoder.config
+    if args.similarity is None and config.similarity != "cosine":
+        raise ValueError(
+            f"similarity: this model compares embeddings by {config.similarity}; pass {config.similarity} to keep it, "
+            "or cosine"
+        )
+    config.similarity = args.similarity or "cosine"
+    for name, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
+        if prompt is not None:
+            config.prompts = config.prompts | {name: prompt}
+
+
 def check_training_tables(train_dataset: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
     """The checked tables of a training dataset, which may be one table, several or none."""
     tables = [train_dataset] if isinstance(train_dataset, Dataset) else train_dataset or []
@@ -59,6 +84,9 @@ def prepare_rows(
     """The training rows of checked tables, with the texts without labels. Sets `args.loss` to the base loss."""
     rows = join_tables(tables)
     args.loss = resolve_loss(args.loss, rows, ladder)
+    _check_roles(rows, args)
+    if args.loss == "infonce":
+        rows = rows.remove_columns([name for name in rows.column_names if name.endswith(TEACHER_SCORE)])
     if args.loss == "cosine_mse":
         rows, highest = rescale_scores(rows)
         logger.info(f"cosine_mse: scores were divided by {highest:g}")
@@ -67,11 +95,25 @@ def prepare_rows(
     return rows
 
 
+def _check_roles(rows: Dataset, args: TwoDMSETrainingArguments) -> None:
+    """ValueError for an argument that the columns or the similarity leave without a meaning."""
+    for name in ("query_prompt", "document_prompt", "max_query_length"):
+        if "anchor" not in rows.column_names and getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}: the columns ({', '.join(rows.column_names)}) have no queries; use it with anchors"
+            )
+    if args.loss == "cosine_mse" and args.similarity == "dot":
+        raise ValueError("loss: cosine_mse needs similarity cosine; use cosent for dot")
+
+
 def resolve_loss(loss: str | None, table: Dataset, ladder: Sequence[Size]) -> str:
     """The base loss, by default the one for these columns; ValueError if it does not fit the columns or the sizes."""
-    scored = "score" in table.column_names
-    fitting = tuple(SCORE_LOSSES) if scored else PAIR_LOSSES
-    loss = loss or ("cosent" if scored else "infonce")
+    fitting: tuple[str, ...] = PAIR_LOSSES
+    if "score" in table.column_names:
+        fitting = tuple(SCORE_LOSSES)
+    elif "negative_score" in table.column_names or "negative_1_score" in table.column_names:
+        fitting = (*TEACHER_LOSSES, *PAIR_LOSSES)
+    loss = loss or fitting[0]
     if loss not in fitting:
         raise ValueError(
             f"loss: {loss} does not fit the columns ({', '.join(table.column_names)}); use {' or '.join(fitting)}"
@@ -97,11 +139,14 @@ def make_objective(
         teacher=args.teacher,
         cross_size_weight=args.cross_size_weight,
         unlabeled_weight=args.unlabeled_weight if with_unlabeled else 0.0,
+        similarity=encoder.config.similarity,
     )
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
         raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
-    if args.teacher == "start" and objective.kind != "score_kl":
-        raise ValueError(f"teacher: start needs the alignment score_kl, but the alignment is {objective.kind}")
+    if args.teacher == "start" and objective.kind not in ("score_kl", "query_kl"):
+        raise ValueError(
+            f"teacher: start needs the alignment score_kl or query_kl, but the alignment is {objective.kind}"
+        )
     if with_unlabeled and not objective.plan(random.Random(0)).unlabeled:
         raise ValueError(
             f"unlabeled_texts: {args.objective} learns nothing from them with the alignment {objective.kind} and "
@@ -115,14 +160,28 @@ _KEPT_TEXTS = 2_000_000
 
 
 def make_collator(
-    tokenizer: PreTrainedTokenizerBase, rows: Dataset, encoder: TwoDMSEModel, args: TwoDMSETrainingArguments
-) -> PairCollator:
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    encoder: TwoDMSEModel,
+    args: TwoDMSETrainingArguments,
+    guide: TwoDMSEModel | None = None,
+) -> PairCollator | GuidedCollator:
     """The collator of the training rows. On a GPU it packs them, if the model packs; on a CPU buckets are as fast."""
     columns = text_columns(rows)
     repeats = args.num_train_epochs > 1 or args.max_steps > len(rows) // args.train_batch_size
     remember = repeats and len(rows) * len(columns) <= _KEPT_TEXTS
-    length = min(args.max_length, encoder.max_length)
-    return PairCollator(tokenizer, columns, length, packed=runs_packed(encoder, args), remember=remember)
+    collator = PairCollator(
+        tokenizer,
+        columns,
+        min(args.max_length, encoder.max_length),
+        packed=runs_packed(encoder, args),
+        remember=remember,
+        prompts=query_document_prompts(columns, encoder.config.prompts),
+        max_first_length=min(args.max_query_length or args.max_length, encoder.max_length),
+    )
+    if guide is None:
+        return collator
+    return GuidedCollator(collator, guide_collator(guide, [name for name in columns if name != UNLABELED], collator))
 
 
 def runs_packed(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch.nn.functional import normalize
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.batching import check_texts
+from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.projection import ExitProjection
 
 # Texts that are encoded at a time: the states of all layers are in memory for that many.
@@ -25,7 +25,7 @@ def fit_exit_projections(
 
     Let T be the embeddings of the full size and X_n the pooled states after n layers, one row per text. V are the
     eigenvectors of T^T T, strongest first: of all rotations, T V has the best first d columns for every d (PCA without
-    centering). The last exit is multiplied by V, which does not change cosines at the full size. Exit n < N is
+    centering). The last exit is multiplied by V, which does not change similarities at the full size. Exit n < N is
     multiplied by
 
         W_n = argmin |X_n W - T V|^2 + r |W|^2 = (X_n^T X_n + r I)^-1 X_n^T T V
@@ -71,7 +71,7 @@ def _moments(encoder: TwoDMSEModel, texts: list[str], encode: dict) -> tuple[tor
     grams, crosses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for start in range(0, len(texts), _PIECE):
         states = encoder.encode_states(texts[start : start + _PIECE], **encode)
-        target = normalize(states[-1], dim=-1)
+        target = to_embeddings(states[-1], encoder.config.hidden_size, encoder.config.similarity)
         states = torch.cat((states[:-1], target[None]))
         grams += (states.mT @ states).double()
         crosses += (states.mT @ target).double()

@@ -12,8 +12,8 @@ def top_documents(queries: torch.Tensor, documents: torch.Tensor, k: int, first:
     """The k nearest documents of each query.
 
     Args:
-        queries: (Q, dim), unit norm.
-        documents: (D, dim), unit norm.
+        queries: (Q, dim), unit norm if cosines are compared.
+        documents: (D, dim), as the queries.
         k: number of documents per query.
         first: number of the first document of `documents` in the whole corpus.
 

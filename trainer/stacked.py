@@ -13,15 +13,16 @@ import torch.nn.functional as F
 
 from modeling_2dmse.packing import to_device
 
-from .losses import SCALE, Rows
+from .losses import ABSENT, SCALE, TEACHER_LOSSES, Rows, teacher_loss
 
 
-def cut_and_normalize(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """The unit vectors of several sizes.
+def to_embeddings(states: torch.Tensor, dims: Sequence[int], similarity: str) -> torch.Tensor:
+    """The embeddings of several sizes.
 
     Args:
         states: (S, rows, hidden), the pooled states of each size's exit.
         dims: the dim of each size.
+        similarity: `cosine` or `dot`; embeddings are only normalised for `cosine`.
 
     Returns:
         (S, rows, largest dim) in float32, zero after each size's own dim.
@@ -31,7 +32,7 @@ def cut_and_normalize(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor
     if min(dims) < largest:
         columns = torch.arange(largest, device=states.device)
         states = states * (columns < _numbers(dims, states)[:, None])[:, None]
-    return F.normalize(states, dim=-1)
+    return states if similarity == "dot" else F.normalize(states, dim=-1)
 
 
 def base_loss(
@@ -41,13 +42,15 @@ def base_loss(
 
     Args:
         name: one of `losses.LOSSES`.
-        embeddings: (S, rows, largest dim), of `cut_and_normalize`.
+        embeddings: (S, rows, largest dim), of `to_embeddings`.
         dims: the dim of each size.
         rows: the roles of the rows.
         scale: the factor of the similarities; `cosine_mse` has none.
     """
     if name == "infonce":
-        return infonce(embeddings, rows.counts[0], scale)
+        return infonce(embeddings, rows.counts[0], scale, rows.false_negatives)
+    if name in TEACHER_LOSSES:
+        return teacher_loss(name, embeddings, rows, scale)
     left, right = embeddings.split(rows.counts, dim=1)
     scores = cast(torch.Tensor, rows.scores)
     if name == "cosine_mse":
@@ -56,9 +59,11 @@ def base_loss(
     return _rank_loss(similarity, scores, scale)
 
 
-def infonce(embeddings: torch.Tensor, anchors: int, scale: float) -> torch.Tensor:
+def infonce(embeddings: torch.Tensor, anchors: int, scale: float, hidden: torch.Tensor | None = None) -> torch.Tensor:
     """(S,); the first `anchors` rows are the anchors, the others the candidates, positives first."""
     scores = scale * embeddings[:, :anchors] @ embeddings[:, anchors:].transpose(1, 2)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     log_shares = F.log_softmax(scores, dim=-1)
     return -log_shares.diagonal(dim1=1, dim2=2).mean(dim=1)
 
@@ -82,12 +87,28 @@ def score_kl(students: torch.Tensor, teacher: torch.Tensor, scale: float) -> tor
     """(S,); KL(teacher || student) between the softmaxes over similarities, without each row's similarity with itself.
 
     Args:
-        students: (S, rows, d), unit norm.
-        teacher: (rows, D), unit norm, or (S, rows, D), one for each student; it is detached.
+        students: (S, rows, d).
+        teacher: (rows, D), or (S, rows, D), one for each student; it is detached.
         scale: the factor of the similarities.
     """
     student, target = (_log_shares(side, scale) for side in (students, teacher.detach()))
     return (target.exp() * (target - student)).sum(dim=(-2, -1)) / students.shape[1]
+
+
+def query_kl(students: torch.Tensor, teacher: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
+    """(S,); as `score_kl`, between the softmaxes over the similarities of each of the first rows to all other rows.
+
+    Args:
+        students: (S, rows, d).
+        teacher: (rows, D); it is detached.
+        queries: number of the first rows.
+        scale: the factor of the similarities.
+    """
+    student, target = (
+        F.log_softmax(scale * side[..., :queries, :] @ side[..., queries:, :].transpose(-1, -2), dim=-1)
+        for side in (students, teacher.detach())
+    )
+    return (target.exp() * (target - student)).sum(dim=(-2, -1)) / queries
 
 
 def feature_kl(students: torch.Tensor, teachers: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
@@ -109,7 +130,7 @@ def feature_kl(students: torch.Tensor, teachers: torch.Tensor, dims: Sequence[in
 
 def _log_shares(vectors: torch.Tensor, scale: float) -> torch.Tensor:
     scores = scale * vectors @ vectors.transpose(-1, -2)
-    scores.diagonal(dim1=-2, dim2=-1).fill_(-1e4)  # its share and its gradient become 0
+    scores.diagonal(dim1=-2, dim2=-1).fill_(ABSENT)  # its share and its gradient become 0
     return F.log_softmax(scores, dim=-1)
 
 

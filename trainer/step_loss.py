@@ -12,17 +12,19 @@ import numpy as np
 import torch
 
 from modeling_2dmse.configuration_2dmse import Size
+from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.packing import to_device
-from modeling_2dmse.pooling import cut_and_normalize
 
 from . import stacked
-from .alignment import feature_kl, pca_distance, score_kl
+from .alignment import feature_kl, pca_distance, query_kl, score_kl
 from .losses import LOSSES, SCALE, Rows, base_loss
 from .objectives import Alignment, Plan
 
 # Numbers in the matrices of similarities of all sizes up to which the sizes of a step are computed at once.
 _STACKED_SCORES = {"cpu": 2**22, "cuda": 2**26}
-_STACKED = ("score_kl", "feature_kl")
+_STACKED = ("score_kl", "query_kl", "feature_kl")
+# The alignments of similarities, in which the model before training may be the teacher.
+_OF_SCORES = ("score_kl", "query_kl")
 
 
 def plan_parts(
@@ -45,7 +47,7 @@ def plan_parts(
         loss: name of the base loss.
         scale: the factor of the similarities (1 / temperature).
         start: (rows, hidden), the pooled states of the model before training after the layers of the teacher, which
-            they replace in `score_kl`.
+            they replace in `score_kl` and `query_kl`.
 
     Yields:
         name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
@@ -57,12 +59,13 @@ def plan_parts(
         return states[plan.layers.index(num_layers)].float()
 
     def embedding(size: Size) -> torch.Tensor:
-        return cut_and_normalize(rows.labeled_states(state(size.num_layers)), size.dim)
+        return to_embeddings(rows.labeled_states(state(size.num_layers)), size.dim, plan.similarity)
 
     def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        kind, student, teacher, _ = alignment
-        above = start if start is not None and kind == "score_kl" else state(teacher.num_layers)
-        return _distance(kind, student.dim, teacher.dim, part(state(student.num_layers)), part(above), scale)
+        teacher = alignment.teacher.num_layers
+        above = start if start is not None and alignment.kind in _OF_SCORES else state(teacher)
+        sides = part(state(alignment.student.num_layers)), part(above)
+        return _distance(alignment, *sides, plan.similarity, rows.counts[0], scale)
 
     # No tensor has a name here: it would stay in memory during the caller's backward pass and the next parts.
     for size, weight in plan.terms:
@@ -78,7 +81,8 @@ def plan_parts(
         joined = torch.cat(
             (state(queries.num_layers)[:first], rows.labeled_states(state(documents.num_layers))[first:])
         )
-        yield f"cross/{queries}", weight, base_loss(loss, cut_and_normalize(joined, queries.dim), rows, scale)
+        vectors = to_embeddings(joined, queries.dim, plan.similarity)
+        yield f"cross/{queries}", weight, base_loss(loss, vectors, rows, scale)
 
 
 def fits_stacked(plan: Plan, rows: Rows, device: torch.device) -> bool:
@@ -107,7 +111,7 @@ def plan_groups(
         exits = states
         if index != list(range(len(states))):
             exits = states.index_select(0, to_device(np.asarray(index), states.device))
-        return stacked.cut_and_normalize(exits[:, sides[side]], [size.dim for size in sizes])
+        return stacked.to_embeddings(exits[:, sides[side]], [size.dim for size in sizes], plan.similarity)
 
     if plan.terms:
         sizes = tuple(term.size for term in plan.terms)
@@ -123,13 +127,18 @@ def plan_groups(
             )
             embeddings, dims = vectors(students, name), [size.dim for size in students]
             above = states[plan.layers.index(teacher.num_layers)]
-            if start is not None and kind == "score_kl":
+            if start is not None and kind in _OF_SCORES:
                 above = start
             above = above.detach()[sides[name]]
-            if kind == "score_kl":
-                values = stacked.score_kl(embeddings, cut_and_normalize(above, teacher.dim), scale)
+            if kind in _OF_SCORES:
+                target = to_embeddings(above, teacher.dim, plan.similarity)
+                values = (
+                    stacked.score_kl(embeddings, target, scale)
+                    if kind == "score_kl"
+                    else stacked.query_kl(embeddings, target, rows.counts[0], scale)
+                )
             else:
-                targets = stacked.cut_and_normalize(above.expand(len(dims), *above.shape), dims)
+                targets = stacked.to_embeddings(above.expand(len(dims), *above.shape), dims, plan.similarity)
                 values = stacked.feature_kl(embeddings, targets, dims)
             yield [f"{name}/{size}" for size in students], weights, values
     others = [tuple(a for a in kept if a.kind not in _STACKED) for kept in (plan.alignments, plan.unlabeled)]
@@ -213,13 +222,16 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _distance(
-    kind: str, dim: int, teacher_dim: int, state: torch.Tensor, teacher: torch.Tensor, scale: float
+    alignment: Alignment, state: torch.Tensor, teacher: torch.Tensor, similarity: str, queries: int, scale: float
 ) -> torch.Tensor:
-    """The distance of one exit's states (rows, H) at `dim` to the teacher's states (rows, H) at `teacher_dim`."""
+    """The distance of one exit's states (rows, H) to the teacher's states (rows, H)."""
+    kind, dim = alignment.kind, alignment.student.dim
     if kind == "pca":
         return pca_distance(state, dim)
     if kind == "raw_feature_kl":
         return feature_kl(state, teacher)
+    student = to_embeddings(state, dim, similarity)
     if kind == "feature_kl":
-        return feature_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, dim))
-    return score_kl(cut_and_normalize(state, dim), cut_and_normalize(teacher, teacher_dim), scale)
+        return feature_kl(student, to_embeddings(teacher, dim, similarity))
+    target = to_embeddings(teacher, alignment.teacher.dim, similarity)
+    return score_kl(student, target, scale) if kind == "score_kl" else query_kl(student, target, queries, scale)

@@ -23,7 +23,8 @@ from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
-from .losses import SCALE, Rows
+from .guide import KEY, Guide
+from .losses import SCALES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
@@ -34,6 +35,7 @@ from .preparation import (
     make_objective,
     prepare_rows,
     resolve_ladder,
+    set_comparison,
 )
 from .projections import fit_exit_projections
 from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
@@ -59,10 +61,13 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of
             them. The sizes also learn from their teacher on these texts, with the weight `unlabeled_weight`, and exit
             projections are fitted to them too.
+        guide: an encoder that marks false negatives for `infonce` (GISTEmbed): a candidate that it puts nearer to an
+            anchor than the anchor's positive is left out of the anchor's loss.
         **kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: the columns, the loss and the objective do not fit each other, or a size does not fit the model.
+        ValueError: the columns, the loss, the guide and the objective do not fit each other, or a size does not fit the
+            model.
     """
 
     args: TwoDMSETrainingArguments
@@ -81,6 +86,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         unlabeled_texts: Sequence[str] | None = None,
+        guide: TwoDMSEModel | None = None,
         **kwargs: Any,
     ):
         self.encoder = find_encoder(model)
@@ -88,12 +94,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             switch_off_dropout(self.encoder)
         self.ladder = resolve_ladder(self.encoder, args)
         self.encoder.config.set_ladder(self.ladder)
+        set_comparison(self.encoder, args)
         tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
         self.encoder.tokenizer = tokenizer
         self.train_tables = check_training_tables(train_dataset)
         rows = None
         if train_dataset is not None:
             rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
+        self.guide = None if guide is None else Guide(guide, args)
         tasks = as_tasks(eval_dataset)
         self._prepare_projections(model, args)
         self.objective = make_objective(self.encoder, self.ladder, args, unlabeled_texts is not None)
@@ -104,7 +112,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and rows is not None:
-            collator = make_collator(tokenizer, rows, self.encoder, args)
+            collator = make_collator(tokenizer, rows, self.encoder, args, guide)
         # Made here, so that impossible batches are refused before anything is written.
         self.block_sampler = make_block_sampler(self.train_tables, args)
         set_epoch = [SetEpoch(self.block_sampler)] if self.block_sampler is not None else []
@@ -149,6 +157,11 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(f"{what} needs all weights in one process, without adapters, FSDP or DeepSpeed")
 
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the similarities in the loss."""
+        return cast(float, self.args.loss_scale)
+
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.block_sampler is None else self.block_sampler
 
@@ -191,7 +204,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         fit_exit_projections(
             self.encoder,
-            texts_to_fit(self.train_tables, self.train_dataset, self.args.seed),
+            texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts),
             layers=layers,
             max_length=self.args.max_length,
             batch_size=self.args.per_device_eval_batch_size,
@@ -205,7 +218,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         outputs = model(**inputs, layers=plan.layers, **self._buckets(inputs, lengths))
         start = self._start_state(plan, inputs, lengths)
         states, start, rows = self._join(outputs.layer_embeddings, start, rows)
-        loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.args.loss_scale, start)
+        loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -225,7 +238,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         states = cached.states().requires_grad_()
         start = self._start_state(plan, inputs, lengths, chunk_rows)
         joined, start, rows = self._join(states, start, rows)
-        loss, parts, gradient = plan_gradient(plan, joined, rows, str(self.args.loss), self.args.loss_scale, start)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)
 
@@ -260,7 +273,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
         """The inputs of the model, the lengths and roles of their rows, and the plan of this step."""
         inputs = dict(inputs)
-        rows = Rows(tuple(inputs.pop("counts")), inputs.pop("scores", None), inputs.pop("unlabeled", 0))
+        rows = Rows.of_batch(inputs, None if self.guide is None else self.guide.embeddings(inputs.pop(KEY)))
         lengths = inputs.pop("lengths", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
@@ -311,13 +324,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         """All metrics of all tasks at the given sizes, in the form of `results.json`."""
         encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
         encode.setdefault("max_length", self.args.max_length)
+        encode.setdefault("max_query_length", self.args.max_query_length)
         if self.args.disable_tqdm:
             encode.setdefault("show_progress_bar", False)
         return evaluate_tasks(self.encoder, tasks, sizes, **encode)
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""
-        args = self.args
+        args, config = self.args, self.encoder.config
         return {
             "rows": len(self.train_dataset),
             "sizes": " ".join(map(str, self.ladder)),
@@ -335,7 +349,12 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
                 ("teacher", args.teacher, "largest"),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
-                ("loss scale", args.loss_scale, SCALE),
+                ("similarity", config.similarity, "cosine"),
+                ("query prompt", config.prompts.get("query", ""), ""),
+                ("document prompt", config.prompts.get("document", ""), ""),
+                ("max_query_length", args.max_query_length, None),
+                ("guide", self.guide and self.guide.name, None),
+                ("loss scale", args.loss_scale, SCALES[config.similarity]),
                 ("dropout", args.dropout, True),
                 ("weight on unlabeled texts", self.objective.unlabeled_weight, 0),
             )

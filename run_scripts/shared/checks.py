@@ -56,13 +56,13 @@ def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
                 raise ValueError(f"{argument}: {folder} is not in BEIR layout: {path} is missing")
 
 
-def check_model(name_or_path: str) -> None:
+def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None:
     """ValueError for what looks like a folder and is not that of a model; any other name may be one of the Hub."""
     looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
     if looks_like_a_path and not os.path.isdir(name_or_path):
-        raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
+        raise ValueError(f"{argument}: {name_or_path} does not exist")
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
-        raise ValueError(f"model_name_or_path: {name_or_path} has no config.json, so it is not a model")
+        raise ValueError(f"{argument}: {name_or_path} has no config.json, so it is not a model")
 
 
 def check_no_results(output_dir: str, overwrite: bool) -> None:

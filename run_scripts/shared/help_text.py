@@ -8,7 +8,7 @@ import dataclasses
 # is redefined by the project; --help_all shows the others.
 GROUPS = {
     "model": (),
-    "data": ("max_length", "batch_sampler", "mixing"),
+    "data": ("max_length", "max_query_length", "query_prompt", "document_prompt", "batch_sampler", "mixing"),
     "objective": ("loss_weights", "loss_reduction"),
     "recipe": (
         "learning_rate",

@@ -82,7 +82,8 @@ def load_adapter(folder: str, **kwargs) -> TwoDMSEModel:
     config = TwoDMSEConfig.from_pretrained(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     encoder = load_encoder(base, config.sizes, **kwargs)
-    encoder.config.pooling = config.pooling
+    encoder.config.pooling, encoder.config.similarity = config.pooling, config.similarity
+    encoder.config.prompts = config.prompts
     if encoder.num_layers > config.num_layers:
         encoder = encoder.truncate(config.num_layers, config.dim)
     if config.exit_projections:

@@ -15,8 +15,9 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
-from trainer.data import check_table, draw_texts, join_tables
+from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
 from trainer.evaluation import RetrievalData, StsData, grid_sizes, main_scores, mean_scores, task_from_table
+from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
 from trainer.shared.hub import find_token, stage, upload
 from trainer.shared.tables import draw_rows, hold_out, read_table
@@ -48,7 +49,12 @@ def make_trainer(
     name = os.path.basename(data_args.eval_file).split(".")[0] if data_args.eval_file else "eval"
     tasks = [] if evaluation is None else [task_from_table(name, evaluation)]
     trainer = (trainer_class or TwoDMSETrainer)(
-        model=model, args=args, train_dataset=train, eval_dataset=tasks, unlabeled_texts=unlabeled
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=tasks,
+        unlabeled_texts=unlabeled,
+        guide=_load_guide(model_args),
     )
     return trainer, tasks
 
@@ -157,6 +163,11 @@ def push(trainer: TwoDMSETrainer) -> None:
             print(upload(staged, trainer.hub_model_id, token, bool(args.hub_private_repo), args.hub_revision))
 
 
+def _load_guide(model_args: ModelArguments) -> TwoDMSEModel | None:
+    name = model_args.guide_model_name_or_path
+    return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
+
+
 def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
     encoder = models.load_encoder(
         model_args.model_name_or_path,
@@ -188,7 +199,9 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
     if args.exit_projections and encoder.exit_projections is None:
         # Adapters wrap whole modules, so the projections must exist before them.
         tables = [*tables, Dataset.from_dict({"text": unlabeled or []})]
-        fit_exit_projections(encoder, draw_texts(tables, args.seed), max_length=args.max_length)
+        set_comparison(encoder, args)
+        prompts = query_document_prompts([*text_columns(tables[0]), "text"], encoder.config.prompts)
+        fit_exit_projections(encoder, draw_texts(tables, args.seed, prompts=prompts), max_length=args.max_length)
     # All weights of the projections are trained, and the adapter's checkpoints contain them: its base model has none.
     projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]
     config = LoraConfig(

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from .callbacks import SetEpoch
 from .mixin import TrainerMixin
+from .tables import text_columns
 
 # Blocks whose rows are sorted by length together: enough for similar lengths, few enough to stay random.
 _BLOCKS_SORTED_TOGETHER = 50
@@ -123,7 +124,7 @@ class ResumableOrderMixin(TrainerMixin):
 
 def number_texts(table: Dataset) -> list[np.ndarray]:
     """For each row, the numbers of its texts: equal texts have the same number, in any column."""
-    columns = [table[name] for name in table.column_names if name != "score"]
+    columns = [table[name] for name in text_columns(table)]
     numbers: dict[str, int] = {}
     return [
         np.unique([numbers.setdefault(text, len(numbers)) for text in row if text])
@@ -133,7 +134,7 @@ def number_texts(table: Dataset) -> list[np.ndarray]:
 
 def text_lengths(table: Dataset) -> np.ndarray:
     """The length of the longest text of each row, in characters."""
-    columns = [table[name] for name in table.column_names if name != "score"]
+    columns = [table[name] for name in text_columns(table)]
     return np.max([[len(text or "") for text in column] for column in columns], axis=0)
 
 

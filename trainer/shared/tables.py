@@ -51,6 +51,11 @@ def _load(path: str, suffix: str) -> Dataset:
     return datasets.load_dataset(builder, data_files=path, split="train", **options)
 
 
+def text_columns(table: Dataset) -> list[str]:
+    """The columns that contain texts, in the order of their roles."""
+    return [name for name in table.column_names if name != "score" and not name.endswith("_score")]
+
+
 def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
     """`limit` random rows of a table; all rows in their order if there is no limit or there are not more."""
     return table if limit is None or limit >= len(table) else table.shuffle(seed=seed).select(range(limit))
