@@ -30,14 +30,23 @@ ROOT = Path(__file__).resolve().parents[2]
 SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
 TRIPLETS = {"anchor": SENTENCES[:12], "positive": SENTENCES[4:16], "negative": SENTENCES[8:20], "negative_1": SECOND}
 SCORED = {"sentence1": SENTENCES[:12], "sentence2": SENTENCES[4:16], "score": [0.3, 0.1, 0.9, 0.4, 0.8, 0.5] * 2}
+TAUGHT = TRIPLETS | {
+    "positive_score": [5.0 - 0.3 * i for i in range(12)],
+    "negative_score": [0.5 * i - 2.0 for i in range(12)],
+    "negative_1_score": [1.5 + 0.2 * i if text else None for i, text in enumerate(SECOND)],
+}
+TABLES = {"infonce": TRIPLETS, "margin_mse": TAUGHT, "distill_kl": TAUGHT}
 # Every objective with every alignment, and every loss.
 CASES = [
     (objective, alignment, "infonce") for objective in OBJECTIVES for alignment in ("none", "feature_kl", "score_kl")
 ]
 CASES += [(objective, None, loss) for objective in OBJECTIVES for loss in ("cosent", "angle", "cosine_mse")]
+CASES += [("starbucks", "query_kl", loss) for loss in TABLES]
 
 
-def make_trainer(model, folder, objective, alignment, loss, unlabeled_texts=None, **kwargs) -> TwoDMSETrainer:
+def make_trainer(
+    model, folder, objective, alignment, loss, unlabeled_texts=None, guide=None, **kwargs
+) -> TwoDMSETrainer:
     args = TwoDMSETrainingArguments(
         output_dir=str(folder),
         sizes=LADDER,
@@ -53,8 +62,8 @@ def make_trainer(model, folder, objective, alignment, loss, unlabeled_texts=None
         seed=3,
         **kwargs,
     )
-    rows = Dataset.from_dict(TRIPLETS if loss == "infonce" else SCORED)
-    trainer = TwoDMSETrainer(model=model, args=args, train_dataset=rows, unlabeled_texts=unlabeled_texts)
+    rows = Dataset.from_dict(TABLES.get(loss, SCORED))
+    trainer = TwoDMSETrainer(model, args, train_dataset=rows, unlabeled_texts=unlabeled_texts, guide=guide)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -74,7 +83,7 @@ def plain_step(trainer: TwoDMSETrainer, micro_batches) -> tuple[float, dict[str,
     model, total = trainer.encoder, 0.0
     for index, indices in enumerate(micro_batches):
         inputs = batch_of(trainer, indices)
-        rows = Rows(inputs.pop("counts"), inputs.pop("scores", None))
+        rows = Rows.of_batch(inputs)
         plan = trainer.objective.plan(random.Random(f"{trainer.args.seed}-0-{index}"))
         states = model(**inputs, layers=plan.layers).layer_embeddings
         loss, _ = plan_loss(plan, states, rows, trainer.args.loss, trainer.args.loss_scale)
@@ -128,6 +137,7 @@ def check_processes(start: str, folder: str) -> None:
                 assert_same(ours, expected[1])
     check_without_gathering(start, folder, rank, counts)
     check_start(start, folder, rank, counts)
+    check_guide(start, folder, rank, counts)
     check_skipped_projections(start, folder)
     (Path(folder) / f"equal-{rank}").touch()
 
@@ -173,6 +183,27 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         expected.backward()
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
         assert_same(ours, gradients(model))
+
+
+def check_guide(start: str, folder: str, rank: int, counts: list[int]) -> None:
+    """The embeddings of the guide are gathered in the order of the states."""
+    from modeling_2dmse import TwoDMSEModel
+
+    model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
+    guide = TwoDMSEModel.from_pretrained(start, num_layers=2)
+    trainer = make_trainer(model, folder, "starbucks", None, "infonce", guide=guide)
+    wrapped = trainer.accelerator.prepare(model)
+    own = range(sum(counts[:rank]), sum(counts[: rank + 1]))
+    loss = trainer.training_step(wrapped, batch_of(trainer, own)).item()
+    ours = gradients(wrapped)
+    inputs = batch_of(trainer, range(sum(counts)))
+    rows = Rows.of_batch(inputs, trainer.guide.embeddings(inputs.pop("guide")))
+    assert rows.false_negatives.any()
+    plan = trainer.objective.plan(random.Random(0))
+    expected, _ = plan_loss(plan, model(**inputs, layers=plan.layers).layer_embeddings, rows, "infonce")
+    expected.backward()
+    assert abs(loss - expected.item()) < 1e-5 * expected.item()
+    assert_same(ours, gradients(model))
 
 
 def check_skipped_projections(start: str, folder: str) -> None:
@@ -315,7 +346,7 @@ def test_all_processes_resume_the_same_checkpoint(tmp_path):
 def test_cached_gradients_equal_plain_ones_with_dropout(case, tiny_model, tmp_path, monkeypatch):
     """The step without a cache runs in buckets that equal the chunks, so the same rows get the same random numbers."""
     model = tiny_model()
-    columns, rows = (4, 30) if case[2] == "infonce" else (2, 18)
+    columns, rows = (4, 30) if case[2] in TABLES else (2, 18)
     for chunk in (1, 3, 5, 7):
         results = []
         like_chunks = functools.partial(even_groups, rows=chunk * columns)
