@@ -23,6 +23,14 @@ class EvaluationArguments:
         default=None, metadata={"help": "Tables (sentence1, sentence2, score): csv, tsv, jsonl, parquet, also .gz."}
     )
     beir_dirs: list[str] | None = field(default=None, metadata={"help": "Folders in BEIR layout."})
+    mteb_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of MTEB's tasks, for example STSBenchmark SciFact; needs the extra mteb. MTEB's own "
+                  "results are written to mteb/SIZE/TASK.json."},
+    )  # fmt: skip
+    update_card: bool = field(
+        default=False, metadata={"help": "Put the scores of MTEB into the README.md of the model's folder as well."}
+    )
     split: str = field(default="test", metadata={"help": "Split of the qrels in the BEIR folders."})
     sizes: list[str] = field(
         default_factory=lambda: ["ladder"],
@@ -55,6 +63,7 @@ def main(argv=None) -> None:
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
+        mteb_tasks = load_mteb(args.mteb_tasks)
         options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
         model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
         sizes = choose_sizes(model, args.sizes)
@@ -63,6 +72,8 @@ def main(argv=None) -> None:
     results = {"model": args.model_name_or_path}
     options = {"batch_size": args.batch_size, "max_length": args.max_length, "max_query_length": args.max_query_length}
     results |= evaluate_tasks(model, tasks, sizes, args.cross_sizes, **options)
+    if mteb_tasks:
+        results["mteb"] = run_mteb(args, model, mteb_tasks, sizes, options)
     output.write_json(os.path.join(args.output_dir, "results.json"), results)
     output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
     columns = main_scores(results)
@@ -78,8 +89,12 @@ def main(argv=None) -> None:
 
 def check(args: EvaluationArguments) -> None:
     """ValueError for a flag that is not allowed."""
-    if not args.sts_files and not args.beir_dirs:
-        raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
+    if not args.sts_files and not args.beir_dirs and not args.mteb_tasks:
+        raise ValueError("sts_files: name something to evaluate on with --sts_files, --beir_dirs or --mteb_tasks")
+    if args.update_card and not args.mteb_tasks:
+        raise ValueError("update_card: only the scores of --mteb_tasks are put into a card; name some")
+    if args.update_card and not os.path.isfile(os.path.join(args.model_name_or_path, "README.md")):
+        raise ValueError(f"update_card: {args.model_name_or_path} is not a folder with a README.md")
     checks.check_at_least("batch_size", args.batch_size, 1)
     checks.check_at_least("max_query_length", args.max_query_length, 1)
     checks.check_no_results(args.output_dir, args.overwrite)
@@ -89,6 +104,29 @@ def check(args: EvaluationArguments) -> None:
     checks.check_files("sts_files", *(args.sts_files or []))
     checks.check_beir_dirs("beir_dirs", args.beir_dirs or [], args.split)
     checks.check_model(args.model_name_or_path)
+
+
+def load_mteb(names: list[str] | None) -> list:
+    """MTEB's tasks of these names, with their data; ValueError if they cannot be had."""
+    if not names:
+        return []
+    from trainer.mteb_tasks import load_tasks
+
+    return load_tasks(names)
+
+
+def run_mteb(args: EvaluationArguments, model: TwoDMSEModel, tasks: list, sizes: list[Size], options: dict) -> dict:
+    """The scores of MTEB's tasks, which are also written to mteb/SIZE/TASK.json and, if asked for, to the card."""
+    from trainer.model_card import add_mteb
+    from trainer.mteb_tasks import evaluate_mteb
+
+    name = args.model_name_or_path
+    if os.path.isdir(name):
+        name = os.path.basename(os.path.realpath(name))
+    scores = evaluate_mteb(model, tasks, sizes, os.path.join(args.output_dir, "mteb"), name, **options)
+    if args.update_card:
+        add_mteb(args.model_name_or_path, {"mteb": scores}, sizes)
+    return scores
 
 
 def choose_sizes(model: TwoDMSEModel, names: list[str]) -> list[Size]:

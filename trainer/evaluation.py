@@ -254,10 +254,17 @@ def evaluate_tasks(
 
 
 def main_scores(results: dict) -> dict[str, dict[str, float]]:
-    """The main metric of every task: `{task: {size: Spearman or nDCG@10}}`."""
+    """The main metric of every task: `{task: {size: Spearman, nDCG@10 or MTEB's main score}}`."""
     sts = {name: task["spearman"] for name, task in results.get("sts", {}).items()}
     retrieval = {name: task["ndcg@10"] for name, task in results.get("retrieval", {}).items()}
-    return sts | retrieval
+    return sts | retrieval | {name: task["scores"] for name, task in results.get("mteb", {}).items()}
+
+
+def metric_name(task: str, results: dict) -> str:
+    """The name of a task's main metric."""
+    if task in results.get("mteb", {}):
+        return results["mteb"][task]["metric"]
+    return "Spearman" if task in results.get("sts", {}) else "nDCG@10"
 
 
 def mean_scores(results: dict) -> dict[str, float]:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.backbone import layers_of
 
-from .evaluation import main_scores
+from .evaluation import main_scores, metric_name
 from .objectives import Objective
 
 CITATIONS = {
@@ -123,7 +123,7 @@ def measure_costs(
 
 def _ladder_table(results: dict, costs: dict, ladder: Sequence[Size]) -> str:
     tasks = main_scores(results)
-    titles = [f"{task}, {_metric(task, results)}" for task in tasks]
+    titles = [f"{task}, {metric_name(task, results)}" for task in tasks]
     titles += ["parameters", "MB on disk", "encode time"] if costs else []
     if not titles:
         return "Not evaluated."
@@ -144,7 +144,7 @@ def _grid_tables(results: dict) -> str:
         layers, dims = sorted({n for n, _ in sizes}), sorted({d for _, d in sizes})
         if len(scores) != len(layers) * len(dims):
             continue
-        lines = [f"{task}, {_metric(task, results)}:", "", f"| layers | {' | '.join(map(str, dims))} |"]
+        lines = [f"{task}, {metric_name(task, results)}:", "", f"| layers | {' | '.join(map(str, dims))} |"]
         lines.append("|---|" + "---:|" * len(dims))
         for n in layers:
             lines.append(f"| {n} | " + " | ".join(f"{scores[str(Size(n, d))]:.4f}" for d in dims) + " |")
@@ -152,24 +152,55 @@ def _grid_tables(results: dict) -> str:
     return "\n\n".join(tables)
 
 
-def _metric(task: str, results: dict) -> str:
-    return "Spearman" if task in results.get("sts", {}) else "nDCG@10"
-
-
 def _eval_results(results: dict, ladder: Sequence[Size]) -> list[EvalResult]:
     found = []
     for task, scores in main_scores(results).items():
-        sts = _metric(task, results) == "Spearman"
+        facts = _task_facts(task, results)
         found += [
             EvalResult(
-                task_type="sentence-similarity" if sts else "text-retrieval",
-                task_name="STS" if sts else "Retrieval",
-                dataset_type=task,
-                dataset_name=task,
-                metric_type="spearman_cosine" if sts else "ndcg_at_10",
-                metric_name=f"{_metric(task, results)} at {size}",
+                **facts,
+                metric_name=f"{metric_name(task, results)} at {size}",
                 metric_value=scores[str(size)],
             )
             for size in ladder
         ]
     return found
+
+
+def _task_facts(task: str, results: dict) -> dict[str, str]:
+    """What the Hub shows of a task."""
+    if task in results.get("mteb", {}):
+        facts = results["mteb"][task]
+        kind, dataset, name, metric = facts["type"], facts["dataset"], f"MTEB {task}", facts["metric"]
+        return {"task_type": kind, "dataset_type": dataset, "dataset_name": name, "metric_type": metric}
+    sts = metric_name(task, results) == "Spearman"
+    return {
+        "task_type": "sentence-similarity" if sts else "text-retrieval",
+        "task_name": "STS" if sts else "Retrieval",
+        "dataset_type": task,
+        "dataset_name": task,
+        "metric_type": "spearman_cosine" if sts else "ndcg_at_10",
+    }
+
+
+_MTEB_TITLE = "## MTEB"
+
+
+def add_mteb(folder: str | os.PathLike, results: dict, sizes: Sequence[Size]) -> None:
+    """Put the scores of MTEB's tasks into the card of a model folder, instead of those that it may have.
+
+    Args:
+        folder: the folder, which has a README.md.
+        results: results with `mteb`, of `trainer.mteb_tasks.evaluate_mteb`.
+        sizes: the sizes to show.
+    """
+    card, mteb = ModelCard.load(os.path.join(folder, "README.md")), {"mteb": results["mteb"]}
+    kept = [result for result in card.data.eval_results or [] if not result.dataset_name.startswith("MTEB ")]
+    card.data.eval_results = kept + _eval_results(mteb, sizes)
+    if not card.data.model_name:
+        card.data.model_name = os.path.basename(os.path.realpath(folder))
+    before, _, after = card.text.partition(f"\n{_MTEB_TITLE}\n")
+    rest = after.partition("\n## ")[2]
+    section = f"{_MTEB_TITLE}\n\n{_ladder_table(mteb, {}, sizes)}\n"
+    card.text = f"{before.rstrip()}\n\n{section}" + (f"\n## {rest}" if rest else "")
+    write_card(folder, card)

@@ -41,7 +41,7 @@ def save_heatmap(results: dict, sizes: Sequence["Size"], path: str | Path) -> No
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from trainer.evaluation import main_scores
+    from trainer.evaluation import main_scores, metric_name
 
     scores = main_scores(results)
     layers, dims = sorted({s.num_layers for s in sizes}), sorted({s.dim for s in sizes})
@@ -59,8 +59,7 @@ def save_heatmap(results: dict, sizes: Sequence["Size"], path: str | Path) -> No
             if not np.isnan(value):
                 color = "white" if value < middle else "black"
                 axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
-        metric = "Spearman" if task in results.get("sts", {}) else "nDCG@10"
-        axis.set(title=f"{task}, {metric}", xlabel="dimensions", ylabel="layers")
+        axis.set(title=f"{task}, {metric_name(task, results)}", xlabel="dimensions", ylabel="layers")
         axis.set_xticks(range(len(dims)), dims)
         axis.set_yticks(range(len(layers)), layers)
     figure.savefig(path, dpi=120)
