@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -167,7 +168,7 @@ def _eval_results(results: dict, ladder: Sequence[Size]) -> list[EvalResult]:
     return found
 
 
-def _task_facts(task: str, results: dict) -> dict[str, str]:
+def _task_facts(task: str, results: dict) -> dict[str, Any]:
     """What the Hub shows of a task."""
     if task in results.get("mteb", {}):
         facts = results["mteb"][task]
