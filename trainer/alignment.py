@@ -82,6 +82,22 @@ def query_kl(student: torch.Tensor, teacher: torch.Tensor, queries: int, scale: 
     return _kl(*scores)
 
 
+def embedding_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of each vector to the teacher's, mean over rows.
+
+    Distillation to an embedding, as in the training of jina-embeddings-v5 and of the models of Reimers and Gurevych
+    (2020), which use the squared error: for unit vectors it is twice this distance.
+
+    Args:
+        student: (rows, dim), unit norm.
+        teacher: (rows, dim), unit norm: the teacher's first dimensions.
+
+    Returns:
+        the distance, a scalar from 0 to 2.
+    """
+    return 1 - (student * teacher.detach()).sum(dim=-1).mean()
+
+
 def pca_distance(state: torch.Tensor, dim: int) -> torch.Tensor:
     """ESE's learn-to-compress (Li et al. 2024, section 3.2): mean squared error plus KL to a PCA of the state.
 

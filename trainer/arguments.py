@@ -11,7 +11,7 @@ from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArgume
 # The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
 OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
 ALIGNMENTS = ("none", "feature_kl", "score_kl", "query_kl")
-TEACHERS = ("largest", "start")
+TEACHERS = ("largest", "start", "embeddings")
 # modeling_2dmse.configuration_2dmse.SIMILARITIES.
 SIMILARITIES = ("cosine", "dot")
 
@@ -49,8 +49,12 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     teacher: str = field(
         default="largest",
         metadata={"help": "Teacher of score_kl and query_kl: largest (the largest size in the same step) or "
-                  "start (the model before training; a third slower)."},
+                  "start (the model before training; a third slower) or embeddings (those that the trainer is given)."},
     )  # fmt: skip
+    embedding_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of each size's distance (1 - cosine) to the teacher's first dimensions."},
+    )
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
         default=0.0,
@@ -151,6 +155,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
                 ("num_buckets", self.num_buckets, 1),
                 ("compression_dim", self.compression_dim, 1),
                 ("cross_size_weight", self.cross_size_weight, 0),
+                ("embedding_weight", self.embedding_weight, 0),
                 ("unlabeled_weight", self.unlabeled_weight, 0),
                 ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
                 (

@@ -22,8 +22,8 @@ class Term(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl`, `query_kl` or
-    `pca`."""
+    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl`, `query_kl`,
+    `pca` or `embedding`."""
 
     kind: str
     student: Size
@@ -80,13 +80,14 @@ class Objective:
         alignment: `none`, `feature_kl`, `score_kl` or `query_kl`; by default the choice of the objective.
         alignment_weight: factor of the alignment; by default the choice of the objective.
         compression_dim: dimensions that `espresso` compresses to.
-        teacher: `largest`, or `start`: the teacher of `score_kl` and `query_kl` is the model before training, for the
-            largest size too.
+        teacher: `largest`; or `start` or `embeddings`: the teacher of `score_kl`, `query_kl` and `embedding` is the model
+            before training, or vectors that are computed before, for the largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size and documents at the deepest layer of
             the ladder, cut to the same dim; 0 for none.
         unlabeled_weight: factor of the alignment on texts without labels, as `alignment_weight` on the other texts; 0
             if there are none. `score_kl` replaces `query_kl` on them: they have no queries.
         similarity: how embeddings are compared, `cosine` or `dot`.
+        embedding_weight: factor of the distance of each size's embedding to the teacher's first dimensions.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Objective:
     cross_size_weight: float = 0.0
     unlabeled_weight: float = 0.0
     similarity: str = "cosine"
+    embedding_weight: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
@@ -107,20 +109,30 @@ class Objective:
         if self.unlabeled_weight:
             state = rng.getstate()
             kind = "score_kl" if self.kind == "query_kl" else self.alignment
-            spec = replace(self, alignment=kind, alignment_weight=self.unlabeled_weight, unlabeled_weight=0.0)
+            spec = replace(self, alignment=kind, alignment_weight=self.unlabeled_weight)
+            spec = replace(spec, unlabeled_weight=0.0, embedding_weight=0.0)
             unlabeled = spec.plan(rng).alignments
             rng.setstate(state)  # so that both have the same sizes
         plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled, similarity=self.similarity)
-        if self.teacher == "start":
+        if self.teacher != "largest":
             taught = {a.teacher: a.weight for a in plan.alignments}
             alignments = (Alignment(self.kind, size, size, weight) for size, weight in taught.items())
             plan = plan._replace(alignments=plan.alignments + tuple(alignments))
+        if self.embedding_weight:
+            plan = plan._replace(alignments=plan.alignments + self._to_embedding(plan))
         if not self.cross_size_weight:
             return plan
         deepest = max(size.num_layers for size in self.ladder)
         shallow = dict.fromkeys(term.size for term in plan.terms if term.size.num_layers < deepest)
         crosses = (Cross(size, Size(deepest, size.dim), self.cross_size_weight) for size in shallow)
         return plan._replace(crosses=tuple(crosses))
+
+    def _to_embedding(self, plan: Plan) -> tuple[Alignment, ...]:
+        """Every size that has a loss learns the teacher's first dimensions; the largest only from another teacher."""
+        sizes = [term.size for term in plan.terms]
+        largest = max(sizes)
+        students = sizes if self.teacher != "largest" else [size for size in sizes if size != largest]
+        return tuple(Alignment("embedding", size, largest, self.embedding_weight) for size in students)
 
     @property
     def exits(self) -> tuple[int, ...]:

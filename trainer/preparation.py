@@ -26,6 +26,7 @@ from .guide import GuidedCollator, guide_collator
 from .losses import PAIR_LOSSES, SCORE_LOSSES, TEACHER_LOSSES
 from .objectives import Objective
 from .shared.sampling import BlockSampler
+from .teacher_embeddings import TargetCollator, TeacherEmbeddings
 
 logger = logging.get_logger(__name__)
 
@@ -140,12 +141,15 @@ def make_objective(
         cross_size_weight=args.cross_size_weight,
         unlabeled_weight=args.unlabeled_weight if with_unlabeled else 0.0,
         similarity=encoder.config.similarity,
+        embedding_weight=args.embedding_weight,
     )
+    if args.embedding_weight and encoder.config.similarity != "cosine":
+        raise ValueError("embedding_weight: the distance is that of unit vectors; it needs similarity cosine")
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
         raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
-    if args.teacher == "start" and objective.kind not in ("score_kl", "query_kl"):
+    if args.teacher != "largest" and objective.kind not in ("score_kl", "query_kl"):
         raise ValueError(
-            f"teacher: start needs the alignment score_kl or query_kl, but the alignment is {objective.kind}"
+            f"teacher: {args.teacher} needs the alignment score_kl or query_kl, but the alignment is {objective.kind}"
         )
     if with_unlabeled and not objective.plan(random.Random(0)).unlabeled:
         raise ValueError(
@@ -153,6 +157,14 @@ def make_objective(
             f"unlabeled_weight {args.unlabeled_weight:g}"
         )
     return objective
+
+
+def check_teacher(args: TwoDMSETrainingArguments, teacher: TeacherEmbeddings | None, guide: object) -> None:
+    """ValueError if the teacher of the arguments and what the trainer is given do not fit each other."""
+    if (args.teacher == "embeddings") != (teacher is not None):
+        raise ValueError("teacher: embeddings and the trainer's teacher_embeddings belong together; pass both or none")
+    if teacher is not None and guide is not None:
+        raise ValueError("guide: it cannot be used with teacher_embeddings")
 
 
 # Texts of a table whose tokens are kept in memory from epoch to epoch; longer tables are tokenized again.
@@ -165,7 +177,8 @@ def make_collator(
     encoder: TwoDMSEModel,
     args: TwoDMSETrainingArguments,
     guide: TwoDMSEModel | None = None,
-) -> PairCollator | GuidedCollator:
+    teacher: TeacherEmbeddings | None = None,
+) -> PairCollator | GuidedCollator | TargetCollator:
     """The collator of the training rows. On a GPU it packs them, if the model packs; on a CPU buckets are as fast."""
     columns = text_columns(rows)
     repeats = args.num_train_epochs > 1 or args.max_steps > len(rows) // args.train_batch_size
@@ -179,6 +192,8 @@ def make_collator(
         prompts=query_document_prompts(columns, encoder.config.prompts),
         max_first_length=min(args.max_query_length or args.max_length, encoder.max_length),
     )
+    if teacher is not None:
+        return TargetCollator(collator, teacher)
     if guide is None:
         return collator
     return GuidedCollator(collator, guide_collator(guide, [name for name in columns if name != UNLABELED], collator))

@@ -19,6 +19,7 @@ def fit_exit_projections(
     texts: Sequence[str],
     ridge: float = 0.02,
     layers: Sequence[int] | None = None,
+    targets: torch.Tensor | None = None,
     **encode: Any,
 ) -> None:
     """Fit a projection for each exit, so that its first dimensions reproduce the embeddings of the full size.
@@ -39,14 +40,19 @@ def fit_exit_projections(
         texts: some thousands of texts of the kind that will be embedded; no labels are needed.
         ridge: strength of the regularization.
         layers: the exits to fit; all by default. Without the last exit, T V is its present output.
+        targets: (len(texts), hidden), what every exit, the last one too, is fitted to instead of T V: the rotated
+            embeddings of another teacher.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
-        ValueError: there are no texts, or an item is not a string.
+        ValueError: there are no texts, an item is not a string, or `targets` has another shape.
     """
     texts, _ = check_texts(texts)
     if not texts:
         raise ValueError("texts: there are none; give some thousands of texts of the kind that will be embedded")
+    if targets is not None and targets.shape != (len(texts), encoder.config.hidden_size):
+        wanted = (len(texts), encoder.config.hidden_size)
+        raise ValueError(f"targets: the shape is {tuple(targets.shape)}, but {wanted} is needed")
     encoder.add_exit_projections()
     projections = cast(list[ExitProjection], list(encoder.exit_projections or ()))
     last = encoder.num_layers
@@ -54,9 +60,9 @@ def fit_exit_projections(
     weights = {n: projections[n - 1].weight for n in layers}
     for n in layers:
         projections[n - 1].reset()
-    grams, crosses = _moments(encoder, texts, encode)
+    grams, crosses = _moments(encoder, texts, targets, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
-    if last in weights:
+    if last in weights and targets is None:
         rotation = torch.linalg.eigh(crosses[-1])[1].flip(1)
         weights.pop(last).data.copy_(rotation.T)
     for n, weight in weights.items():
@@ -65,14 +71,20 @@ def fit_exit_projections(
         weight.data.copy_(torch.linalg.solve(gram, crosses[n - 1] @ rotation).T)
 
 
-def _moments(encoder: TwoDMSEModel, texts: list[str], encode: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_n^T X_n and X_n^T T for each n, with T instead of the last X_n; (N, hidden, hidden), float64."""
+def _moments(
+    encoder: TwoDMSEModel, texts: list[str], targets: torch.Tensor | None, encode: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """X_n^T X_n and X_n^T T for each n; (N, hidden, hidden), float64. T is `targets`, or the embeddings of the full size,
+    which then also stand for the last X_n."""
     shape = (encoder.num_layers, encoder.config.hidden_size, encoder.config.hidden_size)
     grams, crosses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for start in range(0, len(texts), _PIECE):
         states = encoder.encode_states(texts[start : start + _PIECE], **encode)
-        target = to_embeddings(states[-1], encoder.config.hidden_size, encoder.config.similarity)
-        states = torch.cat((states[:-1], target[None]))
+        if targets is None:
+            target = to_embeddings(states[-1], encoder.config.hidden_size, encoder.config.similarity)
+            states = torch.cat((states[:-1], target[None]))
+        else:
+            target = targets[start : start + _PIECE].to(states)
         grams += (states.mT @ states).double()
         crosses += (states.mT @ target).double()
     return grams, crosses

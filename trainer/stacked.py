@@ -111,6 +111,16 @@ def query_kl(students: torch.Tensor, teacher: torch.Tensor, queries: int, scale:
     return (target.exp() * (target - student)).sum(dim=(-2, -1)) / queries
 
 
+def embedding_distance(students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
+    """(S,); 1 - cosine of each vector to the teacher's, mean over rows.
+
+    Args:
+        students: (S, rows, largest dim), unit norm.
+        teachers: as `students`; they are detached.
+    """
+    return 1 - (students * teachers.detach()).sum(dim=-1).mean(dim=-1)
+
+
 def feature_kl(students: torch.Tensor, teachers: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """(S,); KL(teacher || student) between the softmaxes over each size's own dimensions, mean over rows.
 

@@ -16,15 +16,16 @@ from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.packing import to_device
 
 from . import stacked
-from .alignment import feature_kl, pca_distance, query_kl, score_kl
+from .alignment import embedding_distance, feature_kl, pca_distance, query_kl, score_kl
 from .losses import LOSSES, SCALE, Rows, base_loss
 from .objectives import Alignment, Plan
 
 # Numbers in the matrices of similarities of all sizes up to which the sizes of a step are computed at once.
 _STACKED_SCORES = {"cpu": 2**22, "cuda": 2**26}
-_STACKED = ("score_kl", "query_kl", "feature_kl")
-# The alignments of similarities, in which the model before training may be the teacher.
+_STACKED = ("score_kl", "query_kl", "feature_kl", "embedding")
+# The alignments in which the model before training, or embeddings of another one, may be the teacher.
 _OF_SCORES = ("score_kl", "query_kl")
+_OF_START = (*_OF_SCORES, "embedding")
 
 
 def plan_parts(
@@ -47,10 +48,10 @@ def plan_parts(
         loss: name of the base loss.
         scale: the factor of the similarities (1 / temperature).
         start: (rows, hidden), the pooled states of the model before training after the layers of the teacher, which
-            they replace in `score_kl` and `query_kl`.
+            they replace in `score_kl`, `query_kl` and `embedding`.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
+        name (`loss/2x64`, `alignment/2x64`, `embedding/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -63,7 +64,7 @@ def plan_parts(
 
     def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         teacher = alignment.teacher.num_layers
-        above = start if start is not None and alignment.kind in _OF_SCORES else state(teacher)
+        above = start if start is not None and alignment.kind in _OF_START else state(teacher)
         sides = part(state(alignment.student.num_layers)), part(above)
         return _distance(alignment, *sides, plan.similarity, rows.counts[0], scale)
 
@@ -75,7 +76,7 @@ def plan_parts(
         ("unlabeled", plan.unlabeled, rows.unlabeled_states),
     ):
         for alignment in alignments:
-            yield f"{name}/{alignment.student}", alignment.weight, distance(alignment, part)
+            yield _name(name, alignment), alignment.weight, distance(alignment, part)
     first = rows.counts[0]
     for queries, documents, weight in plan.crosses:
         joined = torch.cat(
@@ -127,7 +128,7 @@ def plan_groups(
             )
             embeddings, dims = vectors(students, name), [size.dim for size in students]
             above = states[plan.layers.index(teacher.num_layers)]
-            if start is not None and kind in _OF_SCORES:
+            if start is not None and kind in _OF_START:
                 above = start
             above = above.detach()[sides[name]]
             if kind in _OF_SCORES:
@@ -139,13 +140,22 @@ def plan_groups(
                 )
             else:
                 targets = stacked.to_embeddings(above.expand(len(dims), *above.shape), dims, plan.similarity)
-                values = stacked.feature_kl(embeddings, targets, dims)
-            yield [f"{name}/{size}" for size in students], weights, values
+                values = (
+                    stacked.embedding_distance(embeddings, targets)
+                    if kind == "embedding"
+                    else stacked.feature_kl(embeddings, targets, dims)
+                )
+            yield [_name(name, alignment) for alignment in group], weights, values
     others = [tuple(a for a in kept if a.kind not in _STACKED) for kept in (plan.alignments, plan.unlabeled)]
     alone = plan._replace(terms=(), alignments=others[0], unlabeled=others[1])
     exits = [states[plan.layers.index(num_layers)] for num_layers in alone.layers]
     for part, weight, value in plan_parts(alone, exits, rows, loss, scale):
         yield [part], [weight], value[None]
+
+
+def _name(side: str, alignment: Alignment) -> str:
+    """The name of a part; a size may learn both similarities and embeddings on the same rows."""
+    return f"{'embedding' if alignment.kind == 'embedding' else side}/{alignment.student}"
 
 
 def _stackable(alignments: Sequence[Alignment]) -> list[Alignment]:
@@ -231,7 +241,8 @@ def _distance(
     if kind == "raw_feature_kl":
         return feature_kl(state, teacher)
     student = to_embeddings(state, dim, similarity)
-    if kind == "feature_kl":
-        return feature_kl(student, to_embeddings(teacher, dim, similarity))
+    if kind in ("feature_kl", "embedding"):
+        distance = feature_kl if kind == "feature_kl" else embedding_distance
+        return distance(student, to_embeddings(teacher, dim, similarity))
     target = to_embeddings(teacher, alignment.teacher.dim, similarity)
     return score_kl(student, target, scale) if kind == "score_kl" else query_kl(student, target, queries, scale)

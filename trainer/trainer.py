@@ -28,6 +28,7 @@ from .losses import SCALES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
+    check_teacher,
     check_training_tables,
     find_encoder,
     make_block_sampler,
@@ -38,17 +39,19 @@ from .preparation import (
     set_comparison,
 )
 from .projections import fit_exit_projections
+from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
+from .teacher_embeddings import TeacherEmbeddings
 
 logger = logging.get_logger(__name__)
 
 Task = StsData | RetrievalData
 
 
-class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
+class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
     """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
@@ -61,13 +64,13 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of
             them. The sizes also learn from their teacher on these texts, with the weight `unlabeled_weight`, and exit
             projections are fitted to them too.
+        teacher_embeddings: the vectors that every size learns to reproduce, for the teacher `embeddings`.
         guide: an encoder that marks false negatives for `infonce` (GISTEmbed): a candidate that it puts nearer to an
             anchor than the anchor's positive is left out of the anchor's loss.
         **kwargs: passed to `Trainer`.
 
     Raises:
-        ValueError: the columns, the loss, the guide and the objective do not fit each other, or a size does not fit the
-            model.
+        ValueError: the columns, the arguments, the guide and the model do not fit each other.
     """
 
     args: TwoDMSETrainingArguments
@@ -87,6 +90,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         unlabeled_texts: Sequence[str] | None = None,
         guide: TwoDMSEModel | None = None,
+        teacher_embeddings: TeacherEmbeddings | None = None,
         **kwargs: Any,
     ):
         self.encoder = find_encoder(model)
@@ -102,6 +106,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if train_dataset is not None:
             rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
         self.guide = None if guide is None else Guide(guide, args)
+        if rows is not None:
+            check_teacher(args, teacher_embeddings, guide)
         tasks = as_tasks(eval_dataset)
         self._prepare_projections(model, args)
         self.objective = make_objective(self.encoder, self.ladder, args, unlabeled_texts is not None)
@@ -112,7 +118,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         self.stop_signals = StopSignals()
         collator = kwargs.pop("data_collator", None)
         if collator is None and rows is not None:
-            collator = make_collator(tokenizer, rows, self.encoder, args, guide)
+            collator = make_collator(tokenizer, rows, self.encoder, args, guide, teacher_embeddings)
         # Made here, so that impossible batches are refused before anything is written.
         self.block_sampler = make_block_sampler(self.train_tables, args)
         set_epoch = [SetEpoch(self.block_sampler)] if self.block_sampler is not None else []
@@ -214,9 +220,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""
-        inputs, lengths, rows, plan = self._step(inputs)
+        inputs, lengths, rows, plan, targets = self._step(inputs)
         outputs = model(**inputs, layers=plan.layers, **self._buckets(inputs, lengths))
-        start = self._start_state(plan, inputs, lengths)
+        start = self._start_state(plan, inputs, lengths) if targets is None else targets
         states, start, rows = self._join(outputs.layer_embeddings, start, rows)
         loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
@@ -227,7 +233,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         if self.args.gradient_cache_chunk_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        inputs, lengths, rows, plan = self._step(self._prepare_inputs(inputs))
+        inputs, lengths, rows, plan, targets = self._step(self._prepare_inputs(inputs))
 
         def forward(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.compute_loss_context_manager():
@@ -236,7 +242,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         chunk_rows = (len(rows.counts) + bool(rows.unlabeled)) * self.args.gradient_cache_chunk_size
         cached = CachedForward(forward, inputs, chunk_rows, lengths)
         states = cached.states().requires_grad_()
-        start = self._start_state(plan, inputs, lengths, chunk_rows)
+        start = self._start_state(plan, inputs, lengths, chunk_rows) if targets is None else targets
         joined, start, rows = self._join(states, start, rows)
         loss, parts, gradient = plan_gradient(plan, joined, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
@@ -270,16 +276,16 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         states, rows = gather_rows(states, rows) if self.args.gather_negatives else (states.view_as(states), rows)
         return (states, None, rows) if start is None else (states[:-1], states[-1].detach(), rows)
 
-    def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
-        """The inputs of the model, the lengths and roles of their rows, and the plan of this step."""
+    def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan, torch.Tensor | None]:
+        """The inputs of the model, the lengths and roles of their rows, the plan, and the given teacher's vectors."""
         inputs = dict(inputs)
         rows = Rows.of_batch(inputs, None if self.guide is None else self.guide.embeddings(inputs.pop(KEY)))
-        lengths = inputs.pop("lengths", None)
+        lengths, targets = inputs.pop("lengths", None), inputs.pop("targets", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
         if self.args.torch_compile:
             lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
-        return inputs, lengths, rows, self.objective.plan(self._step_generator())
+        return inputs, lengths, rows, self.objective.plan(self._step_generator()), targets
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -347,6 +353,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             for name, value, default in (
                 ("alignment weight", args.alignment_weight, None),
                 ("teacher", args.teacher, "largest"),
+                ("embedding weight", args.embedding_weight, 0),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
                 ("similarity", config.similarity, "cosine"),

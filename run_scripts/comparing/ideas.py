@@ -20,8 +20,8 @@ class PlanIdea(TwoDMSETrainer):
     """An idea that changes what a step computes."""
 
     def _step(self, inputs):
-        *step, plan = super()._step(inputs)
-        return (*step, self.change(plan))
+        *step, plan, targets = super()._step(inputs)
+        return (*step, self.change(plan), targets)
 
     def change(self, plan: Plan) -> Plan:
         """The plan of the step, made from the objective's plan."""

@@ -77,3 +77,28 @@ def test_six_sizes_launch_hardly_more_operators_than_one():
     one, six = launches(slice(2, 3)), launches(slice(None))
     assert one > 20
     assert six <= 1.5 * one
+
+
+@pytest.mark.parametrize("teacher", ["largest", "embeddings"])
+def test_the_distance_to_the_teachers_embedding_is_one_minus_the_cosine_at_each_size(teacher, monkeypatch):
+    spec = Objective("starbucks", LADDER, N, H, teacher=teacher, alignment_weight=3.0, embedding_weight=0.4)
+    start = START if teacher == "embeddings" else None
+    sides = [gradient(spec, TRIPLETS, "infonce", monkeypatch, at_once, start) for at_once in (True, False)]
+    torch.testing.assert_close(sides[0][0], sides[1][0])
+    torch.testing.assert_close(sides[0][2], sides[1][2], atol=1e-6, rtol=1e-4)
+    target = (START if teacher == "embeddings" else STATES[-1]).double()
+    students = LADDER if teacher == "embeddings" else LADDER[:-1]
+    assert [name for name in sides[0][1] if name.startswith("embedding/")] == [f"embedding/{s}" for s in students]
+    for size in students:
+        cosines = []
+        for row in range(22):  # the rows without labels have no target
+            a, b = STATES[size.num_layers - 1][row, : size.dim].double().tolist(), target[row, : size.dim].tolist()
+            length = (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+            cosines.append(sum(x * y for x, y in zip(a, b, strict=True)) / length)
+        expected = 1 - sum(cosines) / len(cosines)
+        for _, parts, _ in sides:
+            assert parts[f"embedding/{size}"].item() == pytest.approx(expected, abs=1e-5)
+    plain = spec.__class__(**{**spec.__dict__, "embedding_weight": 0.0})
+    total = gradient(plain, TRIPLETS, "infonce", monkeypatch, True, start)[0]
+    share = sum(sides[0][1][f"embedding/{size}"] for size in students)
+    torch.testing.assert_close(sides[0][0] - total, 0.4 * share, atol=1e-4, rtol=1e-4)

@@ -65,7 +65,7 @@ def test_teachers_that_are_not_possible_are_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="teacher: 'best' is unknown; choose one of largest, start"):
         make_trainer(tiny_model(), tmp_path, teacher="best")
     with pytest.raises(
-        ValueError, match="teacher: start needs the alignment score_kl, but the alignment is feature_kl"
+        ValueError, match="teacher: start needs the alignment score_kl or query_kl, but the alignment is feature_kl"
     ):
         make_trainer(tiny_model(), tmp_path, alignment="feature_kl")
     with pytest.raises(ValueError, match="teacher: start needs all weights in one process"):

@@ -12,6 +12,7 @@ from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
 from modeling_mrl.outputs import CascadeOutput
 
+from ..shared.attention import AttentionMixin
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
@@ -19,7 +20,7 @@ from ..shared.sampling import ResumableOrderMixin
 from .arguments import ClassifierTrainingArguments
 
 
-class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
+class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionMixin, Trainer):
     """Trains a nested classifier: the loss of every size is logged, and every size is evaluated.
 
     Args:
