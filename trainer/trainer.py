@@ -38,6 +38,7 @@ from .preparation import (
 from .projections import fit_exit_projections
 from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
+from .shared.inference import evaluation_mode
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
 
@@ -189,14 +190,15 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         return output
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
-        fit_exit_projections(
-            self.encoder,
-            texts_to_fit(self.train_tables, self.train_dataset, self.args.seed),
-            layers=layers,
-            max_length=self.args.max_length,
-            batch_size=self.args.per_device_eval_batch_size,
-            show_progress_bar=False if self.args.disable_tqdm else None,
-        )
+        with evaluation_mode(self.encoder):
+            fit_exit_projections(
+                self.encoder,
+                texts_to_fit(self.train_tables, self.train_dataset, self.args.seed),
+                layers=layers,
+                max_length=self.args.max_length,
+                batch_size=self.args.per_device_eval_batch_size,
+                show_progress_bar=False if self.args.disable_tqdm else None,
+            )
         self._fit_projections = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -313,7 +315,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         encode.setdefault("max_length", self.args.max_length)
         if self.args.disable_tqdm:
             encode.setdefault("show_progress_bar", False)
-        return evaluate_tasks(self.encoder, tasks, sizes, **encode)
+        with evaluation_mode(self.encoder):
+            return evaluate_tasks(self.encoder, tasks, sizes, **encode)
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""
