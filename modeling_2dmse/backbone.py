@@ -57,6 +57,27 @@ def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
     return [*norms, ""]
 
 
+def check_layer_stack(backbone: PreTrainedModel, path: str | None) -> str:
+    """The path of the list of layers, found by search if it is None; ValueError if there is no such list."""
+    if path is None:
+        return find_layer_stack(backbone)
+    depth, lists = backbone.config.num_hidden_layers, dict(backbone.named_modules())
+    found = lists.get(path) if isinstance(path, str) else None
+    if not isinstance(found, nn.ModuleList) or len(found) != depth:
+        raise ValueError(f"layer_stack: {path!r} is not the list of the {depth} layers of {type(backbone).__name__}")
+    return path
+
+
+def check_final_norm(backbone: PreTrainedModel, stack: str, path: str | None) -> str:
+    """The path of the final norm, the most likely one if it is None; ValueError if it cannot be this one."""
+    norms = find_final_norms(backbone, stack)
+    if path is None:
+        return norms[0]
+    if path not in norms:
+        raise ValueError(f"final_norm: {path!r} is not a norm of {type(backbone).__name__}; use one of {norms}")
+    return path
+
+
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
     """The list of transformer layers at the path `stack`."""
     return cast(nn.ModuleList, backbone.get_submodule(stack))
@@ -110,6 +131,26 @@ def view(backbone: nn.Module, stack: str, layers: Sequence[nn.Module]) -> nn.Mod
         parent = child
     parent._modules[last] = nn.ModuleList(layers)
     return twin
+
+
+def inference_twin(model: nn.Module) -> nn.Module:
+    """The same model in evaluation mode: itself, if all of it is, else a copy of its modules with the same tensors.
+
+    The model that other threads use, perhaps to train it, keeps its mode.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    twins: dict[int, nn.Module] = {}
+
+    def copy_of(module: nn.Module) -> nn.Module:
+        if id(module) not in twins:
+            twin = twins[id(module)] = _shallow_copy(module)
+            twin.training = False
+            children = module._modules.items()
+            twin._modules.update({name: child and copy_of(child) for name, child in children})
+        return twins[id(module)]
+
+    return copy_of(model)
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

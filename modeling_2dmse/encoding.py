@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import count_positions
+from .backbone import count_positions, inference_twin
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
 from .configuration_2dmse import TwoDMSEConfig
 from .formats import check_precision, quantize
@@ -160,23 +160,21 @@ class EncodeMixin(_Model):
         exits = self._check_layers(range(1, self.num_layers + 1) if layers is None else layers)
         if not texts:
             return torch.empty(len(exits), 0, self.config.hidden_size)
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                return pooled_states(
-                    lambda batch: self(**batch, layers=exits).layer_embeddings,
-                    self.tokenizer,
-                    [prompt + text for text in texts] if prompt else texts,
-                    min(max_length or self.max_length, self.max_length),
-                    self._batch_tokens(),
-                    batch_size,
-                    self.device,
-                    packed=self.device.type != "cpu" and self.packs,
-                    show_progress_bar=show_progress_bar,
-                )
-        finally:
-            self.train(training)
+        tokenizer, longest = self.tokenizer, self.max_length
+        packed = self.device.type != "cpu" and self.packs
+        model = inference_twin(self)
+        with torch.inference_mode():
+            return pooled_states(
+                lambda batch: model(**batch, layers=exits).layer_embeddings,
+                tokenizer,
+                [prompt + text for text in texts] if prompt else texts,
+                min(max_length or longest, longest),
+                self._batch_tokens(),
+                batch_size,
+                self.device,
+                packed=packed,
+                show_progress_bar=show_progress_bar,
+            )
 
     @property
     def packs(self) -> bool:

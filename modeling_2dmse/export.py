@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 
 import torch
 from safetensors.torch import save_file
@@ -35,11 +34,10 @@ def export(model, path: str, format: str, dtype: str) -> str:
     check_export(path, format, dtype)
     parent = os.path.dirname(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.normpath(path))}-", dir=parent)
+    partial = _new_partial(parent, os.path.basename(os.path.abspath(path)))
     try:
         writer = _write_transformers if format == "transformers" else _write_onnx
         writer(model, partial, dtype)
-        os.chmod(partial, 0o755)
         if os.path.isdir(path):
             os.rmdir(path)  # empty, as checked
         os.rename(partial, path)
@@ -47,6 +45,29 @@ def export(model, path: str, format: str, dtype: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return path
+
+
+def _new_partial(parent: str, name: str) -> str:
+    """A new folder beside the one to write; those of runs that were killed are removed."""
+    prefix = f".{name}.partial-"
+    for other in os.listdir(parent):
+        number = other.removeprefix(prefix)
+        if other.startswith(prefix) and number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(os.path.join(parent, other), ignore_errors=True)
+    partial = os.path.join(parent, f"{prefix}{os.getpid()}")
+    os.mkdir(partial)
+    return partial
+
+
+def _is_running(number: int) -> bool:
+    """Whether a process other than this one has the number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return number != os.getpid()
 
 
 def check_export(path: str, format: str, dtype: str) -> None:

@@ -1,15 +1,61 @@
-"""What `from_pretrained` needs besides transformers: a check of the weights, and arguments for the other files."""
+"""What `from_pretrained` needs besides transformers: checks of the weights, and arguments for the other files."""
+
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from .backbone import drop_pooler
 
 
-def check_loaded(info: dict, name: object, hint: str) -> None:
-    """ValueError if `from_pretrained` left tensors without weights, which would be random.
+def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+    """A backbone without its pooling head.
 
     Args:
+        name_or_path: folder or Hub name.
+        kwargs: those of `AutoModel.from_pretrained`.
+
+    Raises:
+        ValueError: some of its layers have no weights, or weights are not finite or no floating-point numbers.
+    """
+    backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    backbone = drop_pooler(backbone)
+    used = dict(backbone.named_parameters())
+    _check_filled(sorted(set(info["missing_keys"]) & used.keys()), name_or_path, "download or save the model again")
+    check_weights(backbone, name_or_path)
+    return backbone
+
+
+def check_loaded(model: nn.Module, info: dict, name: object, hint: str) -> None:
+    """ValueError if `from_pretrained` left tensors without weights, which would be random, or weights without a use.
+
+    Args:
+        model: the model.
         info: the loading info of transformers' `from_pretrained`.
         name: the folder or repository, for the message.
         hint: what to do instead, for the message.
     """
-    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    _check_filled(sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]), name, hint)
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        raise ValueError(
+            f"{name}: config.json has no place for {len(unused)} of the tensors in the weights, for example "
+            f"{unused[0]}; it is not the configuration that they were saved with"
+        )
+    check_weights(model, name)
+
+
+def check_weights(model: nn.Module, name: object) -> None:
+    """ValueError that names a parameter which is not finite, or has no floating-point numbers; `name` is the model."""
+    quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta or quantized:
+            continue
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name}: the weights of {key} are {parameter.dtype}, not floating-point numbers")
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: the weights of {key} are not finite; every embedding would be wrong")
+
+
+def _check_filled(absent: list[str], name: object, hint: str) -> None:
     if absent:
         raise ValueError(
             f"{name}: the weights lack {len(absent)} of the tensors that config.json asks for, for example "

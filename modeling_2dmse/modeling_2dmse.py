@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self, cast
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
@@ -14,9 +14,9 @@ from .backbone import (
     accepted_inputs,
     build_backbone,
     check_exits,
+    check_final_norm,
+    check_layer_stack,
     cut_config,
-    drop_pooler,
-    find_final_norms,
     find_layer_stack,
     is_decoder,
     run_layers,
@@ -26,7 +26,7 @@ from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
 from .export import check_export, export
-from .loading import auto_kwargs, check_loaded, hub_kwargs
+from .loading import auto_kwargs, check_loaded, hub_kwargs, load_backbone
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
@@ -73,10 +73,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             config.backbone_config = cut_config(config.backbone_config, config.num_layers)
             config.cut_ladder(config.num_layers, config.hidden_size)
         self.backbone = build_backbone(config.backbone_config)
-        if config.layer_stack is None:
-            config.layer_stack = find_layer_stack(self.backbone)
-        if config.final_norm is None:
-            config.final_norm = find_final_norms(self.backbone, config.layer_stack)[0]
+        config.layer_stack = check_layer_stack(self.backbone, config.layer_stack)
+        config.final_norm = check_final_norm(self.backbone, config.layer_stack, config.final_norm)
         self.exit_projections = self._new_projections() if config.exit_projections else None
         if config.num_layers < stored:
             # The folder of a deeper model may be read at this depth: its deeper layers are expected and not loaded.
@@ -115,7 +113,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             ValueError: the backbone's layers cannot be found or cut, or the backbone does not have one of the sizes.
         """
         name_or_path, options = str(name_or_path), auto_kwargs(kwargs)
-        backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **{**kwargs, **options}))
+        backbone = load_backbone(name_or_path, **{**kwargs, **options})
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if isinstance(backbone, cls):
@@ -155,13 +153,15 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
                 the layers above n are neither built nor read. `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
-            ValueError: the weights do not fill the model, which would leave layers with random weights.
+            ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
-        check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder")
+        check_loaded(
+            model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder"
+        )
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> torch.nn.Embedding:

@@ -144,7 +144,9 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model.encoder._hub_kwargs = auto_kwargs(kwargs)
-        check_loaded(info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder")
+        check_loaded(
+            model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder"
+        )
         return (model, info) if wants_info else model
 
     @property

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backbone import first_position
+from .backbone import first_position, inference_twin
 
 varlen_attn: Callable | None
 try:
@@ -210,24 +210,22 @@ def find_packing(backbone: PreTrainedModel) -> bool:
     interface = getattr(backbone, "_supports_attention_backend", False)
     if not (usual and open_ended and interface and "position_ids" in names):
         return False
-    device, training = next(backbone.parameters()).device, backbone.training
+    device, model = next(backbone.parameters()).device, inference_twin(backbone)
     lengths = (3, 5, 5, 9)
     ids = np.arange(sum(lengths)) * 7 % max(2, backbone.config.vocab_size - 1) + 1
     packing = Packing(lengths, device)
     tokens, places, mask = packing.padded
     row = to_device(ids[None], device)
-    backbone.eval().set_attn_implementation(ATTENTION)
+    backbone.set_attn_implementation(ATTENTION)
     try:
         mask = mask.flatten(1).long()
-        expected = backbone(input_ids=row[0][tokens], attention_mask=mask).last_hidden_state.flatten(0, 1)[places]
-        found = backbone(input_ids=row, **packed_inputs(backbone, packing)).last_hidden_state[0]
+        expected = model(input_ids=row[0][tokens], attention_mask=mask).last_hidden_state.flatten(0, 1)[places]
+        found = model(input_ids=row, **packed_inputs(model, packing)).last_hidden_state[0]
         error, spread = (found.float() - expected.float()).abs(), expected.float().std()
         exact = expected.dtype == torch.float32  # half precision rounds some values by much
         packs = bool(error.max() < 1e-3 * spread if exact else error.mean() < 0.05 * spread)
     except (IndexError, RuntimeError, TypeError, ValueError):
         packs = False
-    finally:
-        backbone.train(training)
     if not packs:
         backbone.set_attn_implementation("sdpa")
     return packs

@@ -12,7 +12,15 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_franca import FrancaConfig
-from .images import batches, build_backbone, check_pixels, constructor_options, count_prefix_tokens, run_backbone
+from .images import (
+    batches,
+    build_backbone,
+    check_pixels,
+    constructor_options,
+    count_prefix_tokens,
+    inference_twin,
+    run_backbone,
+)
 from .rasa import RasaProjector
 
 
@@ -183,12 +191,10 @@ class FrancaModel(FrancaPreTrainedModel):
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not allowed; use a whole number from 1")
         processor = None if isinstance(images, torch.Tensor) or not len(images) else self.image_processor
-        training = self.training
-        self.eval()
+        model = inference_twin(self)
         count = -(-len(images) // batch_size)
         work = logging.tqdm(batches(images, batch_size, processor), "encoding", total=count, disable=count < 20)
-        parts = [F.normalize(self(pixels.to(self.device)).pooler_output[:, :dim].float(), dim=-1) for pixels in work]
-        self.train(training)
+        parts = [F.normalize(model(pixels.to(self.device)).pooler_output[:, :dim].float(), dim=-1) for pixels in work]
         found = torch.cat(parts) if parts else torch.zeros((0, dim), device=self.device)
         return found if convert_to_tensor else found.cpu().numpy()
 

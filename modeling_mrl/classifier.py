@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, layers_of, view
+from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, inference_twin, layers_of, view
 from .cascade import CascadeWalk, fit_thresholds
 from .configuration_mrl import MatryoshkaConfig, Size
 from .head import MatryoshkaHead, nested_loss
@@ -237,15 +237,11 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError("dataset: there are no rows")
         loader = DataLoader(dataset, batch_size, collate_fn=data_collator or default_data_collator)
         logits, labels = [], []
-        training = self.training
-        self.eval()
-        try:
-            for batch in logging.tqdm(loader, desc="Classifying", leave=False, disable=disable_tqdm):
-                batch = {name: value.to(self.device) for name, value in batch.items()}
-                labels.append(batch.pop("labels", None))
-                logits.append(self(**batch).size_logits.cpu())
-        finally:
-            self.train(training)
+        model = inference_twin(self)
+        for batch in logging.tqdm(loader, desc="Classifying", leave=False, disable=disable_tqdm):
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            labels.append(batch.pop("labels", None))
+            logits.append(model(**batch).size_logits.cpu())
         return torch.cat(logits, dim=1), None if labels[0] is None else torch.cat(labels).cpu()
 
     @torch.no_grad()
@@ -266,15 +262,11 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError("thresholds: this cascade is not fitted; call fit_cascade with held-out data first")
         self.config.check()
         inputs = {name: value for name, value in inputs.items() if name != "labels" and value is not None}
-        heads = {n: self._head_of(n) for n in self._exits}
+        model = cast(Self, inference_twin(self))
+        heads = {n: model._head_of(n) for n in self._exits}
         batch = len(next(iter(inputs.values())))
         walk = CascadeWalk(self.config.ladder, heads, thresholds, batch, self.device)
-        training = self.training
-        self.eval()
-        try:
-            layers = self._walk(inputs, walk)
-        finally:
-            self.train(training)
+        layers = model._walk(inputs, walk)
         return CascadeOutput(walk.labels, walk.sizes, walk.confidences, walk.dims, layers)
 
     @property

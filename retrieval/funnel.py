@@ -4,6 +4,7 @@ Matryoshka Representation Learning's adaptive retrieval and funnel retrieval (Ku
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,18 +12,25 @@ from typing import cast
 
 import numpy as np
 
-from .approximate import build_graph, faiss, read_graph, search_graph
-from .checking import Kinds, check_fields, check_name
-from .stages import APPROXIMATE, PRECISIONS, Stage, check_stages, select
+from .approximate import build_graph, check_spec, faiss, read_graph, search_graph
+from .contents import (
+    GRAPH,
+    OFFSETS,
+    TEXTS,
+    VECTORS,
+    append_ids,
+    append_texts,
+    check_contents,
+    check_prefixes,
+    file_of,
+    read_ids,
+)
+from .stages import APPROXIMATE, Stage, check_stages, select
 from .store import META, Writer, check_file, read
+from .vectors import prefix, score, unit
 
-VECTORS, IDS, TEXTS, OFFSETS, GRAPH = "vectors.f32", "ids", "texts.utf8", "text_offsets", "graph.faiss"
-# Numbers (scores, copied entries) in memory at once, vectors that are written at once, and entries of a small precision
-# that are converted to float32 at once: few enough to stay in a processor's cache.
-_SCORES, _ROWS, _CACHED = 2**23, 2**14, 2**18
-# For int8: this many standard deviations of a random unit vector's entries become 127. It is the format of
-# `modeling_2dmse.formats.quantize`, which retrieval may not import; a test compares the two.
-_DEVIATIONS = 4
+# Numbers (scores, copied entries) in memory at once, and vectors that are written at once.
+_SCORES, _ROWS = 2**23, 2**14
 
 
 class FunnelIndex:
@@ -45,11 +53,14 @@ class FunnelIndex:
         self.vectors = arrays[VECTORS]
         self.seconds: list[float] = []
         self._faiss = None
+        self._lock = threading.Lock()
         self._arrays = arrays
+        # Opened now: if another index replaces this one, the graph is still that of these vectors.
+        self._graph_file = None if meta["graph"] is None else open(self.path / GRAPH, "rb")  # noqa: SIM115
         self._prefixes = {(entry["dim"], entry["precision"]): entry["file"] for entry in meta["prefixes"]}
         self._prefixes[meta["width"], "float32"] = VECTORS
-        ids = arrays.get(IDS)
-        self._ids = None if ids is None else np.asarray(ids)
+        self._ids = read_ids(arrays)
+        self._rows: dict | None = None
         # The place of each id in sorted order, which breaks ties.
         self._rank = None if self._ids is None else np.argsort(np.argsort(self._ids, kind="stable"), kind="stable")
 
@@ -95,13 +106,17 @@ class FunnelIndex:
         blocks = cast("Iterable[np.ndarray]", [embeddings] if hasattr(embeddings, "shape") else embeddings)
         if approximate is not None:
             faiss()
+            check_spec(approximate[1])
         writer = Writer(path, overwrite)
         try:
             count, width = _append_vectors(writer, blocks, wanted, approximate)
-            _append_companions(writer, ids, texts, count)
+            if ids is not None:
+                append_ids(writer, ids, count)
+            if texts is not None:
+                append_texts(writer, texts, count, "texts", TEXTS, OFFSETS)
             if approximate is not None:
                 _append_graph(writer, *approximate, count)
-            entries = [{"dim": dim, "precision": kind, "file": _file(dim, kind)} for dim, kind in wanted]
+            entries = [{"dim": dim, "precision": kind, "file": file_of(dim, kind)} for dim, kind in wanted]
             graph = approximate and {"dim": approximate[0], "spec": approximate[1]}
             writer.commit({"count": count, "width": width, "model": model, "prefixes": entries, "graph": graph})
         except BaseException:
@@ -124,12 +139,13 @@ class FunnelIndex:
         """
         meta, arrays = read(path, verify)
         try:
-            _check_contents(meta, arrays)
+            check_contents(meta, arrays)
+            index = cls(path, meta, arrays)
         except ValueError as error:
             raise ValueError(f"path: {Path(path) / META} is damaged: {error}") from error
         if model is not None and model != meta["model"]:
             raise ValueError(f"model: {path} was built with {meta['model']}, not with {model}")
-        return cls(path, meta, arrays)
+        return index
 
     def __len__(self) -> int:
         return self.meta["count"]
@@ -148,13 +164,20 @@ class FunnelIndex:
         """The text of an id.
 
         Raises:
-            ValueError: the index was built without texts.
+            ValueError: the index was built without texts, or does not have the id.
         """
         if not self.has_texts:
             raise ValueError("texts: this index was built without them")
-        row = int(np.flatnonzero(self._ids == id)[0]) if self._ids is not None else int(id)
-        first, last = self._arrays[OFFSETS][row : row + 2]
-        return bytes(self._arrays[TEXTS][first:last]).decode("utf-8")
+        if self._ids is not None and self._rows is None:
+            self._rows = {name: row for row, name in enumerate(self._ids.tolist())}
+        row = id if self._rows is None else self._rows.get(id, -1)
+        if not 0 <= int(row) < len(self):
+            raise ValueError(f"id: {id!r} is not in this index")
+        first, last = self._arrays[OFFSETS][int(row) : int(row) + 2]
+        try:
+            return bytes(self._arrays[TEXTS][first:last]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"path: {self.path / TEXTS} is damaged: {error}; build the index again") from error
 
     def search(
         self, queries: np.ndarray, k: int = 10, stages: Sequence[Stage | tuple] | None = None
@@ -175,34 +198,34 @@ class FunnelIndex:
             ValueError: a query is zero or not finite, or `k` or `stages` is not allowed.
         """
         single = np.ndim(queries) == 1
-        queries = _unit(np.atleast_2d(np.asarray(queries)), self.width, 0, "queries")
+        queries = unit(np.atleast_2d(np.asarray(queries)), self.width, 0, "queries")
         checked = check_stages(stages or [(self.width, k)], k, len(self), self.width)
         self._check_graph(checked[0])
         first, *others = [stage._replace(keep=min(stage.keep, len(self))) for stage in checked]
-        self.seconds = []
-        start = time.perf_counter()
+        seconds, start = [], time.perf_counter()
         scores, rows = (self._graph if first.precision == APPROXIMATE else self._first)(queries, first)
-        self.seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
         for stage in others:
             start = time.perf_counter()
             scores, rows = self._rescore(queries, rows, stage)
-            self.seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+        self.seconds = seconds
         scores, ids = scores[:, :k], rows[:, :k] if self._ids is None else self._ids[rows[:, :k]]
         return (scores[0], ids[0]) if single else (scores, ids)
 
     def _first(self, queries: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best among all vectors, (Q, keep)."""
         stored = self._prefixes.get((stage.dim, stage.precision))
-        asked = _prefix(queries, stage.dim, "binary" if stage.precision == "binary" else "float32")
+        asked = prefix(queries, stage.dim, "binary" if stage.precision == "binary" else "float32")
         block = max(1, _SCORES // max(len(queries), stage.dim if stored is None else 1))  # else rows are copied
         best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
         for start in range(0, len(self), block):
             end = min(start + block, len(self))
             if stored is None:
-                rows = _prefix(self.vectors[start:end], stage.dim, stage.precision)
+                rows = prefix(self.vectors[start:end], stage.dim, stage.precision)
             else:
                 rows = self._arrays[stored][start:end]
-            scores = _score(asked, rows, stage)
+            scores = score(asked, rows, stage)
             for query, found in enumerate(scores):
                 rank = None if self._rank is None else self._rank[start:end]
                 top = select(found, min(stage.keep, len(found)), rank)
@@ -217,11 +240,13 @@ class FunnelIndex:
 
     def _graph(self, queries: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best that the graph finds, (Q, keep)."""
-        if self._faiss is None:
-            # Whatever `open` has checked, the file may be another one by now.
-            check_file(self.path / GRAPH, self.meta["files"][GRAPH])
-            self._faiss = read_graph(self.path / GRAPH, stage.dim, len(self))
-        scores, rows = search_graph(self._faiss, _prefix(queries, stage.dim, "float32"), stage.keep)
+        with self._lock:
+            if self._faiss is None:
+                path, file = self.path / GRAPH, self._graph_file
+                # Whatever `open` has checked, somebody may have written into the file since.
+                check_file(path, self.meta["files"][GRAPH], file)
+                self._faiss = read_graph(path, stage.dim, len(self), file)
+        scores, rows = search_graph(self._faiss, prefix(queries, stage.dim, "float32"), stage.keep)
         if (rows < 0).any():
             found = int((rows >= 0).sum(axis=1).min())
             raise ValueError(f"stages: the graph found {found} vectors, but {stage} keeps {stage.keep}; keep fewer")
@@ -229,9 +254,9 @@ class FunnelIndex:
 
     def _rescore(self, queries: np.ndarray, rows: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best among each query's own rows, at more dimensions."""
-        asked, results = _prefix(queries, stage.dim, "float32"), []
+        asked, results = prefix(queries, stage.dim, "float32"), []
         for query, own in zip(asked, rows, strict=True):
-            scores = _prefix(self.vectors[own, : stage.dim], stage.dim, "float32") @ query
+            scores = prefix(self.vectors[own, : stage.dim], stage.dim, "float32") @ query
             top = select(scores, min(stage.keep, len(own)), own if self._rank is None else self._rank[own])
             results.append((scores[top], own[top]))
         return np.stack([r[0] for r in results]), np.stack([r[1] for r in results])
@@ -247,103 +272,6 @@ class FunnelIndex:
         return scores[top], rows[top]
 
 
-def _check_contents(meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """ValueError unless the fields of `index.json` are those that `build` writes, and the arrays fit them."""
-    object_or_none = (dict, type(None))
-    kinds: Kinds = {"count": int, "width": int, "model": object_or_none, "prefixes": list, "graph": object_or_none}
-    check_fields(meta, kinds, "index")
-    count, width = meta["count"], meta["width"]
-    if not count or not width:
-        raise ValueError(f"index: {count} vectors of {width} dimensions are not allowed")
-    expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {VECTORS: (np.dtype("<f4"), (count, width))}
-    for entry in meta["prefixes"]:
-        check_fields(entry, {"dim": int, "precision": str, "file": str}, "prefixes")
-        dim, precision = entry["dim"], entry["precision"]
-        _check_prefixes([(dim, precision)], width)
-        if check_name(entry["file"], "prefixes") != _file(dim, precision):
-            raise ValueError(f"prefixes: the file {entry['file']} is not {_file(dim, precision)}")
-        sample = _prefix(np.zeros((1, dim), np.float32), dim, precision)
-        expected[entry["file"]] = sample.dtype, (count, *sample.shape[1:])
-    if meta["graph"] is not None:
-        check_fields(meta["graph"], {"dim": int, "spec": str}, "graph")
-        expected[GRAPH] = np.dtype("u1"), arrays[GRAPH].shape if GRAPH in arrays else ()
-    if IDS in arrays:
-        expected[IDS] = arrays[IDS].dtype, (count,)
-    if TEXTS in arrays or OFFSETS in arrays:
-        expected[TEXTS] = np.dtype("u1"), arrays[TEXTS].shape[:1] if TEXTS in arrays else ()
-        expected[OFFSETS] = np.dtype("<i8"), (count + 1,)
-    for name, (dtype, shape) in expected.items():
-        if name not in arrays:
-            raise ValueError(f"files: {name} is missing")
-        if (arrays[name].dtype, arrays[name].shape) != (dtype, shape):
-            raise ValueError(f"files: {name} is {arrays[name].dtype} {arrays[name].shape}, not {dtype} {shape}")
-    if OFFSETS in arrays:
-        ends = arrays[OFFSETS]
-        if ends[0] != 0 or ends[-1] != len(arrays[TEXTS]) or (np.diff(ends) < 0).any():
-            raise ValueError(f"files: {OFFSETS} does not fit {TEXTS}")
-
-
-def _unit(rows, width: int | None, first: int, name: str) -> np.ndarray:
-    """A copy of the rows, of unit norm in float32; ValueError that names a row without a direction."""
-    rows = np.array(rows, dtype=np.float32)
-    if rows.ndim != 2 or (width is not None and rows.shape[1] != width):
-        raise ValueError(f"{name}: a shape of {rows.shape} is not allowed; use (rows, {width or 'dimensions'})")
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-    if len(broken):
-        what = "zero" if norms[broken[0], 0] == 0 else "not finite"
-        raise ValueError(f"{name}: the vector in row {first + broken[0]} is {what}")
-    rows /= norms
-    return rows
-
-
-def _check_prefixes(prefixes: Sequence[tuple[int, str]], width: int) -> None:
-    for dim, precision in prefixes:
-        if not 1 <= dim <= width:
-            raise ValueError(f"prefixes: {dim} is not allowed; the vectors have 1 to {width} dimensions")
-        if precision not in PRECISIONS:
-            raise ValueError(f"prefixes: {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-
-
-def _file(dim: int, precision: str) -> str:
-    return f"prefix-{dim}.{precision}"
-
-
-def _prefix(rows: np.ndarray, dim: int, precision: str) -> np.ndarray:
-    """The first dimensions of unit vectors, normalised again, in a precision; 64 bits go into a number."""
-    rows = rows[:, :dim]
-    if precision == "binary":
-        bits = np.packbits(rows > 0, axis=1)
-        return np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / np.where(norms > 0, norms, 1)
-    if precision == "int8":
-        scale = 127 * dim**0.5 / _DEVIATIONS
-        return np.clip(np.rint(rows * scale), -127, 127).astype(np.int8)
-    return rows
-
-
-def _score(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
-    """(Q, rows): cosine similarity, or for bits the share of equal ones."""
-    if stage.precision == "float32":
-        return _products(queries, rows)
-    step = max(1, _CACHED // stage.dim)
-    parts = [_score_small(queries, rows[start : start + step], stage) for start in range(0, len(rows), step)]
-    return np.concatenate(parts, axis=1)
-
-
-def _score_small(queries: np.ndarray, rows: np.ndarray, stage: Stage) -> np.ndarray:
-    if stage.precision == "int8":
-        return _products(queries * (_DEVIATIONS / (127 * stage.dim**0.5)), rows.astype(np.float32))
-    ones = np.ones(rows.shape[1], np.float32)  # a product with ones is the fastest sum of a few columns
-    different = np.stack([np.bitwise_count(rows ^ query).astype(np.float32) @ ones for query in queries])
-    return 1 - different / stage.dim
-
-
-def _products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return queries @ rows.T if len(queries) > 1 else (rows @ queries[0])[None]
-
-
 def _append_vectors(
     writer: Writer,
     blocks: Iterable[np.ndarray],
@@ -354,13 +282,13 @@ def _append_vectors(
     count, width = 0, 0
     for block in blocks:
         for start in range(0, len(block), _ROWS):
-            rows = _unit(block[start : start + _ROWS], width or None, count, "embeddings")
+            rows = unit(block[start : start + _ROWS], width or None, count, "embeddings")
             if not width:
                 width = rows.shape[1]
-                _check_prefixes([*wanted, *([(approximate[0], "float32")] if approximate else [])], width)
+                check_prefixes([*wanted, *([(approximate[0], "float32")] if approximate else [])], width)
             writer.append(VECTORS, rows)
             for dim, precision in wanted:
-                writer.append(_file(dim, precision), _prefix(rows, dim, precision))
+                writer.append(file_of(dim, precision), prefix(rows, dim, precision))
             count += len(rows)
     if count == 0:
         raise ValueError("embeddings: there are no vectors")
@@ -371,29 +299,6 @@ def _append_graph(writer: Writer, dim: int, spec: str, count: int) -> None:
     vectors = writer.array(VECTORS)
 
     def blocks() -> Iterator[np.ndarray]:
-        return (_prefix(vectors[start : start + _ROWS], dim, "float32") for start in range(0, count, _ROWS))
+        return (prefix(vectors[start : start + _ROWS], dim, "float32") for start in range(0, count, _ROWS))
 
     build_graph(spec, dim, blocks, count, writer.add_file(GRAPH))
-
-
-def _append_companions(
-    writer: Writer, ids: Sequence[str] | Sequence[int] | None, texts: Iterable[str] | None, count: int
-) -> None:
-    """Write the ids and the texts, if any."""
-    if ids is not None:
-        array = np.asarray(ids)
-        if len(array) != count:
-            raise ValueError(f"ids: {len(array)} are given for {count} vectors")
-        if len(np.unique(array)) != count:
-            raise ValueError("ids: one of them appears twice")
-        writer.append(IDS, array)
-    if texts is None:
-        return
-    ends = [0]
-    for text in texts:
-        encoded = text.encode("utf-8")
-        writer.append(TEXTS, np.frombuffer(encoded, dtype=np.uint8))
-        ends.append(ends[-1] + len(encoded))
-    if len(ends) - 1 != count:
-        raise ValueError(f"texts: {len(ends) - 1} are given for {count} vectors")
-    writer.append(OFFSETS, np.array(ends, dtype=np.int64))

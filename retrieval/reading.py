@@ -1,5 +1,6 @@
 """Texts from files, one after another and with ids; a line that cannot be used is reported, not raised."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -7,11 +8,18 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 STDIN = "-"
+# What Python raises for a compressed file that is cut off or has other bytes than were written.
+_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+# csv refuses longer fields unless it is told a limit; a text may be as long as it is.
+_FIELD_LIMIT = 2**31 - 1
+# Half of a pair in JSON, or a byte of a table that is not UTF-8. No text in UTF-8 has one.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Text(NamedTuple):
@@ -66,12 +74,16 @@ def count_lines(path: str) -> int | None:
     if path == STDIN:
         return None
     if _suffix(path) == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(path).metadata.num_rows
+        try:
+            return pq.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError):  # the reader reports it
+            return None
     path = os.path.join(path, "corpus.jsonl") if os.path.isdir(path) else path
     count, last = 0, b"\n"
-    with _open(path) as file:
+    with contextlib.suppress(*_GZIP_ERRORS), _open(path) as file:  # the reader reports them
         for block in iter(lambda: file.read(2**20), b""):
             count, last = count + block.count(b"\n"), block[-1:]
     heading = _suffix(path) in (".csv", ".tsv")
@@ -95,8 +107,14 @@ def _numbered(file: Iterable[bytes]) -> Iterator[tuple[int, str] | Malformed]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 yield Malformed(number, f"byte {error.start + 1} is not UTF-8")
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"input: the compressed file ends after line {number}: {error}") from error
+    except _GZIP_ERRORS as error:
+        raise _damaged(number, error) from error
+
+
+def _damaged(number: int, error: Exception) -> ValueError:
+    """The error of a compressed file that can be read up to a line."""
+    state = "ends" if isinstance(error, EOFError) else "is damaged"
+    return ValueError(f"input: the compressed file {state} after line {number}: {error}")
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[Text | Malformed]:
@@ -115,8 +133,8 @@ def _objects(file: Iterable[bytes], text_column: str, id_column: str | None, tit
             continue
         number, line = item
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             yield Malformed(number, f"it is not JSON: {error}")
             continue
         if not isinstance(row, dict):
@@ -127,19 +145,49 @@ def _objects(file: Iterable[bytes], text_column: str, id_column: str | None, tit
         yield _row(number, row, text_column, id_column)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if a name appears twice, of which Python would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} appears twice")
+    return row
+
+
 def _table(file: BinaryIO, delimiter: str, text_column: str, id_column: str | None) -> Iterator[Text | Malformed]:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
-    reader = csv.DictReader(lines, delimiter=delimiter)
-    names = reader.fieldnames or []
+    csv.field_size_limit(_FIELD_LIMIT)
+    # Bytes that are not UTF-8 become surrogates, which `_text` reports with their row.
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        names = next(reader, [])
+        _check_columns(names, text_column, id_column)
+        index = 0
+        for values in reader:
+            if not values:  # an empty line
+                continue
+            if len(values) != len(names):
+                yield Malformed(reader.line_num, f"it does not have {len(names)} columns")
+            else:
+                row = dict(zip(names, values, strict=True))
+                yield _row(reader.line_num, row, text_column, id_column, index)
+            index += 1
+    except _GZIP_ERRORS as error:
+        raise _damaged(reader.line_num, error) from error
+    except csv.Error as error:
+        raise ValueError(f"input: line {reader.line_num} is not CSV: {error}") from error
+
+
+def _check_columns(names: list[str], text_column: str, id_column: str | None) -> None:
+    """ValueError if a table does not have its columns, or has one twice."""
     for name in (text_column, id_column):
         if name is not None and name not in names:
-            raise ValueError(f"input: there is no column {name} among {', '.join(names) or 'none'}")
-    for index, row in enumerate(reader):
-        number = reader.line_num
-        if None in row or None in row.values():
-            yield Malformed(number, f"it does not have {len(names)} columns")
-        else:
-            yield _row(number, row, text_column, id_column, index)
+            shown = ", ".join(names).encode("utf-8", "replace").decode("utf-8") or "none"
+            raise ValueError(f"input: there is no column {name} among {shown}")
+    for name in (text_column, id_column, "_id", "id"):
+        if name is not None and names.count(name) > 1:
+            raise ValueError(f"input: there are {names.count(name)} columns {name}; name each column once")
 
 
 def _parquet(path: str, text_column: str, id_column: str | None) -> Iterator[Text | Malformed]:
@@ -148,15 +196,13 @@ def _parquet(path: str, text_column: str, id_column: str | None) -> Iterator[Tex
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+        _check_columns(file.schema_arrow.names, text_column, id_column)
+        wanted = [name for name in file.schema_arrow.names if name in (text_column, id_column, "_id", "id")]
+        rows = (row for batch in file.iter_batches(4096, columns=wanted) for row in batch.to_pylist())
+        for index, row in enumerate(rows):
+            yield _row(index + 1, row, text_column, id_column)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"input: {path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-    names = file.schema_arrow.names
-    for name in (text_column, id_column):
-        if name is not None and name not in names:
-            raise ValueError(f"input: there is no column {name} among {', '.join(names)}")
-    rows = (row for batch in file.iter_batches(4096) for row in batch.to_pylist())
-    for index, row in enumerate(rows):
-        yield _row(index + 1, row, text_column, id_column)
 
 
 def _row(number: int, row: dict, text_column: str, id_column: str | None, index: int | None = None) -> Text | Malformed:
@@ -165,10 +211,20 @@ def _row(number: int, row: dict, text_column: str, id_column: str | None, index:
     name = id_column or next((name for name in ("_id", "id") if name in row), None)
     if name is not None and row.get(name) in (None, ""):
         return Malformed(number, f"it has no {name}")
+    if name is not None and isinstance(row[name], (dict, list)):
+        return Malformed(number, f"its {name} is a {type(row[name]).__name__}")
     return _text(number, str(row[name] if name else (number - 1 if index is None else index)), row[text_column])
 
 
 def _text(number: int, id: str, text) -> Text | Malformed:
     if not isinstance(text, str):
         return Malformed(number, f"its text is a {type(text).__name__}")
-    return Text(id, text) if text.strip() else Malformed(number, "its text is empty")
+    if not text.strip():
+        return Malformed(number, "its text is empty")
+    for what, value in (("text", text), ("id", id)):
+        wrong = _SURROGATE.search(value)
+        if wrong is not None:
+            return Malformed(number, f"character {wrong.start() + 1} of its {what} is not valid Unicode")
+    if "\0" in id:
+        return Malformed(number, f"its id {id!r} has a NUL character")
+    return Text(id, text)

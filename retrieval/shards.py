@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,10 @@ def check_settings(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(path, settings)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = check_fields(json.loads(path.read_text(encoding="utf-8")), {}, SETTINGS)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"output_dir: {path} is damaged: {error}; choose another folder") from error
     for name in settings:
         if before.get(name) != settings[name]:
             raise ValueError(
@@ -37,6 +40,7 @@ def encode_shards(
     texts: Iterable[Text | Malformed],
     encode: Callable[[list[str]], dict[str, np.ndarray]],
     folder: Path,
+    sizes: Sequence[str],
     shard_size: int,
     format: str,
     process: int = 0,
@@ -50,6 +54,7 @@ def encode_shards(
         texts: in the same order in every process and run.
         encode: from texts to a (len(texts), dim) array per size, by name.
         folder: gets `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
+        sizes: the names that `encode` returns.
         shard_size: texts per shard.
         format: `npy` or `parquet`.
         process: number of this process, from 0.
@@ -71,20 +76,46 @@ def encode_shards(
             continue
         key = zlib.crc32(json.dumps(shard).encode("utf-8"))
         marker = folder / DONE / f"{number:05d}.json"
-        is_new = not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["crc32"] == key)
+        files = _shard_files(folder, number, sizes, format)
+        is_new = not _is_done(marker, key, files.values())
         if is_new:
             marker.unlink(missing_ok=True)
             (folder / SUMMARY).unlink(missing_ok=True)  # until everything is done again, the folder is not complete
-            _write_shard(folder, number, shard, encode([text for _, text in shard]), format)
-            _write_json(marker, {"rows": len(shard), "crc32": key})
+            _write_shard(files, shard, encode([text for _, text in shard]), format)
+            _write_json(marker, {"rows": len(shard), "crc32": key, "files": _states(files.values())})
         progress(len(shard), is_new)
     return {"rows": rows, "shards": shards, "skipped": skipped}
 
 
+def _is_done(marker: Path, key: int, files: Iterable[Path]) -> bool:
+    """Whether a marker is that of texts with this checksum, and the files of the shard are as they were written.
+
+    A shard whose marker is not as expected is made again.
+    """
+    try:
+        done = check_fields(json.loads(marker.read_text(encoding="utf-8")), {"crc32": int, "files": dict}, marker.name)
+        return done["crc32"] == key and done["files"] == _states(files)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _shard_files(folder: Path, number: int, sizes: Iterable[str], format: str) -> dict[str, Path]:
+    """The files of a shard: of each size, and of its ids unless they are in the same file."""
+    files = {size: folder / size / f"{number:05d}.{format}" for size in sizes}
+    return files | ({IDS: folder / IDS / f"{number:05d}.json"} if format == "npy" else {})
+
+
+def _states(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Bytes and checksum of each file, by folder and name."""
+    contents = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+    return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
+
+
 def finish(folder: Path, settings: dict, summary: dict) -> None:
-    """Delete shards of an earlier, longer input, and write the summary."""
+    """Delete shards of an earlier, longer input and what killed runs have left, and write the summary."""
     for path in folder.glob("*/*.*"):
-        if path.stem.isdigit() and int(path.stem) >= summary["shards"]:
+        partial = re.fullmatch(r"\.\d+\.(npy|parquet|json)", path.name)
+        if partial or (path.stem.isdigit() and int(path.stem) >= summary["shards"]):
             path.unlink()
     _write_json(folder / SUMMARY, settings | summary)
 
@@ -117,18 +148,47 @@ def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray
     summary = read_summary(folder)
     if size not in summary["sizes"]:
         raise ValueError(f"size: {size} is not in {folder}, which has {', '.join(summary['sizes'])}")
+    found = 0
     for number in range(summary["shards"]):
-        path = folder / size / f"{number:05d}"
-        if summary["format"] == "npy":
-            ids = json.loads((folder / IDS / f"{number:05d}.json").read_text(encoding="utf-8"))
-            yield _checked(path, ids, np.load(path.with_suffix(".npy"), allow_pickle=False), size)
-        else:
-            import pyarrow.parquet as pq
+        ids, rows = _read_shard(folder, number, size, summary["format"])
+        found += len(ids)
+        yield ids, rows
+    if found != summary["rows"]:
+        raise ValueError(f"embeddings: {folder} has {found} texts instead of {summary['rows']}; encode it again")
 
-            table = pq.read_table(path.with_suffix(".parquet"))
-            vectors = table["embedding"].combine_chunks()
-            rows = vectors.flatten().to_numpy().reshape(len(table), -1)
-            yield _checked(path, table["id"].to_pylist(), rows, size)
+
+def _read_shard(folder: Path, number: int, size: str, format: str) -> tuple[list[str], np.ndarray]:
+    files = _shard_files(folder, number, [size], format)
+    path = files[size]
+    try:
+        _check_states(folder / DONE / f"{number:05d}.json", files.values())
+        if format == "npy":
+            ids = json.loads(files[IDS].read_text(encoding="utf-8"))
+            return _checked(path, ids, np.load(path, allow_pickle=False), size)
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, columns=["id", "embedding"])
+        vectors = table["embedding"].combine_chunks()
+        return _checked(path, table["id"].to_pylist(), vectors.flatten().to_numpy().reshape(len(table), -1), size)
+    except (ValueError, OSError, EOFError, LookupError, TypeError, RecursionError, NotImplementedError,
+            AttributeError) as error:  # fmt: skip
+        # What numpy, json and pyarrow raise for files that are missing, cut off or of another kind.
+        if str(error).startswith("embeddings: "):
+            raise
+        reason = " ".join(str(error).split())[:200] or "it is cut off"
+        raise ValueError(f"embeddings: {path} cannot be read: {reason}; encode it again") from error
+
+
+def _check_states(marker: Path, files: Iterable[Path]) -> None:
+    """ValueError if the marker of a shard, if there is one, names a file whose bytes are others now."""
+    if not marker.is_file():
+        return
+    done = check_fields(json.loads(marker.read_text(encoding="utf-8")), {}, marker.name)
+    known = check_fields(done.get("files", {}), {}, marker.name)
+    for path in files:
+        ((name, state),) = _states([path]).items()
+        if known.get(name, state) != state:
+            raise ValueError(f"embeddings: {path} is damaged, its checksum is wrong; encode it again")
 
 
 def _checked(path: Path, ids, rows: np.ndarray, size: str) -> tuple[list[str], np.ndarray]:
@@ -136,6 +196,12 @@ def _checked(path: Path, ids, rows: np.ndarray, size: str) -> tuple[list[str], n
     are_ids = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
     if not are_ids or rows.ndim != 2 or len(ids) != len(rows):
         raise ValueError(f"embeddings: {path} of size {size} is damaged: its ids do not fit its rows; encode it again")
+    dim = int(size.split("x")[1])
+    if rows.dtype.kind not in "fiu" or (rows.dtype.kind == "f" and rows.shape[1] != dim):
+        raise ValueError(
+            f"embeddings: {path} is damaged: it has rows of {rows.shape[1]} {rows.dtype}, not of {dim} numbers; "
+            "encode it again"
+        )
     return ids, rows
 
 
@@ -158,12 +224,12 @@ def _good(texts: Iterable[Text | Malformed], on_error: str, skipped: list[list])
             skipped.append(list(item))
 
 
-def _write_shard(folder: Path, number: int, shard: list[Text], vectors: dict[str, np.ndarray], format: str) -> None:
+def _write_shard(files: dict[str, Path], shard: list[Text], vectors: dict[str, np.ndarray], format: str) -> None:
     ids = [text.id for text in shard]
     if format == "npy":
-        _write_json(folder / IDS / f"{number:05d}.json", ids)
+        _write_json(files[IDS], ids)
     for size, rows in vectors.items():
-        path = folder / size / f"{number:05d}.{format}"
+        path = files[size]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}")
         if format == "npy":

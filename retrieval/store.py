@@ -1,5 +1,6 @@
 """A folder of arrays that appears complete or not at all, and is checked when it is opened."""
 
+import contextlib
 import fnmatch
 import json
 import math
@@ -12,12 +13,16 @@ from typing import BinaryIO
 import numpy as np
 
 from .checking import check_fields, check_name
+from .replacing import clean_up, find_folder, partial_path, replace_folder
 
-FORMAT = 1
+# Format 1 has ids of equal length; format 2 has texts as ids, of any length.
+FORMAT, READABLE = 2, (1, 2)
 META = "index.json"
 _READ = 2**24
+# How often an index is opened again because it was replaced meanwhile.
+_TRIES = 20
 # The files of an index, see `FunnelIndex`.
-_NAMES = (META, "vectors.f32", "prefix-*", "ids", "texts.utf8", "text_offsets", "graph.faiss")
+_NAMES = (META, "vectors.f32", "prefix-*", "ids", "id_offsets", "texts.utf8", "text_offsets", "graph.faiss")
 # Kinds of numbers and text that an array may have: never Python objects, whose bytes would be taken for addresses.
 _KINDS = "iufSU"
 
@@ -35,14 +40,16 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
         self.path = Path(os.path.realpath(path))  # a link to the folder stays a link to the new one
+        if self.path.is_file():
+            raise ValueError(f"path: {path} is a file; name a folder")
+        clean_up(self.path)
         if self.path.exists() and any(self.path.iterdir()) and not overwrite:
             raise ValueError(f"path: {path} exists; name another folder, or overwrite it")
         if overwrite and self.path.exists() and not (self.path / META).is_file():
             raise ValueError(f"path: {path} exists and is not an index, so it is not overwritten")
         if overwrite and self.path.exists():
             _check_only_index(self.path)
-        self.partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial = partial_path(self.path)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
         self._open: dict[str, BinaryIO] = {}
@@ -77,15 +84,11 @@ class Writer:
             os.fsync(file.fileno())
             file.close()
         for name in self.files.keys() - self._open.keys():
-            path = self.partial / name
-            self.files[name] |= {"shape": [path.stat().st_size], "crc32": _checksum(path)}
+            with open(self.partial / name, "rb") as written:
+                self.files[name] |= {"shape": [os.fstat(written.fileno()).st_size], "crc32": _checksum(written)}
         text = json.dumps({"format": FORMAT, **meta, "files": self.files}, indent=2)
         (self.partial / META).write_text(text, encoding="utf-8")
-        old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
-        if self.path.exists():
-            os.replace(self.path, old)
-        os.replace(self.partial, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(self.partial, self.path)
 
     def discard(self) -> None:
         """Delete everything that was written."""
@@ -105,24 +108,54 @@ def read(path: str | os.PathLike, verify: bool) -> tuple[dict, dict[str, np.ndar
         ValueError: the folder is not an index, one of its files is missing, truncated or damaged, or `index.json` has
             something that `Writer` does not write.
     """
-    folder = Path(path)
+    for _ in range(_TRIES):
+        folder = find_folder(Path(path))
+        text = _read_text(folder, path)
+        try:
+            return _read_folder(folder, text, verify)
+        except (ValueError, OSError):
+            # The index is being replaced: what was read is neither the old one nor the new one.
+            if _read_text(find_folder(Path(path)), path) == text:
+                raise
+    raise ValueError(f"path: {path} is being replaced again and again; open it later")
+
+
+def _read_folder(folder: Path, text: bytes, verify: bool) -> tuple[dict, dict[str, np.ndarray]]:
+    meta = _read_meta(folder / META, text)
+    if meta["format"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ValueError(f"path: {folder} is an index of format {meta['format']}; this version reads formats {known}")
+    arrays = {name: _map(folder / name, entry, verify) for name, entry in meta["files"].items()}
+    if (folder / META).read_bytes() != text:
+        raise ValueError(f"path: {folder} was replaced while it was opened")
+    return meta, arrays
+
+
+def _read_text(folder: Path, path: str | os.PathLike) -> bytes:
     if not (folder / META).is_file():
         raise ValueError(f"path: {path} has no {META}, so it is not an index")
-    meta = _read_meta(folder / META)
-    if meta["format"] != FORMAT:
-        raise ValueError(f"path: {path} is an index of format {meta['format']}; this version reads format {FORMAT}")
-    return meta, {name: _map(folder / name, entry, verify) for name, entry in meta["files"].items()}
+    return (folder / META).read_bytes()
 
 
-def check_file(path: Path, entry: dict) -> None:
-    """ValueError if a file is not the one that its entry in `index.json` describes, by its checksum."""
-    if not path.is_file() or _checksum(path) != entry["crc32"]:
-        raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")
+def check_file(path: Path, entry: dict, file: BinaryIO | None = None) -> None:
+    """ValueError if a file is not the one that its entry in `index.json` describes, by its checksum.
+
+    Args:
+        path: of the file.
+        entry: in `index.json`.
+        file: the file, if it was opened before; it is read from its start.
+    """
+    if file is None and not path.is_file():
+        raise ValueError(f"path: {path} is damaged, it is missing; build the index again")
+    with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
+        opened.seek(0)
+        if _checksum(opened) != entry["crc32"]:
+            raise ValueError(f"path: {path} is damaged, its checksum is wrong; build the index again")
 
 
-def _read_meta(path: Path) -> dict:
+def _read_meta(path: Path, text: bytes) -> dict:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(text.decode("utf-8"))
         check_fields(meta, {"format": int, "files": dict}, META)
         for name, entry in meta["files"].items():
             check_name(name, f"{META}, files")
@@ -159,9 +192,8 @@ def _map(path: Path, entry: dict, verify: bool) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
-def _checksum(path: Path) -> int:
+def _checksum(file: BinaryIO) -> int:
     value = 0
-    with open(path, "rb") as file:
-        while data := file.read(_READ):
-            value = zlib.crc32(data, value)
+    while data := file.read(_READ):
+        value = zlib.crc32(data, value)
     return value

@@ -75,7 +75,8 @@ def describe(made: dict, size: str) -> dict:
     """How queries must be embedded."""
     num_layers, dim = map(int, size.split("x"))
     names = {"name": made["model_name_or_path"], "weights": made["weights"], "max_length": made["max_length"]}
-    return names | {"num_layers": num_layers, "dim": dim}
+    more = {name: made[name] for name in ("pooling", "config", "tokenizer") if name in made}
+    return names | more | {"num_layers": num_layers, "dim": dim}
 
 
 def _texts(made: dict, ids: list[str]):

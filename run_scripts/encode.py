@@ -12,6 +12,7 @@ from retrieval.reading import STDIN, count_lines, read_texts
 from retrieval.shards import FORMATS, check_settings, encode_shards, finish
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
+from twodmse import __version__
 
 if TYPE_CHECKING:
     from modeling_2dmse import Size, TwoDMSEModel
@@ -69,11 +70,12 @@ def main(argv=None) -> None:
         if args.input == STDIN and state.num_processes > 1:
             raise ValueError("input: only one process can read standard input; start encode.py as a single process")
         model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        models.check_max_length(model, args.max_length)
         model = model.to(state.device)
         sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
         prompt = model.find_prompt(name=args.prompt_name)
         check_precision(args.precision, model.config.similarity)
-        folder, settings = Path(args.output_dir), describe(args, model, sizes)
+        folder, settings = Path(args.output_dir), describe(args, model, sizes, prompt)
         with state.main_process_first():
             check_settings(folder, settings)
         progress = Progress(args.input, state.num_processes)
@@ -82,6 +84,7 @@ def main(argv=None) -> None:
             texts,
             lambda batch: embed(model, batch, sizes, prompt, args),
             folder,
+            settings["sizes"],
             args.shard_size,
             args.format,
             state.process_index,
@@ -132,6 +135,7 @@ def check(args: EncodeArguments) -> None:
         checks.check_choice(name, getattr(args, name), allowed)
     for name in ("batch_size", "shard_size"):
         checks.check_at_least(name, getattr(args, name), 1)
+    checks.check_at_least("max_length", args.max_length, 1)
     if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not _is_ours(args.output_dir):
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
     if args.sizes:
@@ -139,16 +143,16 @@ def check(args: EncodeArguments) -> None:
     checks.check_model(args.model_name_or_path)
 
 
-def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size]) -> dict:
+def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size], prompt: str) -> dict:
     """What must be the same for shards to belong together."""
     from run_scripts.shared import models
 
     names = ("model_name_or_path", "input", "text_column", "id_column", "format", "precision", "shard_size")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"weights": models.fingerprint(model), "sizes": list(map(str, sizes)), "prompt_name": args.prompt_name}
+    settings |= models.describe(model) | {"sizes": list(map(str, sizes)), "prompt": prompt}
     if model.config.similarity != "cosine":
         settings["similarity"] = model.config.similarity
-    return settings | {"max_length": args.max_length or model.max_length}
+    return settings | {"max_length": args.max_length or model.max_length, "version": __version__}
 
 
 def embed(model: TwoDMSEModel, texts: list[str], sizes: list[Size], prompt: str, args: EncodeArguments) -> dict:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from run_scripts.shared import checks, cli, remote_code
 if TYPE_CHECKING:
     import numpy as np
 
-    from modeling_2dmse import TwoDMSEModel
     from trainer.evaluation import StsData
 
 
@@ -62,10 +62,8 @@ def main(argv=None) -> None:
     print(f"{small.num_layers}x{small.config.dim} as {args.format}, {args.dtype}: {args.output_dir}")
     print(f"{parameters / 1e6:.2f} M of {whole / 1e6:.2f} M parameters, {size / 1e6:.1f} MB on disk")
     trusted = args.trust_remote_code
-    if args.format == "onnx":
-        written = onnx_encoder(args.output_dir, trust_remote_code=trusted)
-    else:
-        written = plain_encoder(args.output_dir, small, trusted)
+    encoder = onnx_encoder if args.format == "onnx" else plain_encoder
+    written = encoder(args.output_dir, trust_remote_code=trusted) if tasks else None
     for task in tasks:
         before, after = spearman(task, small.encode), spearman(task, written)
         print(f"{task.name}: Spearman {after:.4f}, in the model {before:.4f} ({after - before:+.4f})")
@@ -84,14 +82,38 @@ def check(args: ExportArguments) -> None:
 
 
 def plain_encoder(
-    folder: str, small: TwoDMSEModel, trust_remote_code: bool = False
+    folder: str, batch_size: int = 32, trust_remote_code: bool = False
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to the embeddings of the written backbone, loaded from its folder."""
-    from modeling_2dmse import TwoDMSEModel
+    """A function from texts to the embeddings that the files of a written folder give, read without this project's
+    models: backbone, pooling, and the Dense module that keeps the first dimensions."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
 
-    model = TwoDMSEModel.from_backbone(folder, pooling=small.config.pooling, trust_remote_code=trust_remote_code)
-    model.config.similarity = small.config.similarity
-    return lambda texts: model.encode(texts, dim=small.config.dim)
+    from modeling_2dmse.pooling import pool
+    from modeling_2dmse.sentence_transformers_files import read_pooling
+
+    backbone = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    pooling, path = read_pooling(folder), Path(folder, "2_Dense", "model.safetensors")
+    dense = load_file(path)["linear.weight"].float() if path.is_file() else None
+    with open(os.path.join(folder, "sentence_bert_config.json"), encoding="utf-8") as file:
+        longest = json.load(file)["max_seq_length"]
+    with open(os.path.join(folder, "modules.json"), encoding="utf-8") as file:
+        normalizes = any(module["type"].endswith("Normalize") for module in json.load(file))
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        outputs = []
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            batch = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            with torch.inference_mode():
+                vectors = pool(backbone(**batch).last_hidden_state, batch["attention_mask"], pooling)
+            vectors = vectors if dense is None else vectors @ dense.T
+            outputs.append(torch.nn.functional.normalize(vectors, dim=-1) if normalizes else vectors)
+        return torch.cat(outputs).numpy()
+
+    return encode
 
 
 def onnx_encoder(

@@ -61,8 +61,9 @@ def main(argv=None) -> None:
         from run_scripts.shared import models
 
         model = models.load_encoder(name, trust_remote_code=args.trust_remote_code)
-        if models.fingerprint(model) != made["weights"]:
-            raise ValueError(f"model_name_or_path: the weights are not those that made {index.path}")
+        for part, value in models.describe(model).items():
+            if made.get(part, value) != value:
+                raise ValueError(f"model_name_or_path: the {part} are not those that made {index.path}")
         if made["num_layers"] < model.num_layers:
             model = model.truncate(made["num_layers"])
         model = models.to_device(model)

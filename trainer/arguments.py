@@ -7,6 +7,7 @@ import torch
 
 from .losses import LOSSES, SCALES
 from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
+from .shared.limits import COUNT, POSITIVE, WEIGHT, Range, find_problems
 
 # The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
 OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
@@ -14,6 +15,18 @@ ALIGNMENTS = ("none", "feature_kl", "score_kl", "query_kl")
 TEACHERS = ("largest", "start", "embeddings")
 # modeling_2dmse.configuration_2dmse.SIMILARITIES.
 SIMILARITIES = ("cosine", "dot")
+
+
+_RANGES = {
+    **dict.fromkeys(("alignment_weight", "cross_size_weight", "embedding_weight", "unlabeled_weight"), WEIGHT),
+    **dict.fromkeys(("num_buckets", "compression_dim", "gradient_cache_chunk_size"), COUNT),
+    **{
+        "loss_scale": POSITIVE,
+        "max_length": Range(3),
+        "max_query_length": Range(3),
+        "per_device_train_batch_size": Range(2),
+    },
+}
 
 
 @dataclass
@@ -147,25 +160,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             )
             if value not in allowed
         ]
-        problems += [
-            f"{name}: {value!r} is not allowed; use a number of at least {least}"
-            for name, value, least in (
-                ("max_length", self.max_length, 3),
-                ("max_query_length", self.max_query_length, 3),
-                ("num_buckets", self.num_buckets, 1),
-                ("compression_dim", self.compression_dim, 1),
-                ("cross_size_weight", self.cross_size_weight, 0),
-                ("embedding_weight", self.embedding_weight, 0),
-                ("unlabeled_weight", self.unlabeled_weight, 0),
-                ("per_device_train_batch_size", self.per_device_train_batch_size, 2),
-                (
-                    "gradient_cache_chunk_size",
-                    1 if self.gradient_cache_chunk_size is None else self.gradient_cache_chunk_size,
-                    1,
-                ),
-            )
-            if value is not None and value < least
-        ]
+        problems += find_problems(self, _RANGES)
         if not 0 <= self.initial_share <= 1:
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
         if problems:

@@ -42,6 +42,7 @@ from .projections import fit_exit_projections
 from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
+from .shared.inference import evaluation_mode
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
 from .teacher_embeddings import TeacherEmbeddings
@@ -208,14 +209,15 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         return output
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
-        fit_exit_projections(
-            self.encoder,
-            texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts),
-            layers=layers,
-            max_length=self.args.max_length,
-            batch_size=self.args.per_device_eval_batch_size,
-            show_progress_bar=False if self.args.disable_tqdm else None,
-        )
+        with evaluation_mode(self.encoder):
+            fit_exit_projections(
+                self.encoder,
+                texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts),
+                layers=layers,
+                max_length=self.args.max_length,
+                batch_size=self.args.per_device_eval_batch_size,
+                show_progress_bar=False if self.args.disable_tqdm else None,
+            )
         self._fit_projections = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -333,7 +335,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         encode.setdefault("max_query_length", self.args.max_query_length)
         if self.args.disable_tqdm:
             encode.setdefault("show_progress_bar", False)
-        return evaluate_tasks(self.encoder, tasks, sizes, **encode)
+        with evaluation_mode(self.encoder):
+            return evaluate_tasks(self.encoder, tasks, sizes, **encode)
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""

@@ -1,6 +1,7 @@
 """Finding and loading the model that a flag names."""
 
 import contextlib
+import json
 import os
 import zlib
 
@@ -14,6 +15,14 @@ from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 # Every load says whether code of the model may be run. If transformers meets some in a load of its own that does not,
 # this makes it refuse: it would ask on standard input, which may be the texts to embed.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+# Fields of a configuration that do not change embeddings, or differ between two ways to load the same model. Prompts are
+# part of the texts.
+_SAME_EMBEDDINGS = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "sizes", "is_matryoshka"),
+    *("matryoshka_dimensions", "prompts", "default_prompt_name"),
+)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -68,6 +77,28 @@ def fingerprint(model: TwoDMSEModel) -> int:
     for tensor in model.state_dict().values():
         value = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
     return value
+
+
+def describe(model: TwoDMSEModel) -> dict:
+    """What makes the embeddings of a model besides its size: if one of these changes, others come out."""
+    config, tokenizer = model.config, model.tokenizer
+    settings = config.to_dict()
+    for part in (settings, settings["backbone_config"]):
+        for name in _SAME_EMBEDDINGS:
+            part.pop(name, None)
+    written = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    return {
+        "weights": fingerprint(model),
+        "pooling": config.pooling,
+        "config": zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode("utf-8")),
+        "tokenizer": zlib.crc32(written.encode("utf-8")),
+    }
+
+
+def check_max_length(model: TwoDMSEModel, max_length: int | None) -> None:
+    """ValueError if a model cannot read texts of so many tokens; None is a flag that was not given."""
+    if max_length is not None and max_length > model.max_length:
+        raise ValueError(f"max_length: {max_length} is not allowed; this model reads 1 to {model.max_length} tokens")
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:

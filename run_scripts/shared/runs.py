@@ -141,13 +141,22 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
         newest = found[0]
         if newest is None:
             raise ValueError(f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint to resume from")
+        check_not_beyond(newest, args.max_steps)
         return newest
     if not os.path.isdir(wanted):
         raise ValueError(f"resume_from_checkpoint: {wanted} does not exist")
     problem = checkpoints.find_problem(wanted, args.world_size)
     if problem is not None:
         raise ValueError(f"resume_from_checkpoint: {wanted} cannot be resumed: {problem}")
+    check_not_beyond(wanted, args.max_steps)
     return wanted
+
+
+def check_not_beyond(checkpoint: str, max_steps: int) -> None:
+    """ValueError if a checkpoint is of a later step than the last one of the run; -1 is a run by epochs."""
+    step = checkpoints.read_state(checkpoint).global_step
+    if 0 < max_steps < step:
+        raise ValueError(f"max_steps: {checkpoint} is of step {step}, after the last of {max_steps}")
 
 
 @contextlib.contextmanager

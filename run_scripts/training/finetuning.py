@@ -93,6 +93,7 @@ def save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
     if not model_args.lora_r:
         trainer.save_model()
         return trainer.encoder
+    trainer.check_finite()
     merged = trainer.model.merge_and_unload()
     if trainer.args.should_save:
         merged.save_pretrained(trainer.args.output_dir)

@@ -7,9 +7,9 @@ import torch
 from modeling_2dmse import formats
 from modeling_2dmse.pooling import cut_and_normalize
 from retrieval import FunnelIndex
-from retrieval.funnel import _prefix
 from retrieval.planning import BYTES
 from retrieval.stages import PRECISIONS
+from retrieval.vectors import prefix as _prefix
 
 WIDTH = 48
 

@@ -246,8 +246,8 @@ def test_damaged_files_are_refused(tmp_path):
         FunnelIndex.open(path)
     fresh()
     meta = json.loads((path / "index.json").read_text())
-    (path / "index.json").write_text(json.dumps(meta | {"format": 2}))
-    with pytest.raises(ValueError, match="is an index of format 2; this version reads format 1"):
+    (path / "index.json").write_text(json.dumps(meta | {"format": 3}))
+    with pytest.raises(ValueError, match="is an index of format 3; this version reads formats 1 and 2"):
         FunnelIndex.open(path)
     fresh()
     (path / "prefix-8.float32").unlink()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..shared.arguments import BaseTrainingArguments
+from ..shared.limits import COUNT, find_problems
 
 
 @dataclass
@@ -50,7 +51,7 @@ class FrancaTrainingArguments(BaseTrainingArguments):
         problems = [
             f"{name}: {values} is not allowed; use numbers from 0 to 1, the lowest first"
             for name, values in fractions
-            if sorted(values) != list(values) or values[0] < 0 or values[-1] > 1
+            if sorted(values) != list(values) or not all(0 <= value <= 1 for value in values)
         ]
         for name in ("global_crop_scale", "local_crop_scale"):
             if len(getattr(self, name)) != 2:
@@ -61,6 +62,7 @@ class FrancaTrainingArguments(BaseTrainingArguments):
             problems.append("global_crops_number: use at least 1; local_crops_number: use at least 0")
         elif self.global_crops_number + self.local_crops_number < 2:
             problems.append("global_crops_number: 1 crop has no other crop to predict; use 2, or local crops")
+        problems += find_problems(self, {"global_crop_size": COUNT, "local_crop_size": COUNT})
         if problems:
             raise ValueError("; ".join(problems))
         super().__post_init__()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..shared.arguments import BaseTrainingArguments
+from ..shared.limits import WEIGHT
 
 
 @dataclass
@@ -13,7 +14,7 @@ class M3TrainingArguments(BaseTrainingArguments):
     a cosine schedule, and warm-up over the first 3 % of the steps.
 
     Raises:
-        ValueError: `max_length` is not allowed.
+        ValueError: `max_length` or a weight is not allowed.
     """
 
     visual_token_sizes: list[int] | None = field(
@@ -41,4 +42,11 @@ class M3TrainingArguments(BaseTrainingArguments):
     def __post_init__(self):
         if self.max_length < 8:
             raise ValueError(f"max_length: {self.max_length} is not allowed; use a number of at least 8")
+        problems = [
+            f"scale_loss_weights: {weight} is not allowed; use {WEIGHT}"
+            for weight in self.scale_loss_weights or []
+            if weight not in WEIGHT
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         super().__post_init__()

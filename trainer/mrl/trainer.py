@@ -15,6 +15,7 @@ from modeling_mrl.outputs import CascadeOutput
 from ..shared.attention import AttentionMixin
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
+from ..shared.inference import evaluation_mode
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import ClassifierTrainingArguments
@@ -60,7 +61,8 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Atte
         """The accuracy of every size, `eval_accuracy_2x64`, and so on, and their mean, `eval_accuracy_mean`."""
         model, dataset = self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset
         batch = self.args.per_device_eval_batch_size
-        logits, labels = model.collect_logits(dataset, self.data_collator, batch, self.args.disable_tqdm or None)
+        with evaluation_mode(model):
+            logits, labels = model.collect_logits(dataset, self.data_collator, batch, self.args.disable_tqdm or None)
         accuracy = (logits.argmax(dim=-1) == labels).double().mean(dim=1).tolist()
         metrics = {
             f"{metric_key_prefix}_accuracy_{size}": value

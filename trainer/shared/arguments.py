@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_xla_available, logging
 
+from .limits import training_problems
+
 logger = logging.get_logger(__name__)
 
 # What shared.sampling can do.
@@ -60,6 +62,9 @@ class BaseTrainingArguments(TrainingArguments):
     - `eval_strategy` is `steps`. Evaluations and checkpoints come at each quarter of the run.
 
     `hub_token` becomes a `Secret`: no file of a run contains it.
+
+    Raises:
+        ValueError: a number makes no sense, see `limits.TRAINING`; the message names all of them.
     """
 
     # None, which transformers' annotation does not have, tells an unset flag from false.
@@ -83,6 +88,9 @@ class BaseTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        problems = training_problems(self)
+        if problems:
+            raise ValueError("; ".join(problems))
         on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -37,6 +39,28 @@ class CheckpointMixin(TrainerMixin):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self.__dict__.get("_is_staging") else folder
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the model, as `Trainer.save_model` does; FloatingPointError if a weight is not finite."""
+        self.check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def check_finite(self) -> None:
+        """FloatingPointError if a weight of the model is not finite: the last step may have broken it."""
+        for name, parameter in cast(torch.nn.Module, self.model).named_parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP: this process's part
+            if not local.detach().isfinite().all():
+                raise FloatingPointError(
+                    f"the weights of {name} are not finite after step {self.state.global_step}, so they are not saved; "
+                    "lower the learning rate"
+                )
+
+    def _run_epoch(self, **kwargs):
+        # Trainer would do a step more of a run that was resumed after its last step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _save(self, output_dir=None, state_dict=None):
         with as_defined(cast(torch.nn.Module, self.model)) if self.is_fsdp_enabled else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
@@ -59,6 +83,9 @@ class CheckpointMixin(TrainerMixin):
                 self.state.save_to_json(os.path.join(staging, name, STATE_NAME))
                 _flush(Path(staging, name))
                 _move(staging, name, folder)
+        except FloatingPointError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:
             failure = save_error(error, name, folder)
             shutil.rmtree(staging, ignore_errors=True)
@@ -112,11 +139,12 @@ def find_checkpoint(folder: str, world_size: int | None = None) -> str | None:
 
 def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
     """Why a checkpoint cannot be resumed, None if it can; `world_size` is the number of processes that resume."""
-    try:
-        TrainerState.load_from_json(os.path.join(checkpoint, STATE_NAME))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return f"{STATE_NAME} is missing or cut off"
-    names = os.listdir(checkpoint)
+    if not os.path.isdir(checkpoint):
+        return "it is not a folder"
+    problem = _state_problem(os.path.join(checkpoint, STATE_NAME))
+    if problem is not None:
+        return f"{STATE_NAME} is {problem}"
+    names = sorted(os.listdir(checkpoint))
     states = [name for name in names if re.fullmatch(r"rng_state(_\d+)?\.pth", name)]
     if not states or (world_size is not None and len(states) < world_size):
         return f"it has the random states of {len(states)} processes"
@@ -124,15 +152,45 @@ def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
     sharded = any(re.match(r"pytorch_model_fsdp|global_step\d", name) for name in names)  # FSDP, DeepSpeed
     if not sharded and not (weights and {"optimizer.pt", "scheduler.pt"} <= set(names)):
         return "weights, optimizer or scheduler are missing"
-    for name in weights:
-        try:
-            with safe_open(os.path.join(checkpoint, name), framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{name} is cut off"
     for name in names:
-        if name.endswith((".pt", ".pth")) and not zipfile.is_zipfile(os.path.join(checkpoint, name)):
-            return f"{name} is cut off"
+        problem = _file_problem(os.path.join(checkpoint, name))
+        if problem is not None:
+            return f"{name} is {problem}"
+    return None
+
+
+def read_state(checkpoint: str) -> TrainerState:
+    """The trainer's state in a checkpoint."""
+    return TrainerState.load_from_json(os.path.join(checkpoint, STATE_NAME))
+
+
+def _state_problem(path: str) -> str | None:
+    try:
+        state = TrainerState.load_from_json(path)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):  # UTF-8 and JSON: ValueError
+        return "missing or cut off"
+    numbers = (state.global_step, state.max_steps, state.epoch, state.num_train_epochs)
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+        return "damaged"
+    return None if isinstance(state.global_step, int) and isinstance(state.log_history, list) else "damaged"
+
+
+def _file_problem(path: str) -> str | None:
+    """What is wrong with a file of weights or of a state; None if its bytes are those that were written."""
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.endswith((".pt", ".pth")):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # compares the checksum of every part
+                return None if damaged is None else "damaged"
+        elif path.endswith(".json"):
+            json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, zipfile.BadZipFile):
+        return "cut off"
+    except (ValueError, NotImplementedError, RecursionError, EOFError, struct.error, zlib.error):
+        return "damaged"
     return None
 
 
