@@ -12,7 +12,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.batching import CPU_TOKENS, pooled_states
-from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds, write_profile
 from trainer.evaluation import StsData, evaluate_sts
@@ -67,8 +66,7 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
         folder: an empty folder for exports.
     """
     peers.check_installed()
-    name = models.resolve_model(args.model_name_or_path)
-    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    model, peer = peers.load_both(args)
     full = Size(model.num_layers, model.config.hidden_size)
     peers.check_same_embeddings(model, peer, texts[:64], [full])
     ways = {"float32": model} | (precisions(model, folder) if tasks else {})

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.tokens import tokenize
@@ -46,7 +46,7 @@ def gpu_cost(args, sources: dict[str, list[str]], rows: Dataset) -> list[dict]:
     peers.check_installed()
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(args.model_name_or_path))
+        tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
         BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         lines = _encoding(folder, sources, args.runs)
