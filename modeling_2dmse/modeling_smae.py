@@ -169,8 +169,10 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         labels: torch.Tensor,
         decoder_input_ids: torch.Tensor,
         decoder_labels: torch.Tensor,
+        masked: torch.Tensor | None = None,
+        decoder_masked: torch.Tensor | None = None,
     ) -> StarbucksOutput:
-        """The loss of a batch; all arguments are (batch, length), padded on the right.
+        """The loss of a batch; the arguments are (batch, length), padded on the right, unless another shape is given.
 
         Args:
             input_ids: masked text for the encoder.
@@ -178,12 +180,15 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
             labels: the encoder's masked tokens, -100 elsewhere.
             decoder_input_ids: the more heavily masked copy of the text.
             decoder_labels: the copy's masked tokens, -100 elsewhere.
+            masked: (masked tokens,), the places in `labels`, flattened, that are not -100. Found if not given, which
+                waits for a GPU.
+            decoder_masked: the same for `decoder_labels`.
         """
         ladder = self.ladder
         layers = sorted({size.num_layers for size in ladder})
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         states = dict(zip(layers, self.encoder.token_states(layers, inputs), strict=True))
-        masked = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+        masked = find_masked(labels) if masked is None else masked
         words, first = [], []
         for n, d in ladder:
             state = states[n][..., :d]
@@ -191,7 +196,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
             first.append(self.head.transform(state[:, 0]))
         mlm = labels.flatten()[masked]
         decoded = self._decode(torch.cat(first), decoder_input_ids, attention_mask, len(ladder))
-        masked = decoder_labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+        masked = find_masked(decoder_labels) if decoder_masked is None else decoder_masked
         mae = decoder_labels.flatten()[masked]
         copies = self.head.transform(decoded.unflatten(0, (len(ladder), -1)).flatten(1, 2)[:, masked].flatten(0, 1))
         return self._loss(torch.cat((*words, copies)), mlm, mae, len(ladder))
@@ -237,6 +242,11 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
             for part in values.split(counts)
         ]
         return StarbucksOutput(loss, *parts)
+
+
+def find_masked(labels: torch.Tensor) -> torch.Tensor:
+    """The places of flattened labels that are not -100."""
+    return labels.flatten().ne(IGNORED).nonzero().squeeze(1)
 
 
 def _fill_head(head: MaskedLanguageHead, weights: dict | None, encoder: TwoDMSEModel) -> MaskedLanguageHead:

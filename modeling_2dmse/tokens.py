@@ -79,20 +79,40 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(np.concatenate([part.ids for part in parts]), starts, types, parts[0].pad_id)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
-    """Tokenize texts, truncated to `max_length` tokens.
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, second: Sequence[str] | None = None
+) -> Tokens:
+    """Tokenize texts, or pairs of them with the texts of `second`, truncated to `max_length` tokens.
 
     A text without any token (an empty one, if the tokenizer adds no special tokens) becomes one padding token, so that
     it has an embedding, the same in every batch.
     """
     pad_id = tokenizer.pad_token_id or 0
     if not tokenizer.is_fast:
-        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
+        others = None if second is None else list(second)
+        encoded = tokenizer(list(texts), others, truncation=True, max_length=max_length, padding=False)
         return _flatten(encoded["input_ids"], encoded.get("token_type_ids"), pad_id)
-    backend, has_types = _backend(tokenizer, max_length)
-    encodings = backend.encode_batch_fast(list(texts))
+    backend, has_types = _backend(tokenizer, max_length, second is not None)
+    encodings = backend.encode_batch_fast(list(texts if second is None else zip(texts, second, strict=True)))
     types = [encoding.type_ids for encoding in encodings] if has_types else None
     return _flatten([encoding.ids for encoding in encodings], types, pad_id)
+
+
+def tokenize_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tokens, np.ndarray]:
+    """Tokenize whole texts with a fast tokenizer, without special tokens.
+
+    Returns:
+        The tokens, of which a text may have none; and (tokens,), int64, the number of each token's word in its text, -1
+        for a token of no word.
+    """
+    backend, _ = _backend(tokenizer, None)
+    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    ids, words = [encoding.ids for encoding in encodings], [encoding.word_ids for encoding in encodings]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    numbers = (-1 if word is None else word for word in itertools.chain.from_iterable(words))
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=starts[-1])
+    found = np.fromiter(numbers, dtype=np.int64, count=starts[-1])
+    return Tokens(tokens, starts, None, tokenizer.pad_token_id or 0), found
 
 
 # A tokenizer's own settings are never changed: they would be saved with it, and another thread may be using them.
@@ -100,19 +120,22 @@ _backends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int):
-    """A copy of a fast tokenizer that truncates to `max_length`, and whether its token types are other than 0."""
+def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int | None, pairs: bool = False):
+    """A copy of a fast tokenizer that truncates to `max_length`, if any, and whether its token types are other than 0
+    for texts, or for pairs of texts."""
     side = tokenizer.truncation_side
-    key = (max_length, side, len(tokenizer))
+    key = (max_length, side, len(tokenizer), pairs)
     with _lock:
         known = _backends.setdefault(tokenizer, {})
         if key not in known:
             # Through its JSON, as if it were saved and loaded.
             backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
             backend.no_padding()
-            backend.enable_truncation(max_length, direction=side)
+            backend.no_truncation()
+            if max_length is not None:
+                backend.enable_truncation(max_length, direction=side)
             types = "token_type_ids" in tokenizer.model_input_names
-            known[key] = backend, types and any(backend.encode("a").type_ids)
+            known[key] = backend, types and any(backend.encode("a", "a" if pairs else None).type_ids)
         return known[key]
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 
 BENCHMARKS = (
     "train",
@@ -48,6 +48,7 @@ class BenchmarkArguments:
     profile: bool = field(
         default=False, metadata={"help": "Save a table of the operations that take the time of train or encode."}
     )
+    trust_remote_code: bool = remote_code.trust_flag()
 
 
 def main(argv=None) -> None:
@@ -59,11 +60,11 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((BenchmarkArguments,), usage=f"%(prog)s {known} [--flag value ...]").parse(argv)
         check(name, args)
 
-        from run_scripts.benchmarks.registry import MEASURES, environment
+        from run_scripts.benchmarks.registry import chosen, environment
         from run_scripts.shared import output
 
         rows = []
-        for measure in MEASURES.values() if name == "all" else [MEASURES[name]]:
+        for measure in chosen(name):
             rows += measure(args)
             # After each, so that a long run that is stopped leaves what it has measured.
             os.makedirs(args.output_dir, exist_ok=True)

@@ -18,6 +18,7 @@ from modeling_2dmse.packing import Packing
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
+from .compiling import compile_layers
 from .data import check_table, texts_to_fit
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
@@ -135,6 +136,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         )
         shard_by_layers(self.accelerator, self.encoder)
         self._check_launch()
+        if args.torch_compile:
+            compile_layers(self.accelerator, self.encoder, str(args.torch_compile_backend), args.torch_compile_mode)
 
     def _prepare_projections(self, model: PreTrainedModel, args: TwoDMSETrainingArguments) -> None:
         """Add exit projections, if the arguments ask for them and the model has none."""
@@ -285,8 +288,6 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         lengths, targets = inputs.pop("lengths", None), inputs.pop("targets", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
-        if self.args.torch_compile:
-            lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
         return inputs, lengths, rows, self.objective.plan(self._step_generator()), targets
 
     def evaluate(

@@ -34,7 +34,9 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
         args: the benchmark's arguments.
         texts: their embeddings are the centres of the million vectors.
     """
-    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(
+        models.load_encoder(args.model_name_or_path, args.sizes, trust_remote_code=args.trust_remote_code)
+    )
     centres = model.encode(texts, max_length=args.max_length)
     funnels = {text: parse_stages(text) for text in FUNNELS}
     prefixes = {(s[0].dim, s[0].precision) for s in funnels.values() if s[0].precision != "approximate"}
@@ -56,7 +58,9 @@ def funnel_cost(args, texts: list[str]) -> list[dict]:
 
 def funnel_quality(args, tasks: list[RetrievalData]) -> list[dict]:
     """nDCG@10 of funnels over that of exact search at the full width, on each task."""
-    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(
+        models.load_encoder(args.model_name_or_path, args.sizes, trust_remote_code=args.trust_remote_code)
+    )
     return [line for task in tasks for line in _judge(model, task, args.max_length)]
 
 

@@ -4,7 +4,6 @@ import itertools
 from functools import partial
 
 from modeling_2dmse import parse_ladder
-from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds
 from trainer.evaluation import RetrievalData, StsData, evaluate_tasks, grid_sizes, main_scores
@@ -17,8 +16,7 @@ def grid_cost(args, tasks: list[StsData | RetrievalData]) -> list[dict]:
     """Ratios of time: ours for all cells over ours for the largest, and theirs for all cells over ours."""
     peers.check_installed()
     tasks = [_part(task) for task in tasks]
-    name = models.resolve_model(args.model_name_or_path)
-    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    model, peer = peers.load_both(args)
     grid = grid_sizes(model.num_layers, [size.dim for size in parse_ladder(args.sizes)])
     options = {"max_length": args.max_length, "show_progress_bar": False, "batch_size": 32}
     ours = partial(evaluate_tasks, model, tasks, **options)

@@ -24,7 +24,9 @@ def growth_cost(args) -> list[dict]:
 
     The ratio of a row is the time at the largest value of the quantity over the time at its smallest.
     """
-    model = models.to_device(models.load_encoder(args.model_name_or_path, args.sizes))
+    model = models.to_device(
+        models.load_encoder(args.model_name_or_path, args.sizes, trust_remote_code=args.trust_remote_code)
+    )
     layers, width = model.num_layers, model.config.hidden_size
     base = BASE | {"layers": layers, "dims": width}
     dims = sorted({width >> i for i in range(4)} | {size.dim for size in model.config.ladder})

@@ -17,11 +17,13 @@ EXAMPLES, CHUNK, LENGTH = 2048, 64, 32
 QUERIES, DOCUMENTS, DIM = 128, 1024, 768
 
 
-def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
+def memory_cost(name_or_path: str, sizes: list[str], runs: int, trust_remote_code: bool = False) -> list[dict]:
     """Peak memory and time of a cached step on 2,048 triplets, and peak memory of the loss without a model."""
-    peaks = {side: in_a_fresh_process(_measure_peak, side, name_or_path, sizes) for side in ("cached", "plain")}
+    model = name_or_path, sizes, trust_remote_code
+    # First here, where a model that cannot be loaded is an error in one line.
+    cached, plain = (make_step(side, *model) for side in ("cached", "plain"))
+    peaks = {side: in_a_fresh_process(_measure_peak, side, *model) for side in ("cached", "plain")}
     print(f"peak: cached {peaks['cached']:.2f} GB, plain {peaks['plain']:.2f} GB", flush=True)
-    cached, plain = (make_step(side, name_or_path, sizes) for side in ("cached", "plain"))
     plain(0)  # the first step allocates memory and starts threads
     sides = {
         "cached": lambda: seconds(lambda: cached(0)),
@@ -37,13 +39,13 @@ def memory_cost(name_or_path: str, sizes: list[str], runs: int) -> list[dict]:
     ]
 
 
-def make_step(side: str, name_or_path: str, sizes: list[str]):
+def make_step(side: str, name_or_path: str, sizes: list[str], trust_remote_code: bool = False):
     """A function of the batch's number that runs forward and backward of 2,048 triplets in chunks, or of 64 at once.
 
     Args:
         side: `cached` or `plain`.
     """
-    model = models.load_encoder(name_or_path, sizes)
+    model = models.load_encoder(name_or_path, sizes, trust_remote_code=trust_remote_code)
     texts = {name: ["some words"] * CHUNK for name in ("anchor", "positive", "negative")}
     args = TwoDMSETrainingArguments(
         output_dir=tempfile.gettempdir(),
@@ -79,8 +81,8 @@ def loss_memory() -> int:
     return allocated_at_peak(lambda: plan_loss(plan, states, rows, "infonce")[0].backward()) - states.nbytes
 
 
-def _measure_peak(side: str, name_or_path: str, sizes: list[str], pipe) -> None:
-    step = make_step(side, name_or_path, sizes)
+def _measure_peak(side: str, name_or_path: str, sizes: list[str], trust_remote_code: bool, pipe) -> None:
+    step = make_step(side, name_or_path, sizes, trust_remote_code)
     for _ in range(1 if side == "cached" else 2):
         step(0)
     pipe.send(peak_memory())

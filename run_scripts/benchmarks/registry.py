@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,20 +66,35 @@ def _funnel_quality(args) -> list[dict]:
     return funnel_quality(args, [task for task in read_tasks(args) if isinstance(task, RetrievalData)])
 
 
+def _gpu(args) -> list[dict]:
+    if not torch.cuda.is_available():
+        raise ValueError("benchmark: gpu needs a CUDA GPU, which this machine does not have; host needs none")
+    return gpu_cost(args, sources_of(args, read_texts(args), read_tasks(args)), read_rows(args))
+
+
 MEASURES = {
     "train": lambda args: train_cost(args, read_rows(args)),
     "encode": _encode,
     "grid": lambda args: grid_cost(args, read_tasks(args)),
     "startup": startup_cost,
     "smae": lambda args: smae_cost(args.sizes, args.runs),
-    "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs),
+    "memory": lambda args: memory_cost(args.model_name_or_path, args.sizes, args.runs, args.trust_remote_code),
     "growth": growth_cost,
     "funnel": lambda args: funnel_cost(args, read_texts(args)),
     "funnel-quality": _funnel_quality,
-    "gpu": lambda args: gpu_cost(args, sources_of(args, read_texts(args), read_tasks(args)), read_rows(args)),
-    "host": lambda args: host_cost(args, read_texts(args), read_rows(args).select(range(50 * 128))),
+    "gpu": _gpu,
+    "host": lambda args: host_cost(args, read_texts(args), read_rows(args)),
     "m3": lambda args: m3_cost(args.runs),
 }
+
+
+def chosen(name: str) -> list[Callable[..., list[dict]]]:
+    """What a name measures: one of MEASURES, or `all` that this machine can measure."""
+    if name != "all":
+        return [MEASURES[name]]
+    if not torch.cuda.is_available():
+        print("gpu is left out: this machine does not have a CUDA GPU", flush=True)
+    return [measure for name, measure in MEASURES.items() if name != "gpu" or torch.cuda.is_available()]
 
 
 def environment() -> dict:

@@ -10,19 +10,20 @@ from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 from run_scripts.shared.measure import in_turn, row, seconds
 
-OURS = "from modeling_2dmse import TwoDMSEModel as Model; Model.from_pretrained({!r}).encode('a short text')"
-THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model({!r}).encode('a short text')"
+OURS = "from modeling_2dmse import TwoDMSEModel as Model; Model.from_pretrained({!r}, {}).encode('a short text')"
+THEIRS = "from sentence_transformers import SentenceTransformer as Model; Model({!r}, {}).encode('a short text')"
 
 
 def startup_cost(args) -> list[dict]:
     """Time that a new process takes, ours over that of sentence-transformers."""
     peers.check_installed()
-    name = models.resolve_model(args.model_name_or_path)
+    name, trust = models.resolve_model(args.model_name_or_path), args.trust_remote_code
+    flag = f"trust_remote_code={trust}"
     with tempfile.TemporaryDirectory() as folder:
-        models.load_encoder(name, args.sizes).save_pretrained(folder)
+        models.load_encoder(name, args.sizes, trust_remote_code=trust).save_pretrained(folder)
         sides = {
-            "ours": partial(seconds, partial(_run, OURS.format(folder))),
-            "theirs": partial(seconds, partial(_run, THEIRS.format(name))),
+            "ours": partial(seconds, partial(_run, OURS.format(folder, flag))),
+            "theirs": partial(seconds, partial(_run, THEIRS.format(name, flag))),
         }
         in_turn(1, sides)  # the first call reads from the disk
         taken = in_turn(args.runs, sides)

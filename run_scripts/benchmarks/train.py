@@ -40,9 +40,9 @@ def train_cost(args, rows: Dataset) -> list[dict]:
         rows: a checked table of texts without scores.
     """
     peers.check_installed()
-    name, columns = models.resolve_model(args.model_name_or_path), text_columns(rows)
+    columns = text_columns(rows)
     head = rows.select(range(BATCH))[:]
-    model, peer = models.to_device(models.load_encoder(name, args.sizes)), peers.load_peer(name, args.max_length)
+    model, peer = peers.load_both(args)
     peers.check_same_embeddings(model, peer, head[columns[0]], parse_ladder(args.sizes))
     peers.check_same_loss(model, peer, {column: head[column] for column in columns})
     if args.profile:
@@ -128,7 +128,7 @@ def ours(
     args, rows: Dataset, clock: TrainerCallback, batch: int = BATCH, sizes=None, unlabeled: bool = False, **options
 ) -> Trainer:
     rows = _part(rows, batch)
-    model = models.load_encoder(args.model_name_or_path, sizes or args.sizes)
+    model = models.load_encoder(args.model_name_or_path, sizes or args.sizes, trust_remote_code=args.trust_remote_code)
     arguments = TwoDMSETrainingArguments(
         **_shared(batch), sizes=sizes or args.sizes, max_length=args.max_length, **options
     )
@@ -144,7 +144,7 @@ def theirs(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
 
-    peer = peers.load_peer(models.resolve_model(args.model_name_or_path), args.max_length)
+    peer = peers.load_peer(models.resolve_model(args.model_name_or_path), args.max_length, args.trust_remote_code)
     each = {"n_layers_per_step": -1, "n_dims_per_step": -1} if whole else {}
     dims = sorted({size.dim for size in parse_ladder(args.sizes)}, reverse=True)
     loss = MultipleNegativesRankingLoss(peer)

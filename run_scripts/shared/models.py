@@ -6,7 +6,7 @@ import os
 import zlib
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, dynamic_module_utils
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, dynamic_module_utils
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
 from run_scripts.shared import checks, remote_code
@@ -55,6 +55,13 @@ def _load_encoder(name_or_path: str, sizes, pooling: str | None, **kwargs) -> Tw
             raise ValueError(f"pooling: {pooling} is not what {name_or_path} was trained with ({model.config.pooling})")
         return model
     return TwoDMSEModel.from_backbone(name_or_path, sizes=sizes, pooling=pooling, **kwargs)
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights."""
+    name_or_path = resolve_model(name_or_path)
+    with remote_code.named(name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
 
 
 def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:

@@ -2,10 +2,12 @@
 
 import copy
 import importlib.util
+from typing import Any
 
 import torch
 
 from modeling_2dmse import Size, TwoDMSEModel
+from run_scripts.shared import models
 from trainer.losses import Rows, base_loss
 
 # The largest difference of two embeddings or losses that rounding can cause.
@@ -25,6 +27,13 @@ def load_peer(folder: str, max_length: int, trust_remote_code: bool = False):
     peer = SentenceTransformer(folder, trust_remote_code=trust_remote_code)
     peer.max_seq_length = max_length
     return peer
+
+
+def load_both(args) -> tuple[TwoDMSEModel, Any]:
+    """The model that a benchmark's arguments name, as an elastic model and as a SentenceTransformer."""
+    name, trust = models.resolve_model(args.model_name_or_path), args.trust_remote_code
+    model = models.to_device(models.load_encoder(name, args.sizes, trust_remote_code=trust))
+    return model, load_peer(name, args.max_length, trust)
 
 
 def cut_layers(peer, num_layers: int):

@@ -6,10 +6,13 @@ import json
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark
-from run_scripts.benchmarks import encode, funnel, grid, m3, memory, smae, train
+from run_scripts.benchmarks import encode, funnel, gpu, grid, m3, memory, registry, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 from run_scripts.shared import cli, models, peer
 
@@ -91,6 +94,57 @@ def test_training_is_measured_on_both_sides(monkeypatch, tmp_path):
     assert {"train.projections_cost", "train.recipe_cost", "train.unlabeled_cost", "train.ladder_cost"} <= set(rows)
     assert all(line["ratio"] > 0 for line in rows.values())
     assert "addmm" in (tmp_path / "out" / "profile-train.txt").read_text()
+
+
+def test_every_row_of_a_gpu_is_measured_with_a_tiny_model(monkeypatch):
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    constants = {"SHAPE": shape, "SIZES": ["1x8", "3x16"], "DENSE": (2, 16)}
+    for name, value in (constants | {"PEER_BATCHES": (2, 4), "TRAIN_BATCHES": (2, 4)}).items():
+        monkeypatch.setattr(gpu, name, value)
+    for name, value in {"WARM_UP": 1, "STEPS": 2}.items():
+        monkeypatch.setattr(train, name, value)
+    args = benchmark.BenchmarkArguments(runs=2)
+    rows = Dataset.from_dict({name: [f"{texts[i % 2]} {i}" for i in range(12)] for name, texts in COLUMNS.items()})
+    sources = {"sentences": COLUMNS["positive"] * 4, "documents": [" ".join(COLUMNS["negative"]) * 5] * 5}
+    lines = {line["id"]: line for line in gpu.gpu_cost(args, sources, rows)}
+    names = ("encode.limit", "encode", "depth", "busy")
+    expected = {f"gpu.{name}.{source}" for name in names for source in sources}
+    names = ("train.one_size", "train.every_cell", "ladder_cost", "busy.train")
+    assert set(lines) == expected | {f"gpu.{name}.{batch}" for name in names for batch in (2, 4)}
+    assert all(line["min"] > 0 for name, line in lines.items() if ".busy." not in name)
+    assert lines["gpu.encode.limit.documents"]["target"] == ">= 0.7"
+    assert set(lines["gpu.encode.sentences"]["seconds"]) == {"ours", "theirs 2", "theirs 4"}
+    assert len(lines["gpu.train.one_size.4"]["samples_per_second"]) == 4
+    assert args == benchmark.BenchmarkArguments(runs=2), "the next benchmark gets the same arguments"
+
+
+def test_only_kernels_count_as_computing():
+    def event(name, start, end, device=DeviceType.CUDA, annotation=False):
+        return FunctionEvent(1, name, 0, start, end, device_type=device, is_user_annotation=annotation)
+
+    events = [
+        event("gemm", 1e6, 3e6),
+        event("softmax", 2e6, 4e6),  # on another stream
+        event("add", 2.5e6, 2.6e6),
+        event("gelu", 6e6, 6.5e6),
+        event("Memcpy HtoD (Pinned -> Device)", 7e6, 8e6),
+        event("Memset (Device)", 7e6, 8e6),
+        event("Optimizer.step", 0, 9e6, annotation=True),
+        event("cudaLaunchKernel", 0, 9e6, device=DeviceType.CPU),
+    ]
+    assert gpu.computing(events) == 3.5
+    assert gpu.computing([]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_without_a_gpu_its_benchmark_is_refused_and_left_out(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["gpu", "--output_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "benchmark: gpu needs a CUDA GPU, which this machine does not have; host needs none" in error
+    assert not (tmp_path / "out").exists()
+    assert len(registry.chosen("all")) == len(benchmark.BENCHMARKS) - 1
+    assert "gpu is left out" in capsys.readouterr().out
 
 
 def test_the_best_precision_keeps_the_scores(monkeypatch, tmp_path):

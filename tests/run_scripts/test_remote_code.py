@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 from modeling_mrl import MatryoshkaForSequenceClassification
 from retrieval import FunnelIndex
 from run_scripts import (
+    benchmark,
     classify,
     encode,
     evaluate,
@@ -34,6 +35,7 @@ from run_scripts import (
     search,
     train_m3,
 )
+from run_scripts.benchmarks import host
 from run_scripts.shared import models  # noqa: F401, it must be imported before a test changes the time limit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +135,14 @@ def pictures(folder: Path) -> str:
 MODEL, OUT = "--model_name_or_path", "--output_dir"
 # The fixture of the model, the script, and its flags besides the model and the output folder.
 CASES = {
+    "benchmark encode": ("elastic", benchmark.main, lambda f: ["encode", "--texts", texts(f)]),
+    "benchmark host": (
+        "elastic",
+        benchmark.main,
+        lambda f: ["host", "--texts", texts(f), "--train_file", table(f, "anchor", "positive")],
+    ),
+    "benchmark memory": ("elastic", benchmark.main, lambda f: ["memory", "--sizes", *LADDER]),
+    "benchmark startup": ("elastic", benchmark.main, lambda f: ["startup"]),
     "encode": ("elastic", encode.main, lambda f: ["--input", texts(f)]),
     "evaluate": ("elastic", evaluate.main, lambda f: ["--sts_files", table(f, "sentence1", "sentence2", "score")]),
     "export": ("elastic", export.main, lambda f: []),
@@ -169,8 +179,8 @@ CASES = {
         lambda f: ["--train_dir", pictures(f), "--test_dir", str(f / "pictures")],
     ),
 }
-# These read the type of the model themselves, and refuse it before any code could be run.
-ONLY_TOKENIZER = ("classify fit-cascade", "classify eval")
+# These read the type of the model themselves, and refuse it before any code could be run, or load only the tokenizer.
+ONLY_TOKENIZER = ("benchmark host", "classify fit-cascade", "classify eval")
 PARAMETERS = [
     (name, kind)
     for name, (fixture, *_) in CASES.items()
@@ -203,6 +213,16 @@ def test_code_of_the_folder_is_refused_in_one_line(name, kind, request, tmp_path
     assert not marker.exists()
     assert answers.tell() == 0, "a load has read standard input"
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_benchmark_runs_the_code_with_the_flag(elastic, tmp_path, monkeypatch):
+    marker = add_code(elastic, "tokenizer")
+    monkeypatch.setattr(host, "TRIPLETS", 4)
+    words = ["host", "--texts", texts(tmp_path), "--train_file", table(tmp_path, "anchor", "positive"), "--runs", "1"]
+    benchmark.main([*words, MODEL, str(elastic), OUT, str(tmp_path / "out"), "--trust_remote_code", "true"])
+    assert marker.exists()
+    rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert [line["id"] for line in rows] == ["host.encode", "host.train", "host.train.again"]
 
 
 def test_such_a_folder_is_asked_about_without_the_word(elastic, monkeypatch):

@@ -119,8 +119,9 @@ def encode_conversation(
     opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not opened, return_offsets_mapping=True)
     ids = torch.tensor(encoded["input_ids"][:max_length])
-    stops = [stop for _, stop in encoded["offset_mapping"][:max_length]]
-    spoken = torch.tensor([any(first < stop <= last for first, last in spans) for stop in stops])
+    stops = torch.tensor([stop for _, stop in encoded["offset_mapping"][:max_length]])[:, None]
+    first, last = torch.tensor(spans, dtype=torch.long).reshape(-1, 2).T
+    spoken = ((stops > first) & (stops <= last)).any(dim=1)
     labels = ids.masked_fill(~spoken, IGNORED)
     found = int((ids == processor.image_token_id).sum())
     if found != num_images:

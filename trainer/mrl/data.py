@@ -12,6 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from modeling_2dmse.tokens import tokenize
+
 from ..shared.tables import check_texts, read_table
 
 # The file in a classifier's folder with the rows that it was trained on and its cascade was fitted on: 64-bit hashes.
@@ -138,10 +140,8 @@ class TextCollator:
         self.tokenizer, self.columns, self.max_length = tokenizer, list(columns), max_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        texts = [[row[name] for row in rows] for name in self.columns]
-        batch = self.tokenizer(
-            *texts, truncation=True, max_length=self.max_length, padding=True, padding_side="right", return_tensors="pt"
-        )
+        first, *second = ([row[name] for row in rows] for name in self.columns)
+        batch = tokenize(self.tokenizer, first, self.max_length, *second).padded()
         return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
 
 

@@ -1,12 +1,12 @@
 """Texts for pre-training: packing them into blocks of equal length, and endless streams."""
 
-import itertools
-from collections.abc import Iterable
-
+import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .masking import special_tokens_around, tokenize_words
+from modeling_2dmse.tokens import tokenize_words
+
+from .masking import special_tokens_around
 
 
 def pack(
@@ -58,17 +58,14 @@ def _add_position(row: dict, position: int) -> dict:
 
 
 def _pack_texts(batch: dict, tokenizer, room: int, joint: list[int]) -> dict:
-    rows = tokenize_words(tokenizer, batch["text"])
-    ids = list(_joined([row["input_ids"] for row in rows], joint))
-    words = list(_joined([row["words"] for row in rows], [-1] * len(joint)))
+    tokens, numbers = tokenize_words(tokenizer, batch["text"])
+    # The joint comes before every text except the first.
+    places = np.repeat(tokens.starts[1:-1], len(joint))
+    ids = np.insert(tokens.ids, places, np.tile(joint, len(tokens) - 1))
+    words = np.insert(numbers, places, -1)
     # The tokens at the end that do not fill a block become a shorter block: no text is lost.
     starts = range(0, len(ids), room)
     return {
         "input_ids": [ids[start : start + room] for start in starts],
         "words": [words[start : start + room] for start in starts],
     }
-
-
-def _joined(parts: list[list[int]], joint: list[int]) -> Iterable[int]:
-    pairs = zip(parts, [*([joint] * (len(parts) - 1)), []], strict=True)
-    return itertools.chain.from_iterable(itertools.chain(part, end) for part, end in pairs)

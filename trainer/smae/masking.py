@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_2dmse.tokens import tokenize_words
+
 # Label of a token that is not predicted.
 IGNORED = -100
 # Fractions of the chosen tokens that become the mask token or a random one; the rest stay (BERT, section 3.1).
@@ -115,18 +117,16 @@ class MaskingCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.epoch = 0
         self.hides_all = False
-        special = set(tokenizer.all_special_ids)
-        self.replacements = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        self.is_special[tokenizer.all_special_ids] = True
+        self.replacements = torch.from_numpy(np.flatnonzero(~self.is_special))
         self.before, self.after = special_tokens_around(tokenizer)
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        rows = tokenize_words(self.tokenizer, [e["text"] for e in examples]) if "text" in examples[0] else examples
-        ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
-        words = [np.asarray(row["words"], dtype=np.int64) for row in rows]
-        key = [examples[0].get("position", 0), zlib.crc32(np.concatenate(ids).tobytes())]
+        ids, words, lengths = self._flat(examples)
+        key = [examples[0].get("position", 0), zlib.crc32(ids.tobytes())]
         rng = np.random.default_rng([self.seed, self.process_index, self.epoch, *key])
-        ids, words = self._crop(ids, words, rng)
-        tokens, numbers, attention = self._pad(ids, words)
+        tokens, numbers, attention = self._pad(*self._crop(ids, words, lengths, rng))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         encoder, decoder = (torch.from_numpy(mask) for mask in self.masks(numbers, rng))
         input_ids, labels = self._hide(tokens, encoder, generator)
@@ -137,27 +137,46 @@ class MaskingCollator:
             "labels": labels,
             "decoder_input_ids": decoder_input_ids,
             "decoder_labels": decoder_labels,
+            "masked": encoder.flatten().nonzero().squeeze(1),
+            "decoder_masked": decoder.flatten().nonzero().squeeze(1),
         }
 
-    def _crop(self, ids, words, rng):
-        room = self.max_length - len(self.before) - len(self.after)
-        starts = [int(rng.integers(len(row) - room + 1)) if len(row) > room else 0 for row in ids]
-        cut = [slice(start, start + room) for start in starts]
-        return [row[c] for row, c in zip(ids, cut, strict=True)], [row[c] for row, c in zip(words, cut, strict=True)]
+    def _flat(self, examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and word numbers, (tokens,), and lengths, (texts,)."""
+        if "text" in examples[0]:
+            tokens, words = tokenize_words(self.tokenizer, [example["text"] for example in examples])
+            return tokens.ids, words, tokens.lengths
+        rows, numbers = (
+            [np.asarray(example[name], dtype=np.int64) for example in examples] for name in ("input_ids", "words")
+        )
+        return np.concatenate(rows), np.concatenate(numbers), np.array([len(row) for row in rows])
 
-    def _pad(self, ids, words) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+    def _crop(self, ids, words, lengths, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        room = self.max_length - len(self.before) - len(self.after)
+        long = np.flatnonzero(lengths > room)
+        if not len(long):
+            return ids, words, lengths
+        first = np.cumsum(lengths) - lengths
+        kept = np.minimum(lengths, room)
+        # Drawn one by one: a draw of all at once would use other random numbers.
+        first[long] += [int(rng.integers(lengths[row] - room + 1)) for row in long]
+        index = np.arange(kept.sum()) + np.repeat(first - (np.cumsum(kept) - kept), kept)
+        return ids[index], words[index], kept
+
+    def _pad(self, ids, words, lengths) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
         first, around = len(self.before), len(self.before) + len(self.after)
-        width = max(len(row) for row in ids) + around
+        width = int(lengths.max()) + around
         width += -width % self.pad_to_multiple_of
         width = min(width, self.max_length)
-        tokens = np.full((len(ids), width), self.tokenizer.pad_token_id, dtype=np.int64)
-        numbers, attention = np.full(tokens.shape, -1, dtype=np.int64), np.zeros(tokens.shape, dtype=np.int64)
-        special = np.asarray(self.tokenizer.all_special_ids)
-        for row, (text, word) in enumerate(zip(ids, words, strict=True)):
-            end = len(text) + around
-            tokens[row, :end] = np.concatenate((self.before, text, self.after))
-            numbers[row, first : first + len(text)] = np.where(np.isin(text, special), -1, word)
-            attention[row, :end] = 1
+        tokens = np.full((len(lengths), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        numbers, columns = np.full(tokens.shape, -1, dtype=np.int64), np.arange(width)[None]
+        inside = (columns >= first) & (columns < first + lengths[:, None])
+        tokens[:, :first] = self.before
+        tokens[inside] = ids
+        numbers[inside] = np.where(self.is_special[ids], -1, words)
+        ends = first + lengths[:, None] + np.arange(len(self.after))[None]
+        tokens[np.arange(len(lengths))[:, None], ends] = self.after
+        attention = (columns < around + lengths[:, None]).astype(np.int64)
         return torch.from_numpy(tokens), numbers, torch.from_numpy(attention)
 
     def _hide(self, tokens: torch.Tensor, mask: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,13 +195,3 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
-
-
-def tokenize_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[dict]:
-    """For each text, its "input_ids" without special tokens and "words", the number of each token's word."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    rows = []
-    for index, ids in enumerate(encoded["input_ids"]):
-        words = [-1 if word is None else word for word in encoded.word_ids(index)]
-        rows.append({"input_ids": ids, "words": words})
-    return rows

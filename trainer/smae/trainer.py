@@ -65,6 +65,7 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
                 raise ValueError("max_steps: a stream has no length; name the optimizer steps with --max_steps")
             # Batches of different lengths cannot be dispatched. (The arguments have made it an AcceleratorConfig.)
             cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
+        train_dataset, eval_dataset = (as_arrays(table) for table in (train_dataset, eval_dataset))
         if eval_dataset is None:
             args.eval_strategy = "no"
         self.stop_signals = StopSignals()
@@ -138,3 +139,8 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes."""
         return self.accelerator.reduce(value.float().to(self.args.device), "sum").double().cpu()
+
+
+def as_arrays(table):
+    """A table of blocks whose rows are read as arrays instead of lists of numbers; any other table as it is."""
+    return table.with_format("numpy") if table is not None and "input_ids" in (table.column_names or ()) else table

@@ -4,12 +4,13 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pytest
 from conftest import SENTENCES
 
+from modeling_2dmse.tokens import tokenize_words
 from trainer.shared.texts import read_corpus
 from trainer.smae.corpus import endless, pack
-from trainer.smae.masking import tokenize_words
 from trainer.unlabeled import read_unlabeled_texts
 
 
@@ -40,8 +41,9 @@ def test_every_format_gives_its_texts_of_three_words(tmp_path, suffix, streaming
 @pytest.mark.parametrize("streaming", [False, True])
 def test_packing_loses_no_token_and_fills_the_blocks(tmp_path, tokenizer, streaming):
     table = read_corpus(str(_write(tmp_path, ".txt")), "text", streaming)
-    rows = tokenize_words(tokenizer, [row["text"] for row in table])
-    joined = [token for row in rows for token in [*row["input_ids"], tokenizer.sep_token_id]][:-1]
+    tokens, _ = tokenize_words(tokenizer, [row["text"] for row in table])
+    rows = np.split(tokens.ids, tokens.starts[1:-1])
+    joined = [token for row in rows for token in [*row.tolist(), tokenizer.sep_token_id]][:-1]
     blocks = list(pack(table, tokenizer, 16))
     assert [token for block in blocks for token in block["input_ids"]] == joined
     assert {len(block["input_ids"]) for block in blocks[:-1]} == {14}

@@ -1,13 +1,18 @@
 """Whole-word masks: their rates, tokens that are never masked, and reproducibility."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
-from trainer.smae.masking import IGNORED, MaskingCollator, WholeWordMasks, tokenize_words
+from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding, find_masked
+from modeling_2dmse.tokens import tokenize_words
+from trainer.smae.masking import IGNORED, MaskingCollator, WholeWordMasks, special_tokens_around
 
 TEXTS = [" ".join(SENTENCES[start : start + 3]) for start in range(len(SENTENCES))] * 40  # about 20,000 words
 
@@ -113,7 +118,7 @@ def test_masks_depend_on_seed_process_epoch_and_batch(tokenizer):
 
 def test_long_texts_are_cropped_at_random_positions(tokenizer):
     text = " ".join(SENTENCES)
-    whole = tokenize_words(tokenizer, [text])[0]["input_ids"]
+    whole = tokenize_words(tokenizer, [text])[0].ids.tolist()
     collator, seen = MaskingCollator(tokenizer, 16), set()
     for epoch in range(60):
         collator.epoch = epoch
@@ -154,3 +159,80 @@ def test_wrong_tokenizers_are_refused(tokenizer):
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(ValueError, match="puts no special token first"):
         MaskingCollator(bare, 16)
+
+
+def test_words_are_those_of_the_tokenizer(pieces):
+    tokens, words = tokenize_words(pieces, [*TEXTS[:20], "", "one <mask> two"])
+    encoded = pieces([*TEXTS[:20], "", "one <mask> two"], add_special_tokens=False)
+    assert [row.tolist() for row in np.split(tokens.ids, tokens.starts[1:-1])] == encoded["input_ids"]
+    expected = [-1 if word is None else word for row in range(22) for word in encoded.word_ids(row)]
+    assert words.tolist() == expected
+
+
+def row_by_row(tokenizer, rows, max_length, seed):
+    """Tokens, word numbers and attention of a batch, made one row after another."""
+    before, after = special_tokens_around(tokenizer)
+    room, special = max_length - len(before) - len(after), set(tokenizer.all_special_ids)
+    ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
+    rng = np.random.default_rng([seed, 0, 0, 0, zlib.crc32(ids.tobytes())])
+    cut = []
+    for row in rows:
+        longer = len(row["input_ids"]) > room
+        first = int(rng.integers(len(row["input_ids"]) - room + 1)) if longer else 0
+        cut.append([row[name][first : first + room] for name in ("input_ids", "words")])
+    width = max(len(ids) for ids, _ in cut) + len(before) + len(after)
+    width = min(width + -width % 8, max_length)
+    lines = {"tokens": [], "words": [], "attention": []}
+    for ids, words in cut:
+        whole = [*before, *ids, *after]
+        numbers = [-1 if token in special else word for token, word in zip(ids, words, strict=True)]
+        padding = width - len(whole)
+        lines["tokens"].append([*whole, *[tokenizer.pad_token_id] * padding])
+        lines["words"].append([*[-1] * len(before), *numbers, *[-1] * (len(after) + padding)])
+        lines["attention"].append([1] * len(whole) + [0] * padding)
+    return lines, rng
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_a_batch_is_that_of_its_rows_one_by_one(pieces, arrays):
+    encoded = pieces([*TEXTS[:30], *SENTENCES, "one <mask> two"], add_special_tokens=False)
+    rows = [
+        {"input_ids": ids, "words": [-1 if word is None else word for word in encoded.word_ids(row)]}
+        for row, ids in enumerate(encoded["input_ids"])
+    ]
+    assert min(map(len, encoded["input_ids"])) < 20 < max(map(len, encoded["input_ids"])), "some are cropped"
+    expected, rng = row_by_row(pieces, rows, 20, seed=3)
+    given = [{name: np.array(values) for name, values in row.items()} for row in rows] if arrays else rows
+    batch = MaskingCollator(pieces, 20, seed=3)(given)
+    assert batch["attention_mask"].tolist() == expected["attention"]
+    whole = torch.where(batch["decoder_labels"] != IGNORED, batch["decoder_labels"], batch["decoder_input_ids"])
+    assert whole.tolist() == expected["tokens"]
+    rng.integers(2**63)
+    masks = WholeWordMasks(0.2, 0.4)(np.array(expected["words"]), rng)
+    assert np.array_equal(masks[0], (batch["labels"] != IGNORED).numpy())
+    assert np.array_equal(masks[1], (batch["decoder_labels"] != IGNORED).numpy())
+
+
+class Searches(TorchDispatchMode):
+    """Counts searches for values that are not zero: their number is unknown until a GPU has finished."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_search_the_masked_tokens(tokenizer, backbone_path):
+    model = StarbucksForMaskedAutoencoding.from_backbone(backbone_path("bert"), sizes=["1x8", "2x32"]).eval()
+    batch = MaskingCollator(tokenizer, 32)([{"text": text} for text in SENTENCES])
+    assert torch.equal(batch["masked"], find_masked(batch["labels"]))
+    assert torch.equal(batch["decoder_masked"], find_masked(batch["decoder_labels"]))
+    with Searches() as searches:
+        loss = model(**batch).loss
+        loss.backward()
+    assert searches.count == 0
+    with Searches() as searches:
+        found = model(**{name: value for name, value in batch.items() if "masked" not in name}).loss
+    assert searches.count == 2
+    assert torch.equal(loss, found)
