@@ -48,12 +48,14 @@ def main(argv=None) -> None:
         check(args)
 
         from run_scripts.shared import models, output
-        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores
+        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores, name_apart
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
+        tasks = name_apart(tasks, [*(args.sts_files or []), *(args.beir_dirs or [])])
         options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
         model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
+        models.check_max_length(model, args.max_length)
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()
@@ -77,7 +79,8 @@ def check(args: EvaluationArguments) -> None:
     """ValueError for a flag that is not allowed."""
     if not args.sts_files and not args.beir_dirs:
         raise ValueError("sts_files: name something to evaluate on with --sts_files or --beir_dirs")
-    checks.check_at_least("batch_size", args.batch_size, 1)
+    for name in ("batch_size", "max_length"):
+        checks.check_at_least(name, getattr(args, name), 1)
     checks.check_no_results(args.output_dir, args.overwrite)
     if args.cross_sizes and not args.beir_dirs:
         raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
