@@ -68,6 +68,17 @@ def put(name: str, *keys, value) -> Change:
     return change
 
 
+def drop(name: str, key: str) -> Change:
+    """Remove a value of a JSON file."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        del content[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
 def text(name: str, content: str | bytes) -> Change:
     """Replace a file."""
     return lambda folder: (

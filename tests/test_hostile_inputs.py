@@ -1,7 +1,6 @@
 """Damaged files, folders and flags: each ends in exit code 2 and one line on stderr, and nothing on disk changes."""
 
 import functools
-import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import hostile_workspace as h
 import numpy as np
 import pytest
 import torch
-from hostile_workspace import TRAINING, array, both, cut, flip, gone, packed, put, tensors, text
+from hostile_workspace import TRAINING, array, both, cut, drop, flip, gone, packed, put, tensors, text
 
 from run_scripts import (
     build_index,
@@ -207,7 +206,7 @@ CASES = {
     "plain: pooling cut": bad_model("does not load", text("1_Pooling/config.json", "{"), part="plain"),
     "plain: missing": bad_model("the weights lack 1", tensors(lambda w: w.pop(LAYER[9:])), part="plain"),
     "plain: nan": bad_model("are not finite", tensors(lambda w: w[LAYER[9:]].fill_(NAN)), part="plain"),
-    "plain: no layers": bad_model("model_name_or_path: ", put("config.json", "num_hidden_layers", value=0), part="plain"),
+    "plain: no layers": bad_model("list of 0 layers", put("config.json", "num_hidden_layers", value=0), part="plain"),
     **{
         f"{run.__name__.rpartition('.')[2]}: {name}": bad_model("bad", change, run)
         for run in (evaluate, export, plan, mine_negatives, search, push_to_hub, finetune)
@@ -262,7 +261,7 @@ CASES = {
     "pretrain: not UTF-8": bad_corpus("train_file: ", "a.txt", b"one two three four\nt\xff b c d e\n"),
     "pretrain: gz cut": bad_corpus("train_file: ", "a.txt.gz", packed("one two three four\n" * 999, "cut")),
     "pretrain: gz flipped": bad_corpus("train_file: ", "a.txt.gz", packed("one two three four\n" * 99, "flipped")),
-    "pretrain: stream cut": bad_corpus("train_file: ", "a.txt.gz", packed("one two three\n" * 999, "cut"), "--streaming"),
+    "pretrain: stream cut": bad_corpus("train_file: ", "a.txt.gz", packed("a b c\n" * 999, "cut"), "--streaming"),
     "pretrain: stream bytes": bad_corpus("train_file: ", "a.txt", b"t\xff b c d e\n", "--streaming"),
     "unlabeled: not UTF-8": bad_unlabeled("unlabeled_file: ", "a.txt", b"one two three four\nt\xff b c d e\n"),
     "unlabeled: gz cut": bad_unlabeled("unlabeled_file: ", "a.txt.gz", packed("one two three four\n" * 999, "cut")),
@@ -283,11 +282,11 @@ CASES = {
     "beir: no match": bad_beir("has no query", text("qrels/test.tsv", "query-id\tcorpus-id\tscore\nz\td0\t1\n")),
     "beir: no judgement": bad_beir("has no query", text("qrels/test.tsv", "query-id\tcorpus-id\tscore\n")),
     "beir: mined": bad_beir("beir_dir: ", text("corpus.jsonl", '{"_id": "d0", "text": null}'), mine_negatives),
-    "beir: mined, no match": bad_beir("beir_dir: ", text("qrels/test.tsv", "query-id\tcorpus-id\tscore\n"), mine_negatives),
+    "beir: mined, no match": bad_beir(
+        "beir_dir: ", text("qrels/test.tsv", "query-id\tcorpus-id\tscore\n"), mine_negatives),
     "beir: encoded": bad_beir("line 1 is malformed", text("corpus.jsonl", '{"_id": "d0", "text": null}'), encode),
     # indexes and embeddings
-    **{f"index: no {name}": bad_index("index.json is damaged", lambda folder, name=name: (folder / "index.json").write_text(
-        json.dumps({k: v for k, v in json.loads((folder / "index.json").read_text()).items() if k != name})))
+    **{f"index: no {name}": bad_index("index.json is damaged", drop("index.json", name))
        for name in ("count", "width", "files", "prefixes", "model", "graph")},
     **{f"index: cut {name}": bad_index("bad", cut(name)) for name in ("index.json", "vectors.f32", "ids", "id_offsets",
                                                                       "texts.utf8", "graph.faiss", "prefix-8.float32")},
@@ -306,7 +305,7 @@ CASES = {
                                                              array("4x32/00000.npy", np.ones(8, np.float32)))),
     "embeddings: no ids": bad_embeddings("ids", both(gone("done/00000.json"), gone("ids/00000.json"))),
     "embeddings: number ids": bad_embeddings("ids", both(gone("done/00000.json"), text("ids/00000.json", "[1, 2]"))),
-    "embeddings: deep ids": bad_embeddings("cannot be read", both(gone("done/00000.json"), text("ids/00000.json", DEEP))),
+    "embeddings: deep ids": bad_embeddings("read", both(gone("done/00000.json"), text("ids/00000.json", DEEP))),
     "embeddings: rows": bad_embeddings("20 texts instead of 21", put("embeddings.json", "rows", value=21)),
     "embeddings: no shard": bad_embeddings("00002.npy", gone("4x32/00002.npy")),
     # checkpoints
@@ -316,7 +315,7 @@ CASES = {
        for name in ("optimizer.pt", "model.safetensors", "scheduler.pt")},
     **{f"checkpoint: state {value!r}": bad_checkpoint("trainer_state.json is", put(
         "checkpoint-4/trainer_state.json", "global_step", value=value)) for value in (None, "4", 4.5, [])},
-    "checkpoint: state bytes": bad_checkpoint("trainer_state.json is", text("checkpoint-4/trainer_state.json", b"\xff{")),
+    "checkpoint: state bytes": bad_checkpoint("trainer_state.json", text("checkpoint-4/trainer_state.json", b"\xff{")),
     "checkpoint: state list": bad_checkpoint("trainer_state.json is", text("checkpoint-4/trainer_state.json", "[]")),
     # flags
     **{f"flag: finetune {name} {value}": bad_flags(finetune, f"{name}: ", f"--{name}", value) for name, value in (
@@ -342,7 +341,7 @@ CASES = {
         (export, "num_layers", "9"), (export, "dim", "0"), (classify, "max_eval_samples", "-1"),
         (classify, "learning_rate", "nan"), (search, "k", "0"), (search, "k", "-3"))},
     **{f"approximate: {spec}": bad_flags(build_index, "approximate: ", "--approximate", f"8:{spec}")
-       for spec in ("HNSW0", "HNSW1", "HNSW", "HNSW99999", "IVF0,Flat", "IVF999,Flat", "IVF4", "PQ4", "Flat", "", "LSH")},
+       for spec in ("HNSW0", "HNSW1", "HNSW", "HNSW99999", "IVF0,Flat", "IVF999,Flat", "IVF4", "PQ4", "Flat", "")},
     **{f"approximate: dim {dim}": bad_flags(build_index, "approximate: ", "--approximate", f"{dim}:HNSW8")
        for dim in ("0", "-1", "99", "²", "")},
     **{f"prefix: {prefix}": bad_flags(build_index, "prefixes: ", "--prefixes", prefix)
