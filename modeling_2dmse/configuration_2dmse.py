@@ -42,7 +42,7 @@ def parse_size(text: str | Size | tuple[int, int] | list[int]) -> Size:
     """
     if isinstance(text, (tuple, list)) and len(text) == 2:
         text = f"{text[0]}x{text[1]}"
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(text).strip())
+    match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", str(text).strip())
     if not match:
         raise ValueError(
             f"sizes: {str(text)!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
@@ -104,7 +104,8 @@ class TwoDMSEConfig(PreTrainedConfig):
         kwargs: those of `PreTrainedConfig`.
 
     Raises:
-        ValueError: `pooling` or `similarity` is unknown, or the backbone does not have one of the `sizes`.
+        ValueError: `pooling` or `similarity` is unknown, `prompts` are not texts, or the backbone does not have one of
+            the `sizes`.
     """
 
     model_type = "2dmse"
@@ -133,12 +134,15 @@ class TwoDMSEConfig(PreTrainedConfig):
             raise ValueError(f"pooling: {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}")
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity: {similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
+        prompts = {} if prompts is None else prompts
+        if not isinstance(prompts, dict) or not all(isinstance(text, str) for pair in prompts.items() for text in pair):
+            raise ValueError(f"prompts: {prompts!r} is not allowed; use texts by name")
         self.backbone_config = backbone_config
         self.pooling = pooling
         self.num_layers = num_layers if num_layers is not None else backbone_config.num_hidden_layers
         self.hidden_size = backbone_config.hidden_size
         self.dim = dim if dim is not None else self.hidden_size
-        self.prompts = dict(prompts or {})
+        self.prompts = dict(prompts)
         self.default_prompt_name = default_prompt_name
         self.layer_stack = layer_stack
         self.final_norm = final_norm

@@ -1,5 +1,8 @@
 """What `from_pretrained` needs besides transformers: checks of the weights, and arguments for the other files."""
 
+from pathlib import Path
+
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
@@ -24,6 +27,17 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     return backbone
 
 
+def check_stored(name: object, quantized: bool) -> None:
+    """ValueError if the weights in a local folder are whole numbers, which transformers would take for their values."""
+    folder = Path(str(name))
+    for path in sorted(folder.glob("model*.safetensors")) if folder.is_dir() and not quantized else ():
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dictionary
+                kind = file.get_slice(key).get_dtype()
+                if key.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
+                    raise ValueError(f"{name}: the weights of {key} are {kind}, not floating-point numbers")
+
+
 def check_loaded(model: nn.Module, info: dict, name: object, hint: str) -> None:
     """ValueError if `from_pretrained` left tensors without weights, which would be random, or weights without a use.
 
@@ -46,6 +60,7 @@ def check_loaded(model: nn.Module, info: dict, name: object, hint: str) -> None:
 def check_weights(model: nn.Module, name: object) -> None:
     """ValueError that names a parameter which is not finite, or has no floating-point numbers; `name` is the model."""
     quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    check_stored(name, quantized)
     for key, parameter in model.named_parameters():
         if parameter.is_meta or quantized:
             continue

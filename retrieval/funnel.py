@@ -285,7 +285,9 @@ def _append_vectors(
             rows = unit(block[start : start + _ROWS], width or None, count, "embeddings")
             if not width:
                 width = rows.shape[1]
-                check_prefixes([*wanted, *([(approximate[0], "float32")] if approximate else [])], width)
+                check_prefixes(wanted, width)
+                if approximate is not None:
+                    check_prefixes([(approximate[0], "float32")], width, "approximate")
             writer.append(VECTORS, rows)
             for dim, precision in wanted:
                 writer.append(file_of(dim, precision), prefix(rows, dim, precision))

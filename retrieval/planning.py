@@ -1,5 +1,6 @@
 """Which size for which budget: costs of every size on this machine, the Pareto front, and a choice."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class Limits:
         min_score: None for no limit.
 
     Raises:
-        ValueError: a limit on costs is not above 0.
+        ValueError: a limit on costs is not above 0, or a limit is not finite.
     """
 
     max_ms_per_text: float | None = None
@@ -54,8 +55,10 @@ class Limits:
     def __post_init__(self):
         for name in ("max_ms_per_text", "max_bytes_per_vector"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value} is not allowed; use a number above 0")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise ValueError(f"min_score: {self.min_score} is not allowed; use a finite number")
 
     def problems(self, cell: Cell) -> list[str]:
         """Which of the limits a size breaks."""

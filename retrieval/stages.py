@@ -1,5 +1,6 @@
 """One stage of a funnel: its dimensions, how many results it keeps, and the exact selection of the best."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,11 +45,12 @@ def parse_stages(text: str) -> list[Stage]:
     """
     stages = []
     for part in text.split(","):
-        dim, _, rest = part.strip().partition(":")
-        keep, _, precision = rest.partition(":")
-        if not (dim.isdigit() and keep.isdigit()):
-            raise ValueError(f"stages: {part!r} is not DIM:KEEP or DIM:KEEP:PRECISION; write for example 32:200,384:10")
-        stages.append(Stage(int(dim), int(keep), precision or "float32"))
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})(?::(\w+))?", part.strip())
+        if match is None:
+            raise ValueError(
+                f"stages: {part[:80]!r} is not DIM:KEEP or DIM:KEEP:PRECISION; write for example 32:200,384:10"
+            )
+        stages.append(Stage(int(match[1]), int(match[2]), match[3] or "float32"))
     return stages
 
 

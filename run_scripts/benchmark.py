@@ -79,6 +79,8 @@ def check(name: str | None, args: BenchmarkArguments) -> None:
     checks.check_choice("benchmark", name, [*BENCHMARKS, "all"])
     if args.runs < 1:
         raise ValueError(f"runs: {args.runs} is not allowed; use a number of at least 1")
+    for limit in ("max_texts", "max_length"):
+        checks.check_at_least(limit, getattr(args, limit), 1)
     checks.check_sizes(args.sizes)
     checks.check_model(args.model_name_or_path)
     checks.check_files("train_file", args.train_file)

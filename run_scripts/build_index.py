@@ -1,5 +1,6 @@
 """Build an index from encode.py's output: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,11 +46,11 @@ def main(argv=None) -> None:
         size = args.size or made["sizes"][-1]
         prefixes = [_prefix(text) for text in args.prefixes]
         approximate = None
-        if args.approximate:
-            dim, _, spec = args.approximate.partition(":")
-            if not dim.isdigit() or not spec:
+        if args.approximate is not None:
+            match = re.fullmatch(r"([0-9]{1,9}):(.+)", args.approximate)
+            if match is None:
                 raise ValueError(f"approximate: {args.approximate!r} is not DIM:NAME, for example 64:HNSW32")
-            approximate = (int(dim), spec)
+            approximate = (int(match[1]), match[2])
         ids: list[str] = []
 
         def blocks():
@@ -96,10 +97,10 @@ def _texts(made: dict, ids: list[str]):
 
 
 def _prefix(text: str) -> tuple[int, str]:
-    dim, _, precision = text.partition(":")
-    if not dim.isdigit():
+    match = re.fullmatch(r"([0-9]{1,9})(?::(\w+))?", text)
+    if match is None:
         raise ValueError(f"prefixes: {text!r} is not DIM or DIM:PRECISION, for example 32 or 384:binary")
-    return int(dim), precision or "float32"
+    return int(match[1]), match[2] or "float32"
 
 
 if __name__ == "__main__":

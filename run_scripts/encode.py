@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ class Progress:
 
         total = count_lines(path)
         share = None if total is None else -(-total // processes)
-        self.bar = tqdm(main_process_only=True, total=share, unit="text", desc="Encoding")
+        hidden = not sys.stderr.isatty()  # in a log, it would be more lines before an error
+        self.bar = tqdm(main_process_only=True, total=share, unit="text", desc="Encoding", disable=hidden)
         self.new = 0
 
     def __call__(self, rows: int, is_new: bool) -> None:

@@ -59,13 +59,15 @@ def main(argv=None) -> None:
         check(args)
 
         from run_scripts.shared import models, output
-        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores
+        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores, name_apart
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
+        tasks = name_apart(tasks, [*(args.sts_files or []), *(args.beir_dirs or [])])
         mteb_tasks = load_mteb(args.mteb_tasks)
         options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
         model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
+        models.check_max_length(model, args.max_length)
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()
@@ -95,8 +97,8 @@ def check(args: EvaluationArguments) -> None:
         raise ValueError("update_card: only the scores of --mteb_tasks are put into a card; name some")
     if args.update_card and not os.path.isfile(os.path.join(args.model_name_or_path, "README.md")):
         raise ValueError(f"update_card: {args.model_name_or_path} is not a folder with a README.md")
-    checks.check_at_least("batch_size", args.batch_size, 1)
-    checks.check_at_least("max_query_length", args.max_query_length, 1)
+    for name in ("batch_size", "max_length", "max_query_length"):
+        checks.check_at_least(name, getattr(args, name), 1)
     checks.check_no_results(args.output_dir, args.overwrite)
     if args.cross_sizes and not args.beir_dirs:
         raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")

@@ -49,10 +49,10 @@ def main(argv=None) -> None:
 
         from modeling_2dmse.export import check_export
         from run_scripts.shared import models
-        from trainer.evaluation import load_sts
+        from trainer.evaluation import load_sts, name_apart
 
         check_export(args.output_dir, args.format, args.dtype)
-        tasks = [load_sts(path) for path in args.sts_files or []]
+        tasks = name_apart([load_sts(path) for path in args.sts_files or []], args.sts_files or [])
         model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         small = model.truncate(args.num_layers, args.dim)
         small.export(args.output_dir, format=args.format, dtype=args.dtype)

@@ -116,6 +116,9 @@ def check(model_args: ModelArguments, data_args: DataArguments) -> None:
         checks.check_model(model_args.guide_model_name_or_path, "guide_model_name_or_path")
     if model_args.lora_r < 0:
         raise ValueError(f"lora_r: {model_args.lora_r} is not allowed; use 0 for no adapters or a rank from 1")
+    checks.check_at_least("lora_alpha", model_args.lora_alpha, 1)
+    checks.check_at_least("max_eval_samples", data_args.max_eval_samples, 0)
+    checks.check_at_least("max_train_samples", data_args.max_train_samples, 1)
 
 
 def _usage(folder: str, size) -> str:

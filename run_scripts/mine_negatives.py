@@ -72,6 +72,7 @@ def main(argv=None) -> None:
 
         task = read_task(args, selection)
         model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
+        models.check_max_length(model, args.max_length)
         size = choose_size(model, args.size)
         check_filters(selection, model)
         os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)

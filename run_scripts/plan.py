@@ -50,6 +50,7 @@ def main(argv=None) -> None:
 
         scores = read_scores(args.results) if args.results else None
         model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
+        models.check_max_length(model, args.max_length)
         sizes = choose_sizes(model, args.sizes)
         texts = _texts(args.texts)
         cells = plan(model, sizes, texts, scores, args.precision, args.max_length)
@@ -69,6 +70,8 @@ def check(args: PlanArguments) -> None:
     """ValueError for a flag that is not allowed."""
     if args.min_score is not None and args.results is None:
         raise ValueError("min_score: name the scores with --results")
+    for name in ("corpus_size", "max_length"):
+        checks.check_at_least(name, getattr(args, name), 1)
     checks.check_choice("precision", args.precision, tuple(BYTES))
     checks.check_chosen_sizes(args.sizes)
     checks.check_files("texts", args.texts)

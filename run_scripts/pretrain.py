@@ -84,6 +84,7 @@ def main(argv=None) -> None:
 def check(model_args: ModelArguments, data_args: DataArguments) -> None:
     """ValueError for wrong input that shows without the libraries that the training needs."""
     cli.exactly_one(data_args, "train_file", "dataset_name", "the texts")
+    checks.check_at_least("max_eval_samples", data_args.max_eval_samples, 1)
     checks.check_files("train_file", data_args.train_file)
     checks.check_files("eval_file", data_args.eval_file)
     checks.check_model(model_args.model_name_or_path)

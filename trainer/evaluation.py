@@ -1,10 +1,8 @@
 """Evaluation at every size from one encoding pass: STS (Spearman, Pearson) and retrieval (nDCG, MRR, recall)."""
 
-import csv
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -15,6 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import to_embeddings
 
+from .beir import read_beir_folder
 from .data import check_table, text_columns
 from .ranking import Top, merge_top, ranking_metrics, top_documents
 from .shared.tables import read_table
@@ -70,28 +69,47 @@ def load_sts(path: str) -> StsData:
     table = check_table(read_table(path, "sts_files"), "sts_files")
     if "score" not in table.column_names:
         raise ValueError(f"sts_files: {path} needs the columns (sentence1, sentence2, score)")
+    check_varied(table["score"][:], f"sts_files: {path}")
     name = os.path.basename(path).split(".")[0]
     return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
 
 
-def load_beir(folder: str, split: str = "test") -> RetrievalData:
-    """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
+def check_varied(scores: Sequence[float], place: str) -> None:
+    """ValueError, which starts with `place`, if scores have no correlation with anything: all are the same."""
+    if len(set(scores)) < 2:
+        what = "one row" if len(scores) == 1 else f"{len(scores)} rows that all have the score {scores[0]:g}"
+        raise ValueError(f"{place} has {what}; a correlation needs different scores")
 
-    The text of a document is its title, a space and its text, stripped.
+
+def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -> list[StsData | RetrievalData]:
+    """The tasks of some paths, with folders or file endings added to names that several of them have.
+
+    Raises:
+        ValueError: a path is given twice.
+
+    >>> pair = [StsData("sts", [], [], []), StsData("sts", [], [], [])]
+    >>> [task.name for task in name_apart(pair, ["a/sts.csv", "b/sts.csv"])]
+    ['a/sts.csv', 'b/sts.csv']
     """
-    paths = [os.path.join(folder, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"beir_dirs: {folder} is not in BEIR layout: {missing[0]} is missing")
-    corpus = {row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _jsonl(paths[0])}
-    queries = {row["_id"]: row["text"] for row in _jsonl(paths[1])}
-    qrels: dict[str, dict[str, int]] = {}
-    with open(paths[2], encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    qrels = {query: gains for query, gains in qrels.items() if query in queries and any(g > 0 for g in gains.values())}
-    name = os.path.basename(os.path.normpath(folder))
-    return RetrievalData(name, {query: queries[query] for query in qrels}, corpus, qrels)
+    places = [os.path.realpath(path).split(os.sep) for path in paths]
+    twice = next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ValueError(f"sts_files, beir_dirs: {twice} is named twice")
+    named: list[StsData | RetrievalData] = []
+    plain = [task.name for task in tasks]
+    for task, place in zip(tasks, places, strict=True):
+        ends = ("/".join(place[-depth:]) for depth in range(1, len(place) + 1))
+        alone = next(end for end in ends if sum("/".join(other).endswith(end) for other in places) == 1)
+        named.append(task if plain.count(task.name) == 1 else replace(task, name=alone))
+    return named
+
+
+def load_beir(folder: str, split: str = "test", argument: str = "beir_dirs") -> RetrievalData:
+    """Read a folder in BEIR layout, see `beir.read_beir_folder`; ValueError if no query has a relevant document."""
+    queries, corpus, qrels = read_beir_folder(folder, split, argument)
+    if not queries:
+        raise ValueError(f"{argument}: {folder} has no query with a relevant document in its split {split}")
+    return RetrievalData(os.path.basename(os.path.normpath(folder)), queries, corpus, qrels)
 
 
 def retrieval_from_pairs(name: str, table: datasets.Dataset) -> RetrievalData:
@@ -241,7 +259,13 @@ def evaluate_tasks(
 
     Returns:
         the contents of `results.json`: `{"sts": {name: ...}, "retrieval": {name: ...}}`.
+
+    Raises:
+        ValueError: two tasks have the same name.
     """
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks: two of {', '.join(names)} have the same name; name them apart with `name_apart`")
     results: dict = {}
     for task in tasks:
         if isinstance(task, StsData):
@@ -281,10 +305,3 @@ def grid_sizes(num_layers: int, dims: Sequence[int]) -> list[Size]:
 def _states(model: TwoDMSEModel, texts: list[str], sizes: Sequence[Size], **encode) -> dict[int, torch.Tensor]:
     layers = sorted({size.num_layers for size in sizes})
     return dict(zip(layers, model.encode_states(texts, layers, **encode), strict=True))
-
-
-def _jsonl(path: str):
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel
 
-from .evaluation import RetrievalData, load_beir
+from .beir import read_beir_folder
 from .ranking import Top, merge_top, top_documents
 from .selection import NegativeSelection
 from .shared.tables import read_table
@@ -93,7 +93,8 @@ def read_documents(path: str) -> list[str]:
     table = read_table(path, "corpus_file")
     if "text" not in table.column_names:
         raise ValueError(f"corpus_file: {path} has no column text among {', '.join(table.column_names)}")
-    kind = str(table.features["text"].dtype)
+    feature = table.features["text"]
+    kind = str(getattr(feature, "dtype", feature))
     if kind not in ("string", "large_string"):
         raise ValueError(f"corpus_file: column text of {path} holds {kind}, not texts")
     texts = [text or "" for text in table["text"][:]]
@@ -113,16 +114,16 @@ def read_beir(folder: str, split: str) -> tuple[list[Pair], list[str], list[Pair
         the (query, relevant document) pairs of the split, the corpus, and the pairs of all other splits.
     """
     others = sorted(path.stem for path in Path(folder, "qrels").glob("*.tsv") if path.stem != split)
-    data = load_beir(folder, split)
+    queries, corpus, qrels = read_beir_folder(folder, split, "beir_dir")
     # Texts, not ids: a query of this split may be in another split with another id.
-    known = [pair for other in others for pair in _relevant_pairs(load_beir(folder, other))]
-    return _relevant_pairs(data), list(data.corpus.values()), known
+    known = [pair for other in others for pair in _relevant_pairs(*read_beir_folder(folder, other, "beir_dir"))]
+    return _relevant_pairs(queries, corpus, qrels), list(corpus.values()), known
 
 
-def _relevant_pairs(data: RetrievalData) -> list[Pair]:
+def _relevant_pairs(queries: dict[str, str], corpus: dict[str, str], qrels: dict[str, dict[str, int]]) -> list[Pair]:
     pairs = (
-        (data.queries[query], data.corpus.get(document, ""))
-        for query, gains in data.qrels.items()
+        (queries[query], corpus.get(document, ""))
+        for query, gains in qrels.items()
         for document, gain in gains.items()
         if gain > 0
     )

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from run_scripts.shared.quickstart import python_docs
 from trainer.data import check_table
-from trainer.evaluation import RetrievalData, StsData, load_beir, load_sts, task_from_table
+from trainer.evaluation import RetrievalData, StsData, load_beir, load_sts, name_apart, task_from_table
 from trainer.shared.arguments import cpu_has_bf16
 from trainer.shared.tables import read_table
 
@@ -39,6 +39,7 @@ def read_tasks(args) -> list[StsData | RetrievalData]:
     """The tasks of sts_files and beir_dirs, or search in Python's documentation."""
     tasks = [load_sts(path) for path in args.sts_files or []]
     tasks += [load_beir(folder) for folder in args.beir_dirs or []]
+    tasks = name_apart(tasks, [*(args.sts_files or []), *(args.beir_dirs or [])])
     return tasks or [task_from_table("python-docs", python_docs()[1])]
 
 

@@ -9,7 +9,7 @@ import torch
 from modeling_2dmse import parse_ladder
 from run_scripts.shared import models
 from run_scripts.shared.peer import check_installed
-from trainer.evaluation import StsData, evaluate_tasks, load_sts
+from trainer.evaluation import StsData, evaluate_tasks, load_sts, name_apart
 
 from .methods import PEER, UNTRAINED, Budget, Unit, units
 from .rates import choose_rate
@@ -39,7 +39,8 @@ class Comparison:
         if sizes is None:
             raise ValueError(f"recipe: {budget.recipe} does not name sizes")
         self.ladder = parse_ladder(sizes)
-        self.tasks = [load_sts(path) for path in [args.eval_file, *args.sts_files]]
+        paths = list(dict.fromkeys([args.eval_file, *args.sts_files]))
+        self.tasks = name_apart([load_sts(path) for path in paths], paths)
         self.output_dir = Path(args.output_dir)
         self.store = Store(args.results_file, self.output_dir / "results.lock", args.train, self._settings(rows))
 

@@ -28,7 +28,7 @@ def check_at_least(argument: str, value: int | None, lowest: int) -> None:
 def check_sizes(sizes: Sequence[str], argument: str = "sizes") -> None:
     """ValueError if one of the sizes is not written LAYERSxDIM. Whether a model has them is checked with the model."""
     for size in sizes:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size.strip()):
+        if not re.fullmatch(r"[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", size.strip()):
             raise ValueError(
                 f"{argument}: {size!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
             )

@@ -15,6 +15,10 @@ from transformers import HfArgumentParser
 from run_scripts.shared import secrets
 from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
 
+# In a log, the bars of `datasets` would be more lines before an error. It reads this when it is imported.
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 # Flags that had another name: an old command or recipe is told the new one.

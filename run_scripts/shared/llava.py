@@ -1,5 +1,6 @@
 """Loading a LLaVA with its processor."""
 
+from modeling_2dmse.loading import check_weights
 from modeling_m3 import MatryoshkaLlavaConfig, MatryoshkaLlavaForConditionalGeneration, MatryoshkaLlavaProcessor
 from run_scripts.shared import models, remote_code
 
@@ -24,7 +25,9 @@ def load_llava(
     kind = models.read_config(path, trust_remote_code=trust_remote_code).model_type
     if kind not in KINDS:
         raise ValueError(f"model_name_or_path: {path} is a {kind} model; use one of type {' or '.join(KINDS)}")
-    model, info = MatryoshkaLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **kwargs)
+    with remote_code.named(path):
+        model, info = MatryoshkaLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **kwargs)
+        check_weights(model, path)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
         raise ValueError(

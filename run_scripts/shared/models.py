@@ -1,12 +1,15 @@
 """Finding and loading the model that a flag names."""
 
-import contextlib
+import dataclasses
 import json
 import os
+import sys
 import zlib
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers.utils import logging as transformers_logging
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
 from run_scripts.shared import checks, remote_code
@@ -15,10 +18,13 @@ from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 # Every load says whether code of the model may be run. If transformers meets some in a load of its own that does not,
 # this makes it refuse: it would ask on standard input, which may be the texts to embed.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+# In a log, a bar of the loading would be one more line before an error.
+if not sys.stderr.isatty():
+    transformers_logging.disable_progress_bar()
 
 
-# Fields of a configuration that do not change embeddings, or differ between two ways to load the same model. Prompts are
-# part of the texts.
+# Fields of a configuration that do not change embeddings, or differ between two ways to load the same model. Prompts
+# belong to the texts.
 _SAME_EMBEDDINGS = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "sizes", "is_matryoshka"),
     *("matryoshka_dimensions", "prompts", "default_prompt_name"),
@@ -38,9 +44,17 @@ def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kw
     name_or_path = resolve_model(name_or_path)
     with remote_code.named(name_or_path):
         model = _load_encoder(name_or_path, sizes, pooling, **kwargs)
-        with contextlib.suppress(OSError):  # a folder without a tokenizer is refused when it is needed
-            model.tokenizer  # noqa: B018, loaded now, where an error is one line
+        _try(model)
     return model
+
+
+def _try(model: TwoDMSEModel) -> None:
+    """Load the tokenizer and encode a text: what does not work in a folder shows here, where an error is one line."""
+    rows, tokens = model.get_input_embeddings().num_embeddings, model.tokenizer.get_vocab()
+    if tokens and max(tokens.values()) >= rows:
+        raise ValueError(f"the tokenizer has token {max(tokens.values())}, but the model has {rows} word embeddings")
+    if not np.isfinite(model.encode("a text", prompt="")).all():
+        raise ValueError("its embeddings are not finite")
 
 
 def _load_encoder(name_or_path: str, sizes, pooling: str | None, **kwargs) -> TwoDMSEModel:
@@ -68,14 +82,22 @@ def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """The configuration of a model; ValueError if it cannot be found."""
     hub = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     trusted = bool(kwargs.get("trust_remote_code"))
-    try:
-        with remote_code.named(name_or_path):
+    with remote_code.named(name_or_path):
+        try:
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trusted, **hub)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model_name_or_path: {name_or_path} is not a folder, and the Hub does not have it: {reason}"
-        ) from error
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            state = "is not a folder, and the Hub does not have it"
+            if os.path.isdir(name_or_path):
+                state = "has a damaged config.json"
+            raise ValueError(f"model_name_or_path: {name_or_path} {state}: {reason[:200]}") from error
+        except ValueError as error:
+            # A value in the file: no flag is wrong, even if the message starts with its name.
+            if "trust_remote_code" in str(error):
+                raise
+            raise ValueError(
+                f"model_name_or_path: {name_or_path}/config.json: {' '.join(str(error).split())}"
+            ) from error
 
 
 def fingerprint(model: TwoDMSEModel) -> int:
@@ -106,6 +128,13 @@ def check_max_length(model: TwoDMSEModel, max_length: int | None) -> None:
     """ValueError if a model cannot read texts of so many tokens; None is a flag that was not given."""
     if max_length is not None and max_length > model.max_length:
         raise ValueError(f"max_length: {max_length} is not allowed; this model reads 1 to {model.max_length} tokens")
+
+
+def check_training_length(args, longest: int) -> None:
+    """ValueError if the `max_length` of training arguments is more than a model reads; the default one is cut."""
+    (default,) = [field.default for field in dataclasses.fields(args) if field.name == "max_length"]
+    if args.max_length > longest and args.max_length != default:
+        raise ValueError(f"max_length: {args.max_length} is not allowed; this model reads up to {longest} tokens")
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:

@@ -1,8 +1,14 @@
 """Code that a model's folder or repository contains: the flag that allows it, and the error without the flag."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import field
+
+# Characters shown of a reason, which may contain a whole file.
+_SHOWN = 300
+# What errors name that comes from the files of a model, not from a flag.
+_FIELDS = ("backbone", "dim", "final_norm", "layer_stack", "name_or_path", "num_layers", "prompts", "tokenizer")
 
 
 def trust_flag() -> bool:
@@ -13,13 +19,45 @@ def trust_flag() -> bool:
 
 @contextlib.contextmanager
 def named(name_or_path: str, argument: str = "model_name_or_path") -> Iterator[None]:
-    """Around a load: a model that needs code of its own gives an error that names the flag, if it may not be run."""
+    """Around a load: what the libraries raise for a folder that is damaged becomes one ValueError that names it.
+
+    A model that needs code of its own gives an error that names the flag, if the code may not be run. Errors of this
+    project, which name an argument, stay as they are.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    # Tables of missing tensors and the like, which would come before the error.
+    logging.set_verbosity_error()
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except Exception as error:
+        if not isinstance(error, _load_errors()) and type(error) is not Exception:  # tokenizers has no class of its own
             raise
-        raise ValueError(
-            f"{argument}: {name_or_path} needs code of its own, which was not run; read it, and pass "
-            "--trust_remote_code true if you trust it"
-        ) from error
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValueError) and "trust_remote_code" in reason:
+            raise ValueError(
+                f"{argument}: {name_or_path} needs code of its own, which was not run; read it, and pass "
+                "--trust_remote_code true if you trust it"
+            ) from error
+        if isinstance(error, ValueError) and re.match(r"\w+: ", reason):
+            if reason.partition(":")[0] not in _FIELDS:
+                raise
+            raise ValueError(f"{argument}: {name_or_path}: {reason}") from error
+        reason = reason or type(error).__name__
+        raise ValueError(f"{argument}: {name_or_path} does not load: {reason[:_SHOWN]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What transformers, tokenizers, safetensors, huggingface_hub and torch raise for files of a model that are damaged
+    or of another kind: they use what they read without checks of their own."""
+    import pickle
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    libraries = (SafetensorError, StrictDataclassError, pickle.UnpicklingError)
+    language = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError)
+    return (*libraries, *language, OSError, TypeError, ValueError)

@@ -11,9 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 
+from modeling_2dmse.loading import check_weights
 from modeling_mrl import MatryoshkaConfig, MatryoshkaForImageClassification, MatryoshkaForSequenceClassification
 from modeling_mrl.backbone import count_positions
 from modeling_mrl.classifier import MatryoshkaClassifier
+from retrieval.checking import Kinds, check_fields
 from run_scripts.shared import models, output, remote_code
 from run_scripts.shared.measure import in_turn, row, seconds
 from trainer.mrl.arguments import ClassifierTrainingArguments
@@ -85,13 +87,23 @@ def load(folder: str, trust_remote_code: bool = False) -> Classifier:
     """The classifier that `train` has written to a folder; `trust_remote_code` is for its tokenizer or processor."""
     if not os.path.isfile(os.path.join(folder, SETTINGS_FILE)):
         raise ValueError(f"model_name_or_path: {folder} has no {SETTINGS_FILE}; train a classifier with `train` first")
-    settings = json.loads(Path(folder, SETTINGS_FILE).read_text(encoding="utf-8"))
-    architectures = MatryoshkaConfig.from_pretrained(folder).architectures or []
-    images = MatryoshkaForImageClassification.__name__ in architectures
-    kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
-    model = models.to_device(kind.from_pretrained(folder))
-    processor = _processor(folder, images, trust_remote_code)
-    return Classifier(folder, model, _collator(model, processor, settings), settings)
+    settings = _read_settings(os.path.join(folder, SETTINGS_FILE))
+    with remote_code.named(folder):
+        architectures = MatryoshkaConfig.from_pretrained(folder).architectures or []
+        images = MatryoshkaForImageClassification.__name__ in architectures
+        kind = MatryoshkaForImageClassification if images else MatryoshkaForSequenceClassification
+        model = models.to_device(kind.from_pretrained(folder))
+        check_weights(model, folder)
+        processor = _processor(folder, images, trust_remote_code)
+        return Classifier(folder, model, _collator(model, processor, settings), settings)
+
+
+def _read_settings(path: str) -> dict:
+    kinds: Kinds = {"text_columns": list, "label_column": str, "max_length": int}
+    try:
+        return check_fields(json.loads(Path(path).read_text(encoding="utf-8")), kinds, SETTINGS_FILE)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model_name_or_path: {path} is damaged: {error}") from error
 
 
 def read_unseen(classifier: Classifier, path: str, argument: str, kinds: list[str]) -> tuple[Dataset, int]:

@@ -16,7 +16,15 @@ from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
 from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
-from trainer.evaluation import RetrievalData, StsData, grid_sizes, main_scores, mean_scores, task_from_table
+from trainer.evaluation import (
+    RetrievalData,
+    StsData,
+    check_varied,
+    grid_sizes,
+    main_scores,
+    mean_scores,
+    task_from_table,
+)
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
 from trainer.shared.hub import find_token, stage, upload
@@ -41,6 +49,7 @@ def make_trainer(
     rows = sum(map(len, train))
     _check_batches(args, rows)
     encoder = _load_model(model_args, args)
+    models.check_training_length(args, encoder.max_length)
     unlabeled = None
     if data_args.unlabeled_file is not None:
         # With the seed of the rows, the same ones would be drawn if both come from one file.
@@ -78,10 +87,14 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
     tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
     if evaluation is not None:
         evaluation = check_table(evaluation, "eval_file") if data.max_eval_samples else None
+        if evaluation is not None and "score" in evaluation.column_names:
+            check_varied(evaluation["score"][:], f"eval_file: {data.eval_file or data.eval_split}")
     elif data.max_eval_samples and min(map(len, tables)) > 1:
         share = data.max_eval_samples // len(tables)
         pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
         tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
+        if "score" in evaluation.column_names:
+            check_varied(evaluation["score"][:], "max_eval_samples: what is held out of the training data")
         output.say(
             f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )

@@ -25,6 +25,7 @@ def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: Sma
         model = _load_model(model_args, args)
         tokenizer = model.encoder.tokenizer
     check_tokenizer(tokenizer)
+    models.check_training_length(args, model.encoder.max_length)
     length = min(args.max_length, model.encoder.max_length)
     train, evaluation = _load_texts(data_args, args, tokenizer, length)
     return SmaeTrainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation)

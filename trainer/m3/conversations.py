@@ -9,6 +9,8 @@ import datasets
 import torch
 from datasets import Dataset
 
+from ..shared.tables import READ_ERRORS, read_reason
+
 IGNORED = -100
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -35,9 +37,8 @@ def read_conversations(path: str, image_dir: str | None = None, argument: str = 
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {', '.join(BUILDERS)}")
     try:
         table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{argument}: {path} could not be read: {reason}") from error
+    except READ_ERRORS as error:
+        raise ValueError(f"{argument}: {path} could not be read: {read_reason(error)}") from error
     return check_conversations(table, image_dir or os.path.dirname(path), argument)
 
 

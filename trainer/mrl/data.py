@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,14 @@ def _load_seen(folder: str) -> dict[str, np.ndarray]:
     path = Path(folder, SEEN_FILE)
     if not path.is_file():
         return {}
-    with np.load(path) as file:
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            seen = dict(file)
+    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"model_name_or_path: {path} is damaged: {error}") from error
+    if any(array.dtype != np.uint64 or array.ndim != 1 for array in seen.values()):
+        raise ValueError(f"model_name_or_path: {path} is damaged: it has something else than hashes of rows")
+    return seen
 
 
 def leave_out_seen(table: Dataset, folder: str, kinds: Sequence[str], argument: str) -> tuple[Dataset, int]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -81,7 +82,12 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
     shutil.copytree(folder, target, ignore=_ignore, dirs_exist_ok=True)
     card_path = os.path.join(target, "README.md")
     if os.path.isfile(card_path):
-        card = ModelCard.load(card_path)
+        try:
+            card = ModelCard.load(card_path)
+        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError) as error:
+            shutil.rmtree(target)
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
         old = (card.data.to_dict().get("model-index") or [{"name": None}])[0]["name"] or _title(card.text)
         if old:
             card.content = card.content.replace(f'"{old}"', f'"{repo_id}"').replace(f"# {old}\n", f"# {repo_id}\n")

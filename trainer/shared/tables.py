@@ -1,8 +1,12 @@
 """Reading tables of any accepted format, checking their texts, and drawing and holding out rows."""
 
+import csv
+import gzip
+import io
 import os
 import re
-from typing import Any
+import zlib
+from typing import IO, Any, cast
 
 import datasets
 import numpy as np
@@ -20,6 +24,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
+# What datasets, pandas, pyarrow and gzip raise for files that are cut off, damaged or of another kind.
+READ_ERRORS = (
+    *(datasets.exceptions.DatasetsError, pa.ArrowException, EOFError, OSError, ValueError, TypeError, LookupError),
+    *(NotImplementedError, OverflowError, RecursionError, zlib.error),
+)
+
 
 def read_table(path: str, argument: str = "train_file") -> Dataset:
     """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming `argument` for any other file."""
@@ -31,16 +41,40 @@ def read_table(path: str, argument: str = "train_file") -> Dataset:
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
+    check_names(path, suffix, argument)
     try:
         table = _load(path, suffix)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+    except READ_ERRORS as error:
+        cause = read_reason(error)
         if "corresponds to no data" in cause:  # the message of datasets for a header without rows
             raise ValueError(f"{argument}: {path} has no rows") from error
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
     if len(table) == 0:
         raise ValueError(f"{argument}: {path} has no rows")
     return table
+
+
+def read_reason(error: Exception) -> str:
+    """Why a file cannot be read, in one line: the error that datasets' own error hides."""
+    cause = error.__cause__ or error.__context__ or error
+    text = str(cause) or str(error)
+    return (text.splitlines() or [type(cause).__name__])[0][:300]
+
+
+def check_names(path: str, suffix: str, argument: str) -> None:
+    """ValueError if the heading of a csv or tsv file has a name twice, of which pandas would rename the second."""
+    if suffix not in (".csv", ".tsv"):
+        return
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
+            lines = io.TextIOWrapper(cast(IO[bytes], file), encoding="utf-8-sig", newline="")
+            names = next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
+    except (EOFError, OSError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {read_reason(error)}") from error
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
 
 
 def _load(path: str, suffix: str) -> Dataset:

@@ -6,7 +6,7 @@ import re
 import datasets
 from datasets import Dataset, IterableDataset
 
-from .tables import FORMATS, read_table
+from .tables import FORMATS, READ_ERRORS, check_names, read_reason, read_table
 
 MIN_WORDS = 3
 
@@ -43,8 +43,14 @@ def read_corpus(
         builder, options = "text", {}
         if text_column != "text":
             raise ValueError(f"text_column: {path} has no column {text_column}; the column of a .txt file is text")
-    table = datasets.load_dataset(builder, data_files=path, split="train", streaming=streaming, **options)
-    return check_corpus(table, text_column, argument)
+    check_names(path, suffix, argument)
+    try:
+        table = datasets.load_dataset(builder, data_files=path, split="train", streaming=streaming, **options)
+        return check_corpus(table, text_column, argument)
+    except READ_ERRORS as error:
+        if str(error).startswith(f"{argument}: "):
+            raise
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {read_reason(error)}") from error
 
 
 def check_corpus(
