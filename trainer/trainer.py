@@ -273,7 +273,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan]:
         """The inputs of the model, the lengths and roles of their rows, and the plan of this step."""
         inputs = dict(inputs)
-        rows = Rows.of_batch(inputs, None if self.guide is None else self.guide.embeddings(inputs.pop(KEY)))
+        with self.accelerator.autocast():
+            guide = None if self.guide is None else self.guide.embeddings(inputs.pop(KEY))
+        rows = Rows.of_batch(inputs, guide)
         lengths = inputs.pop("lengths", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
