@@ -41,6 +41,14 @@ SENTENCES = [
     "a building is under construction",
 ]
 LADDER = ["1x8", "2x16", "4x32"]
+SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
+TRIPLETS = {"anchor": SENTENCES[:12], "positive": SENTENCES[4:16], "negative": SENTENCES[8:20], "negative_1": SECOND}
+# The same rows with the scores of a teacher.
+TAUGHT = TRIPLETS | {
+    "positive_score": [5.0 - 0.3 * i for i in range(12)],
+    "negative_score": [0.5 * i - 2.0 for i in range(12)],
+    "negative_1_score": [1.5 + 0.2 * i if text else None for i, text in enumerate(SECOND)],
+}
 # The last line of a script that several processes run: threads of the process group may still be alive, and would make
 # Python abort.
 LEAVE = "\nimport os; os._exit(0)\n"

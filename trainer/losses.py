@@ -8,11 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-
-from modeling_2dmse.packing import to_device
 
 SCALE = 20.0
 # The scale that is used if none is given: dot products are larger than cosines.
@@ -232,7 +229,8 @@ def distill_kl(
         >>> distill_kl(a, c, torch.tensor([0, 0]), torch.tensor([3.0, 2.0]), (1, 1), scale=1.0).item()
         0.0
     """
-    columns = to_device(np.repeat(np.arange(len(counts)), counts), anchors.device)
+    # Made of the device's own numbers, so that no copy to a GPU is waited for.
+    columns = torch.cat([owners.new_full((count,), column) for column, count in enumerate(counts)])
     place = owners * len(counts) + columns
 
     def log_shares(scores: torch.Tensor) -> torch.Tensor:

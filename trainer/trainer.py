@@ -284,7 +284,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
     def _step(self, inputs: dict) -> tuple[dict, list[int] | None, Rows, Plan, torch.Tensor | None]:
         """The inputs of the model, the lengths and roles of their rows, the plan, and the given teacher's vectors."""
         inputs = dict(inputs)
-        rows = Rows.of_batch(inputs, None if self.guide is None else self.guide.embeddings(inputs.pop(KEY)))
+        with self.accelerator.autocast():
+            guide = None if self.guide is None else self.guide.embeddings(inputs.pop(KEY))
+        rows = Rows.of_batch(inputs, guide)
         lengths, targets = inputs.pop("lengths", None), inputs.pop("targets", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modeling_2dmse.configuration_2dmse import SIMILARITIES
 from trainer import arguments, objectives
 from trainer.arguments import TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainingArguments
@@ -48,5 +49,6 @@ def test_bf16_follows_the_launcher(kind, tmp_path, monkeypatch):
 def test_the_names_in_the_arguments_are_those_of_the_implementations():
     """They are stated separately, so that arguments can be read without the modeling code."""
     assert tuple(objectives.OBJECTIVES) == arguments.OBJECTIVES
+    assert arguments.SIMILARITIES == SIMILARITIES
     assert set(objectives.DEFAULT_ALIGNMENT) <= set(arguments.OBJECTIVES)
     assert set(objectives.DEFAULT_ALIGNMENT.values()) <= set(arguments.ALIGNMENTS)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
+from conftest import LADDER, LEAVE, SENTENCES, TAUGHT, TRIPLETS, cpu_environment
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -27,14 +27,7 @@ from trainer.shared.checkpoints import as_defined
 from trainer.step_loss import plan_loss
 
 ROOT = Path(__file__).resolve().parents[2]
-SECOND = [None if i % 3 else SENTENCES[i] for i in range(12)]  # not every row has a second negative
-TRIPLETS = {"anchor": SENTENCES[:12], "positive": SENTENCES[4:16], "negative": SENTENCES[8:20], "negative_1": SECOND}
 SCORED = {"sentence1": SENTENCES[:12], "sentence2": SENTENCES[4:16], "score": [0.3, 0.1, 0.9, 0.4, 0.8, 0.5] * 2}
-TAUGHT = TRIPLETS | {
-    "positive_score": [5.0 - 0.3 * i for i in range(12)],
-    "negative_score": [0.5 * i - 2.0 for i in range(12)],
-    "negative_1_score": [1.5 + 0.2 * i if text else None for i, text in enumerate(SECOND)],
-}
 TABLES = {"infonce": TRIPLETS, "margin_mse": TAUGHT, "distill_kl": TAUGHT}
 # Every objective with every alignment, and every loss.
 CASES = [
@@ -44,9 +37,7 @@ CASES += [(objective, None, loss) for objective in OBJECTIVES for loss in ("cose
 CASES += [("starbucks", "query_kl", loss) for loss in TABLES]
 
 
-def make_trainer(
-    model, folder, objective, alignment, loss, unlabeled_texts=None, guide=None, **kwargs
-) -> TwoDMSETrainer:
+def make_trainer(model, folder, objective, alignment, loss, texts=None, guide=None, **kwargs) -> TwoDMSETrainer:
     args = TwoDMSETrainingArguments(
         output_dir=str(folder),
         sizes=LADDER,
@@ -63,7 +54,7 @@ def make_trainer(
         **kwargs,
     )
     rows = Dataset.from_dict(TABLES.get(loss, SCORED))
-    trainer = TwoDMSETrainer(model, args, train_dataset=rows, unlabeled_texts=unlabeled_texts, guide=guide)
+    trainer = TwoDMSETrainer(model, args, rows, unlabeled_texts=texts, guide=guide)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -86,7 +77,7 @@ def plain_step(trainer: TwoDMSETrainer, micro_batches) -> tuple[float, dict[str,
         rows = Rows.of_batch(inputs)
         plan = trainer.objective.plan(random.Random(f"{trainer.args.seed}-0-{index}"))
         states = model(**inputs, layers=plan.layers).layer_embeddings
-        loss, _ = plan_loss(plan, states, rows, trainer.args.loss, trainer.args.loss_scale)
+        loss = plan_loss(plan, states, rows, trainer.args.loss, trainer.args.loss_scale)[0]
         (loss / len(micro_batches)).backward()
         total += loss.item() / len(micro_batches)
     return total, gradients(model)
@@ -137,7 +128,6 @@ def check_processes(start: str, folder: str) -> None:
                 assert_same(ours, expected[1])
     check_without_gathering(start, folder, rank, counts)
     check_start(start, folder, rank, counts)
-    check_guide(start, folder, rank, counts)
     check_skipped_projections(start, folder)
     (Path(folder) / f"equal-{rank}").touch()
 
@@ -183,27 +173,6 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         expected.backward()
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
         assert_same(ours, gradients(model))
-
-
-def check_guide(start: str, folder: str, rank: int, counts: list[int]) -> None:
-    """The embeddings of the guide are gathered in the order of the states."""
-    from modeling_2dmse import TwoDMSEModel
-
-    model = without_dropout(TwoDMSEModel.from_pretrained(start, attn_implementation="eager"))
-    guide = TwoDMSEModel.from_pretrained(start, num_layers=2)
-    trainer = make_trainer(model, folder, "starbucks", None, "infonce", guide=guide)
-    wrapped = trainer.accelerator.prepare(model)
-    own = range(sum(counts[:rank]), sum(counts[: rank + 1]))
-    loss = trainer.training_step(wrapped, batch_of(trainer, own)).item()
-    ours = gradients(wrapped)
-    inputs = batch_of(trainer, range(sum(counts)))
-    rows = Rows.of_batch(inputs, trainer.guide.embeddings(inputs.pop("guide")))
-    assert rows.false_negatives.any()
-    plan = trainer.objective.plan(random.Random(0))
-    expected, _ = plan_loss(plan, model(**inputs, layers=plan.layers).layer_embeddings, rows, "infonce")
-    expected.backward()
-    assert abs(loss - expected.item()) < 1e-5 * expected.item()
-    assert_same(ours, gradients(model))
 
 
 def check_skipped_projections(start: str, folder: str) -> None:
@@ -283,10 +252,10 @@ def check_resume(start: str, folder: str) -> None:
     (Path(folder) / f"equal-{rank}").touch()
 
 
-def run_processes(function: str, world: int, tmp_path: Path) -> None:
+def run_processes(function: str, world: int, tmp_path: Path, module: str = "test_distributed") -> None:
     """Run one of the checks above in several gloo processes."""
     call = f"t.{function}({str(tmp_path / 'start')!r}, {str(tmp_path)!r})"
-    (tmp_path / "run.py").write_text(f"import test_distributed as t; {call}{LEAVE}")
+    (tmp_path / "run.py").write_text(f"import {module} as t; {call}{LEAVE}")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     environment = cpu_environment(ROOT, ROOT / "tests", ROOT / "tests" / "trainer")
     done = subprocess.run(

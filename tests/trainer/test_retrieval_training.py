@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import LADDER, SENTENCES
+from conftest import LADDER, SENTENCES, TAUGHT, TRIPLETS
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
@@ -18,13 +18,6 @@ from trainer.losses import Rows, base_loss
 from trainer.objectives import Objective
 from trainer.step_loss import plan_loss
 
-SECOND = [SENTENCES[i] if i % 3 == 0 else None for i in range(12)]  # not every row has a second negative
-TRIPLETS = {"anchor": SENTENCES[:12], "positive": SENTENCES[4:16], "negative": SENTENCES[8:20], "negative_1": SECOND}
-TAUGHT = TRIPLETS | {
-    "positive_score": [5.0 - 0.3 * i for i in range(12)],
-    "negative_score": [0.5 * i - 2.0 for i in range(12)],
-    "negative_1_score": [1.5 + 0.2 * i if text else None for i, text in enumerate(SECOND)],
-}
 SETTINGS = {"bf16": False, "use_cpu": True, "report_to": "none", "eval_strategy": "no", "load_best_model_at_end": False}
 
 
@@ -84,23 +77,6 @@ def test_gradients_of_the_teacher_losses(loss):
     assert torch.autograd.gradcheck(lambda x: base_loss(loss, x, TAUGHT_ROWS, scale=0.5), x)
     base_loss(loss, x, TAUGHT_ROWS, scale=0.5).backward()
     assert x.grad.abs().max() > 1e-3
-
-
-def test_infonce_leaves_out_what_the_guide_puts_nearer_than_the_positive():
-    x, guide = vectors(8, 6, 0), vectors(8, 4, 1)
-    rows = Rows((3, 3, 2), guide=guide)
-    expected, hidden = 0.0, 0
-    for anchor in range(3):
-        limit, total = dot(guide[anchor], guide[3 + anchor]), 0.0
-        for number in range(5):
-            if number != anchor and dot(guide[anchor], guide[3 + number]) > limit:
-                hidden += 1
-            else:
-                total += math.exp(2.0 * dot(x[anchor], x[3 + number]))
-        expected += math.log(total) / 3 - 2.0 * dot(x[anchor], x[3 + anchor]) / 3
-    assert 0 < hidden < 12
-    assert base_loss("infonce", x, rows, scale=2.0).item() == pytest.approx(expected, abs=1e-10)
-    assert base_loss("infonce", x, Rows((3, 3, 2)), scale=2.0).item() > expected + 1e-3
 
 
 def test_query_kl_aligns_the_scores_of_queries_and_documents():
@@ -283,27 +259,6 @@ def test_a_step_of_the_trainer(loss, tiny_model, tmp_path):
         torch.testing.assert_close(cached_slopes[name], slope, atol=1e-4 * max(1.0, slope.abs().max()), rtol=1e-3)
 
 
-def test_a_step_with_a_guide_of_another_tokenizer_and_width(tiny_model, tmp_path, backbone_path):
-    guide = tiny_model("roberta", sizes=["4x32"]).truncate(3, 16)
-    guide.config.prompts = {"query": "the dogs "}
-    losses = []
-    for chunk, others in ((None, guide), (2, guide), (None, None)):
-        model = tiny_model()
-        trainer = make_trainer(model, tmp_path, guide=others, dropout=False, gradient_cache_chunk_size=chunk)
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
-        losses.append(trainer.training_step(model, batch).item())
-    texts = [text for column in TRIPLETS for text in TRIPLETS[column][:6] if text]
-    prompted = ["the dogs " * (row < 6) + text for row, text in enumerate(texts)]
-    embeddings = torch.from_numpy(guide.encode(prompted))
-    rows = Rows((6, 6, 6, 2), guide=embeddings)
-    assert rows.false_negatives.any()
-    plan = trainer.objective.plan(random.Random(0))
-    expected, _ = plan_loss(plan, model.encode_states(texts, (1, 2, 4)).clone(), rows, "infonce")
-    assert losses[:2] == pytest.approx([expected.item()] * 2, rel=1e-4)
-    assert abs(losses[2] - losses[0]) > 1e-3
-    assert not any(parameter.requires_grad for parameter in guide.parameters())
-
-
 def test_prompts_and_similarity_are_saved_and_used(tiny_model, tmp_path):
     """By encode, by sentence-transformers, and by the evaluation of retrieval, but not by that of STS."""
     from sentence_transformers import SentenceTransformer
@@ -376,3 +331,14 @@ def test_an_index_of_dot_products_is_refused(tiny_model, tmp_path, capsys):
         build_index.main(["--embeddings", str(tmp_path / "e"), "--output_dir", str(tmp_path / "index")])
     assert capsys.readouterr().err.strip().endswith("compares by dot product; an index has cosines only")
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(("loss", "peer"), [("margin_mse", "MarginMSELoss"), ("distill_kl", "DistillKLDivLoss")])
+def test_the_teacher_losses_equal_those_of_sentence_transformers(loss, peer):
+    from sentence_transformers.sentence_transformer import losses
+
+    x, scores = vectors(16, 6, 0), vectors(4, 3, 1)
+    theirs = getattr(losses, peer)(None).compute_loss_from_embeddings(list(x.split(4)), scores)
+    rows = Rows((4, 4, 4, 4), teacher_scores=scores.T.flatten(), owners=torch.arange(4).repeat(3))
+    assert theirs > 0.1
+    torch.testing.assert_close(base_loss(loss, x, rows, scale=1.0), theirs)
