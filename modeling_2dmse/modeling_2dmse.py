@@ -6,19 +6,16 @@ from collections.abc import Iterable, Sequence
 from typing import Self, cast
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
 from .backbone import (
     accepted_inputs,
     build_backbone,
-    check_exits,
     cut_config,
-    drop_pooler,
     find_final_norms,
     find_layer_stack,
-    is_decoder,
     run_layers,
     supports_inputs_embeds,
 )
@@ -26,12 +23,13 @@ from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
 from .export import check_export, export
-from .loading import auto_kwargs, check_loaded, hub_kwargs
+from .importing import import_backbone
+from .loading import auto_kwargs, check_loaded
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
-from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
+from .sentence_transformers_files import write_sentence_transformers_files
 
 logger = logging.get_logger(__name__)
 
@@ -99,12 +97,16 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     ) -> "TwoDMSEModel":
         """Import a pre-trained backbone.
 
+        From a sentence-transformers folder, everything that changes its vectors is taken over: the pooling, the longest
+        input, lower-casing, prompts, and Dense modules that are a matrix, which become the exit projections.
+
         Args:
             name_or_path: folder or Hub name of a text encoder that AutoModel loads.
             sizes: the ladder to train for, for example `["1x32", "6x384"]`.
             pooling: `mean`, `cls`, `lasttoken` or `weightedmean`; default: the pooling that a sentence-transformers
-                folder declares, else `lasttoken` for decoders and `mean` for encoders.
-            prompts: texts that `encode(prompt_name=...)` puts in front.
+                folder declares, else `lasttoken` for decoders and `mean` for encoders. If given, modules of the folder
+                that cannot be taken over are left out with a warning.
+            prompts: texts that `encode(prompt_name=...)` puts in front, in addition to those of the folder.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
                 `trust_remote_code=True` also holds for the tokenizer; without it, no code of the folder is run.
 
@@ -112,37 +114,10 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             The elastic model, in evaluation mode.
 
         Raises:
-            ValueError: the backbone's layers cannot be found or cut, or the backbone does not have one of the sizes.
+            ValueError: the backbone's layers cannot be found or cut, it does not have one of the sizes, or the
+                folder has a module or setting that cannot be taken over.
         """
-        name_or_path, options = str(name_or_path), auto_kwargs(kwargs)
-        backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **{**kwargs, **options}))
-        if getattr(backbone.config, "is_encoder_decoder", False):
-            raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
-        if isinstance(backbone, cls):
-            raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
-        if pooling is None:
-            pooling = read_pooling(name_or_path, **hub_kwargs(kwargs))
-            pooling = pooling or ("lasttoken" if is_decoder(backbone) else "mean")
-        stack, attention = find_layer_stack(backbone), backbone.config._attn_implementation
-        config = TwoDMSEConfig(
-            backbone_config=backbone.config,
-            pooling=pooling,
-            sizes=sizes,
-            prompts=prompts,
-            layer_stack=stack,
-            final_norm=check_exits(backbone, stack),
-            dtype=backbone.dtype,
-        )
-        with torch.device("meta"):
-            model = cls(config)
-        backbone.config._attn_implementation = attention  # a new configuration or model chooses again
-        if os.path.isdir(name_or_path):
-            backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
-        model.backbone = backbone
-        model.config.backbone_config = backbone.config
-        model.config.name_or_path = model.name_or_path = name_or_path  # PEFT reads the latter
-        model._hub_kwargs = {**options, "config": backbone.config}  # else the tokenizer's loading reads another one
-        return model.eval()
+        return import_backbone(cls, str(name_or_path), sizes, pooling, prompts, kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Texts as token ids in flat arrays, and batches made of them: padded, or packed into one row."""
 
 import itertools
+import json
 import threading
 import weakref
 from collections.abc import Sequence
@@ -105,6 +106,22 @@ def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int):
             types = "token_type_ids" in tokenizer.model_input_names
             known[key] = backend, types and any(backend.encode("a").type_ids)
         return known[key]
+
+
+def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, changed so that it lower-cases texts first, as sentence-transformers' `do_lower_case` does.
+
+    Raises:
+        ValueError: it is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} cannot be made to lower-case texts; use a fast one")
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    present = [state["normalizer"]] if state["normalizer"] else []
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *present]}
+    backend.normalizer = type(backend).from_str(json.dumps(state)).normalizer
+    return tokenizer
 
 
 def _flatten(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int) -> Tokens:

@@ -61,7 +61,8 @@ def check_model(name_or_path: str) -> None:
     looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
     if looks_like_a_path and not os.path.isdir(name_or_path):
         raise ValueError(f"model_name_or_path: {name_or_path} does not exist")
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+    marks = ("config.json", "modules.json")  # the second is all that old folders of sentence-transformers have here
+    if os.path.isdir(name_or_path) and not any(os.path.isfile(os.path.join(name_or_path, name)) for name in marks):
         raise ValueError(f"model_name_or_path: {name_or_path} has no config.json, so it is not a model")
 
 
