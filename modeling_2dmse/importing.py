@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from .backbone import check_exits, drop_pooler, find_layer_stack, is_decoder
+from .backbone import check_exits, drop_pooler, find_layer_stack
 from .configuration_2dmse import Size, TwoDMSEConfig
+from .import_checks import check_padding, check_reload, reads_left_to_right
 from .loading import auto_kwargs, hub_kwargs
 from .projection import ExitProjection
 from .sentence_transformers_import import Imported, read_folder
@@ -32,7 +33,7 @@ def import_backbone(
     if found.subfolder:
         kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), found.subfolder)
     options = auto_kwargs(kwargs)
-    backbone = drop_pooler(AutoModel.from_pretrained(name_or_path, **{**kwargs, **options}))
+    backbone = AutoModel.from_pretrained(name_or_path, **{**kwargs, **options})
     if getattr(backbone.config, "is_encoder_decoder", False):
         raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
     if isinstance(backbone, kind):
@@ -52,9 +53,11 @@ def _around(
     kind: type["TwoDMSEModel"], backbone: PreTrainedModel, found: Imported, sizes, prompts: dict[str, str] | None
 ) -> "TwoDMSEModel":
     stack, attention = find_layer_stack(backbone), backbone.config._attn_implementation
+    no_pooler = getattr(backbone, "pooler", None) is not None
+    check_padding(drop_pooler(backbone), no_pooler)
     config = TwoDMSEConfig(
         backbone_config=backbone.config,
-        pooling=found.pooling or ("lasttoken" if is_decoder(backbone) else "mean"),
+        pooling=found.pooling or ("lasttoken" if reads_left_to_right(backbone) else "mean"),
         sizes=sizes,
         dim=_kept_dim(found, backbone.config.hidden_size),
         prompts=found.prompts | (prompts or {}),
@@ -67,6 +70,7 @@ def _around(
         raise ValueError(f"sizes: the Dense module of the folder gives {len(found.dense)} dimensions, no size has more")
     with torch.device("meta"):
         model = kind(config)
+    check_reload(backbone, model.backbone, stack, config.final_norm)
     backbone.config._attn_implementation = attention  # a new configuration or model chooses again
     model.backbone = backbone
     model.config.backbone_config = backbone.config
