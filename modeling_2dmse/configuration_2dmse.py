@@ -1,8 +1,16 @@
 """The configuration of an elastic encoder, and the notation for its sizes."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is imported that older versions do not have
+    raise ImportError(
+        f"2DMSE models need transformers 5 or newer, not {transformers.__version__}; upgrade transformers"
+    )
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -169,6 +177,13 @@ class TwoDMSEConfig(PreTrainedConfig):
     def cut_ladder(self, num_layers: int, dim: int) -> None:
         """Drop the sizes that have more than `num_layers` layers or `dim` dimensions."""
         self.set_ladder([s for s in map(parse_size, self.sizes or []) if s.num_layers <= num_layers and s.dim <= dim])
+
+    def with_size(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEConfig":
+        """A copy with other `num_layers` and `dim`, unless they are None."""
+        config = copy.deepcopy(self)
+        config.num_layers = self.num_layers if num_layers is None else num_layers
+        config.dim = self.dim if dim is None else dim
+        return config
 
     def to_dict(self):
         """The configuration as it is written to JSON, with the keys that other libraries read."""

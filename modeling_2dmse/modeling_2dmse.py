@@ -30,6 +30,8 @@ from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
+from .tokens import write_truncation
+from .truncation import check_whole, cut_model
 
 logger = logging.get_logger(__name__)
 
@@ -127,12 +129,15 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of an elastic model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
-                the layers above n are neither built nor read. `trust_remote_code=True` also holds for the tokenizer.
+                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`.
+                `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
             ValueError: the weights do not fill the model, which would leave layers with random weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        if isinstance(kwargs.get("config"), TwoDMSEConfig):
+            kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
@@ -144,6 +149,18 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> torch.nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; the backbone's configuration has the new size as well."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._note_vocabulary()
+        return embeddings
+
+    def _note_vocabulary(self) -> None:
+        # The embeddings may also have been resized through the backbone.
+        words = self.get_input_embeddings()
+        for config in (self.config.backbone_config, self.backbone.config):
+            config.vocab_size = getattr(words, "num_embeddings", config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -158,6 +175,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         num_buckets: int = 1,
         lengths: Sequence[int] | None = None,
         packing: Packing | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> TwoDMSEOutput:
         """Run the encoder.
 
@@ -173,10 +192,16 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
                 its own longest row; the pooled states are in the order of the rows. For padding on the right only.
             lengths: columns up to each row's last real token, if they are known without waiting for the GPU.
             packing: with `layers`, where each text is in `input_ids` of shape (1, tokens), if the model `packs`.
+            output_hidden_states: None or false, which wrappers such as PEFT's pass.
+            output_attentions: None or false.
 
         Raises:
             ValueError: arguments are given together that exclude each other, or the model does not have the layers.
         """
+        if output_hidden_states or output_attentions:
+            raise ValueError(
+                "output_hidden_states: this model returns pooled states only; name exits in layers instead"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
         given = {
@@ -227,26 +252,14 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             dim: dimensions to keep by default, 1 to the hidden size; default: as in this model.
 
         Raises:
-            ValueError: this model does not have the size, or it has PEFT adapters.
+            ValueError: this model does not have the size, has PEFT adapters, or is spread over devices.
         """
-        if any(".base_layer." in name for name, _ in self.named_parameters()):
-            raise ValueError("adapters: this model has PEFT adapters; merge them first with merge_and_unload()")
+        check_whole(self)
         config = copy.deepcopy(self.config)
         config.num_layers = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
         config.dim = self.config.dim if dim is None else self._check_dim(dim)
         config.cut_ladder(config.num_layers, config.dim)
-        with torch.device("meta"):
-            small = type(self)(config)
-        tensors = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
-        for name, module in small.named_modules():
-            for key in module._parameters:
-                if module._parameters[key] is not None:
-                    source = tensors[f"{name}.{key}"]
-                    module._parameters[key] = torch.nn.Parameter(source.detach(), requires_grad=source.requires_grad)
-            for key in module._buffers:
-                if module._buffers[key] is not None:
-                    module._buffers[key] = tensors[f"{name}.{key}"]
-        small.tie_weights()
+        small = cut_model(self, config)
         small._tokenizer, small._hub_kwargs = self._tokenizer, self._hub_kwargs
         return small.train(self.training)
 
@@ -288,6 +301,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             kwargs: those of `PreTrainedModel.save_pretrained`.
         """
         self.config.architectures = [type(self).__name__]
+        self._note_vocabulary()
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
@@ -295,6 +309,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         try:
             self.tokenizer.save_pretrained(save_directory)
             max_length = self.max_length
+            write_truncation(save_directory, self.tokenizer, max_length)
         except (OSError, ValueError) as error:
             # A model without a tokenizer can still be saved.
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")
