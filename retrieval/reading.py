@@ -1,4 +1,7 @@
-"""Texts from files, one after another and with ids; a line that cannot be used is reported, not raised."""
+"""Texts from files, one after another and with ids; a line that cannot be used is reported, not raised.
+
+An empty text is a text: corpora have documents without words, and their ids must have a vector.
+"""
 
 import csv
 import gzip
@@ -171,4 +174,4 @@ def _row(number: int, row: dict, text_column: str, id_column: str | None, index:
 def _text(number: int, id: str, text) -> Text | Malformed:
     if not isinstance(text, str):
         return Malformed(number, f"its text is a {type(text).__name__}")
-    return Text(id, text) if text.strip() else Malformed(number, "its text is empty")
+    return Text(id, text)

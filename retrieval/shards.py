@@ -58,15 +58,17 @@ def encode_shards(
         progress: called for each finished shard with its rows, and whether they were encoded now.
 
     Returns:
-        {"rows": number of texts, "shards": number of shards, "skipped": [[line, reason], ...]} over all processes.
+        {"rows": number of texts, "empty": how many of them are empty, "shards": number of shards, "skipped": [[line,
+        reason], ...]} over all processes.
 
     Raises:
         ValueError: a line is malformed and `on_error` is `stop`.
     """
     skipped: list[list] = []
-    rows = shards = 0
+    rows = shards = empty = 0
     for number, shard in enumerate(_shards(texts, shard_size, on_error, skipped)):
         rows, shards = rows + len(shard), number + 1
+        empty += sum(not text.strip() for _, text in shard)
         if number % processes != process:
             continue
         key = zlib.crc32(json.dumps(shard).encode("utf-8"))
@@ -78,7 +80,7 @@ def encode_shards(
             _write_shard(folder, number, shard, encode([text for _, text in shard]), format)
             _write_json(marker, {"rows": len(shard), "crc32": key})
         progress(len(shard), is_new)
-    return {"rows": rows, "shards": shards, "skipped": skipped}
+    return {"rows": rows, "empty": empty, "shards": shards, "skipped": skipped}
 
 
 def finish(folder: Path, settings: dict, summary: dict) -> None:
