@@ -92,6 +92,20 @@ def parse_ladder(
     return sorted(ladder)
 
 
+def default_ladder(num_layers: int, dim: int) -> list[Size]:
+    """Up to six sizes for a model: evenly spaced layers, and powers of two below the full dimensions.
+
+    >>> " ".join(map(str, default_ladder(12, 768)))
+    '2x32 4x64 6x128 8x256 10x512 12x768'
+    >>> " ".join(map(str, default_ladder(6, 384)))
+    '1x32 2x64 4x128 5x256 6x384'
+    """
+    smallest = 32 if dim >= 256 else 8
+    dims = [1 << power for power in range(dim.bit_length()) if smallest <= 1 << power < dim] + [dim]
+    dims = dims[-min(6, num_layers) :]
+    return [Size(round(num_layers * (step + 1) / len(dims)), size) for step, size in enumerate(dims)]
+
+
 class TwoDMSEConfig(PreTrainedConfig):
     """Configuration of a `TwoDMSEModel`.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
 
 from .arguments import TwoDMSETrainingArguments
 from .data import PairCollator, add_unlabeled_texts, check_table, join_tables, rescale_scores, text_columns
@@ -30,10 +31,12 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
 
 
 def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> list[Size]:
-    """The ladder of the arguments, or else of the model; ValueError if a size does not fit the model."""
+    """The ladder of the arguments, or else of the model, or else one that fits the model; ValueError if a size does not
+    fit it."""
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
-        raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
+        sizes = default_ladder(encoder.num_layers, encoder.config.dim)
+        logger.warning(f"sizes: none are set; a ladder that fits the model is trained: {' '.join(map(str, sizes))}")
     ladder = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)
     args.sizes = [str(size) for size in ladder]
     if args.objective == "espresso" and args.compression_dim > encoder.config.hidden_size:

@@ -37,7 +37,7 @@ from .preparation import (
     resolve_ladder,
 )
 from .projections import fit_exit_projections
-from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
+from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
@@ -116,7 +116,10 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             eval_dataset=tasks,
             processing_class=tokenizer,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), self.stop_signals, *set_epoch, *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[
+                *(EvaluateLastStep(), LogShortRuns(), self.stop_signals, *set_epoch),
+                *(kwargs.pop("callbacks", None) or []),
+            ],
             **kwargs,
         )
         shard_by_layers(self.accelerator, self.encoder)

@@ -47,6 +47,17 @@ def check_files(argument: str, *paths: str | None) -> None:
             raise ValueError(f"{argument}: {path} is not a file")
 
 
+def check_tables(argument: str, *paths: str | None) -> None:
+    """ValueError if one of the paths is neither a file nor a folder of `datasets.save_to_disk`."""
+    saved = ("dataset_dict.json", "state.json")
+    for path in paths:
+        if path is not None and os.path.isdir(path):
+            if not any(os.path.isfile(os.path.join(path, name)) for name in saved):
+                raise ValueError(f"{argument}: {path} is a folder, but not one of datasets.save_to_disk")
+        else:
+            check_files(argument, path)
+
+
 def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
     """ValueError if one of the folders lacks corpus.jsonl, queries.jsonl or qrels/SPLIT.tsv."""
     for folder in folders:

@@ -6,12 +6,14 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import datasets
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
@@ -19,7 +21,7 @@ from trainer.data import check_table, draw_texts, join_tables
 from trainer.evaluation import RetrievalData, StsData, grid_sizes, main_scores, mean_scores, task_from_table
 from trainer.projections import fit_exit_projections
 from trainer.shared.hub import find_token, stage, upload
-from trainer.shared.tables import draw_rows, hold_out, read_table
+from trainer.shared.tables import draw_rows, hold_out, is_saved, read_table
 from trainer.unlabeled import read_unlabeled_texts
 
 if TYPE_CHECKING:
@@ -66,12 +68,11 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         if data.eval_split is not None:
             evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
     else:
-        tables = [read_table(path) for path in data.train_file or []]
-    if data.eval_file is not None:
-        evaluation = read_table(data.eval_file, "eval_file")
-    tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
+        tables = [read_table(path, split=data.train_split) for path in data.train_file or []]
+    evaluation = _read_evaluation(data) or evaluation
+    tables = [_check(table, "train_file" if data.train_file else "dataset_name", data, tables) for table in tables]
     if evaluation is not None:
-        evaluation = check_table(evaluation, "eval_file") if data.max_eval_samples else None
+        evaluation = _check(evaluation, "eval_file", data, [evaluation]) if data.max_eval_samples else None
     elif data.max_eval_samples and min(map(len, tables)) > 1:
         share = data.max_eval_samples // len(tables)
         pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
@@ -80,6 +81,30 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
             f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )
     return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
+
+
+def _read_evaluation(data: DataArguments) -> Dataset | None:
+    """The table of --eval_file, or else the --eval_split of a folder in --train_file; None if neither is given."""
+    if data.eval_file is not None:
+        return read_table(data.eval_file, "eval_file", data.eval_split or "validation")
+    if data.eval_split is not None and data.train_file is not None:
+        folders = [path for path in data.train_file if is_saved(path)]
+        if not folders:
+            raise ValueError("eval_split: train_file has no splits; name a table to evaluate on with --eval_file")
+        return read_table(folders[0], "train_file", data.eval_split)
+    return None
+
+
+def _check(table: Dataset, argument: str, data: DataArguments, tables: Sequence[Dataset]) -> Dataset:
+    """`check_table` with those of --columns that the table has; the others must be in another one of the tables."""
+    columns = data.columns or []
+    if argument != "eval_file":
+        present = {name for other in tables for name in other.column_names}
+        columns = [entry for entry in columns if entry.rpartition(":")[0] in table.column_names or
+                   entry.rpartition(":")[0] not in present]  # fmt: skip
+    else:
+        columns = [entry for entry in columns if entry.rpartition(":")[0] in table.column_names]
+    return check_table(table, argument, columns, data.skip_invalid)
 
 
 def save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
@@ -166,7 +191,8 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
     )
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
-        raise ValueError("sizes: name the sizes to train, for example --sizes 1x32 2x64 3x128 6x384")
+        sizes = args.sizes = list(map(str, default_ladder(encoder.num_layers, encoder.config.dim)))
+        output.say(f"without --sizes, a ladder that fits the model is trained: {' '.join(sizes)}")
     largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
     if args.objective == "separate":
         # The small model trained separately: nothing above its size exists, in training or on disk.
