@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import build_backbone, cut_config, run_layers
@@ -58,7 +58,7 @@ def check_reload(backbone: PreTrainedModel, built: PreTrainedModel, stack: str, 
         # The configuration as JSON has it.
         config = AutoConfig.for_model(**cut_config(backbone.config, 1).to_dict())
         with torch.device("meta"):
-            built = build_backbone(config)
+            built, whole = build_backbone(config), AutoModel.from_config(config, trust_remote_code=False)
     except _FAILURES as error:
         reason = str(error).splitlines()[0]
         raise _refusal(backbone, f"a saved model of it could not be read again: {reason}") from error
@@ -67,7 +67,9 @@ def check_reload(backbone: PreTrainedModel, built: PreTrainedModel, stack: str, 
     if getattr(backbone, "hf_quantizer", None) is not None or any(tensor.is_meta for tensor in tensors.values()):
         return
     config._attn_implementation = backbone.config._attn_implementation
-    weights = {name: tensors[name] for name in built.state_dict()}
+    # A pooler that was dropped has weights here, so that transformers does not report them as missing.
+    weights = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in whole.state_dict().items()}
+    weights |= {name: tensors[name] for name in built.state_dict()}
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -25,6 +25,11 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
     encoder: Any = model
     if hasattr(encoder, "get_base_model"):
         encoder = encoder.get_base_model()
+    if not isinstance(encoder, TwoDMSEModel) and type(encoder).__name__ == TwoDMSEModel.__name__:
+        raise ValueError(
+            "model: it was loaded with the code of its folder, before twodmse was imported; load it with "
+            "twodmse.TwoDMSEModel.from_pretrained"
+        )
     if not isinstance(encoder, TwoDMSEModel):
         raise ValueError(f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}")
     return encoder
@@ -35,8 +40,8 @@ def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> lis
     fit it."""
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
-        sizes = default_ladder(encoder.num_layers, encoder.config.dim)
-        logger.warning(f"sizes: none are set; a ladder that fits the model is trained: {' '.join(map(str, sizes))}")
+        sizes = [str(size) for size in default_ladder(encoder.num_layers, encoder.config.dim)]
+        logger.warning(f"sizes: none are set; a ladder that fits the model is trained: {' '.join(sizes)}")
     ladder = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)
     args.sizes = [str(size) for size in ladder]
     if args.objective == "espresso" and args.compression_dim > encoder.config.hidden_size:
@@ -132,6 +137,17 @@ def runs_packed(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> bool:
     """Whether the rows of a step run as one packed row."""
     padded = args.torch_compile or args.gradient_cache_chunk_size is not None
     return args.device.type == "cuda" and not padded and encoder.packs
+
+
+def check_checkpointing(args: TwoDMSETrainingArguments) -> None:
+    """ValueError for gradient checkpointing that DistributedDataParallel does not support."""
+    options = args.gradient_checkpointing_kwargs
+    reentrant = args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant")
+    if reentrant and args.world_size > 1 and (args.num_buckets > 1 or args.ddp_find_unused_parameters):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: use_reentrant does not go with several processes that run a layer more "
+            "than once per step; leave it out, or set num_buckets to 1 and train without exit projections"
+        )
 
 
 def make_block_sampler(tables: Sequence[Dataset], args: TwoDMSETrainingArguments) -> BlockSampler | None:

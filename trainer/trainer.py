@@ -10,24 +10,24 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, set_seed
 from transformers.utils import logging
 
-from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.packing import Packing
 from modeling_2dmse.tokens import write_truncation
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
-from .data import check_table, texts_to_fit
+from .data import texts_to_fit
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
-from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
 from .losses import SCALE, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
+    check_checkpointing,
     check_training_tables,
     find_encoder,
     make_block_sampler,
@@ -37,6 +37,7 @@ from .preparation import (
     resolve_ladder,
 )
 from .projections import fit_exit_projections
+from .scoring import ScoringMixin, Task, as_tasks
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.part_log import PartLogMixin
@@ -44,14 +45,12 @@ from .step_loss import plan_gradient, plan_loss
 
 logger = logging.get_logger(__name__)
 
-Task = StsData | RetrievalData
 
-
-class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
+class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, Trainer):
     """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
-        model: the model, or a peft model around it.
+        model: the model, or a peft model around it; None with `model_init`.
         args: the arguments; `sizes`, if set, replaces the ladder of the model.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
             (sentence1, sentence2, score), or a list of such tables. Each batch comes from one table.
@@ -60,6 +59,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of
             them. The sizes also learn from their teacher on these texts, with the weight `unlabeled_weight`, and exit
             projections are fitted to them too.
+        model_init: makes the model, with the trial of a hyper-parameter search if it takes an argument. Each call of
+            `train` starts from a new one.
         **kwargs: passed to `Trainer`.
 
     Raises:
@@ -76,28 +77,32 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         args: TwoDMSETrainingArguments,
         train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         unlabeled_texts: Sequence[str] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs: Any,
     ):
-        self.encoder = find_encoder(model)
-        if not args.dropout:
-            switch_off_dropout(self.encoder)
-        self.ladder = resolve_ladder(self.encoder, args)
-        self.encoder.config.set_ladder(self.ladder)
-        tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
-        self.encoder.tokenizer = tokenizer
+        if (model is None) == (model_init is None):
+            raise ValueError("model: give either model or model_init")
+        self.args, self._first_model = args, None
+        self.model_init = cast(Callable[..., PreTrainedModel], model_init)  # which Trainer checks for None
+        self._processing_class, self._has_unlabeled = processing_class, unlabeled_texts is not None
+        self._fit_projections = self._starts = False
+        if model is None:
+            set_seed(args.seed)
+            self._first_model = self.call_model_init()
+        else:
+            self._take_model(model)
+        tokenizer = self.encoder.tokenizer
         self.train_tables = check_training_tables(train_dataset)
         rows = None
         if train_dataset is not None:
             rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
         tasks = as_tasks(eval_dataset)
-        self._prepare_projections(model, args)
-        self.objective = make_objective(self.encoder, self.ladder, args, unlabeled_texts is not None)
         if not tasks:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
@@ -115,6 +120,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             train_dataset=rows,
             eval_dataset=tasks,
             processing_class=tokenizer,
+            model_init=model_init,
             data_collator=collator,
             callbacks=[
                 *(EvaluateLastStep(), LogShortRuns(), self.stop_signals, *set_epoch),
@@ -124,6 +130,29 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         )
         shard_by_layers(self.accelerator, self.encoder)
         self._check_launch()
+
+    def _take_model(self, model: PreTrainedModel) -> None:
+        """Set the encoder, the ladder and the objective that belong to a model."""
+        self.encoder = find_encoder(model)
+        if not self.args.dropout:
+            switch_off_dropout(self.encoder)
+        self.ladder = resolve_ladder(self.encoder, self.args)
+        self.encoder.config.set_ladder(self.ladder)
+        self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
+        self._prepare_projections(model, self.args)
+        self.objective = make_objective(self.encoder, self.ladder, self.args, self._has_unlabeled)
+
+    def call_model_init(self, trial=None):
+        """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
+        model: torch.nn.Module | None = self._first_model
+        self._first_model = None
+        if model is None or self._starts:
+            model = super().call_model_init(trial)
+            self._take_model(cast(PreTrainedModel, model))
+        if self._starts:
+            model.to(self.args.device)
+            self._before_training()
+        return model
 
     def _prepare_projections(self, model: PreTrainedModel, args: TwoDMSETrainingArguments) -> None:
         """Add exit projections, if the arguments ask for them and the model has none."""
@@ -146,6 +175,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             self._check_whole("initial_share: the average")
         if self.args.teacher == "start":
             self._check_whole("teacher: start")
+        check_checkpointing(self.args)
         if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
 
@@ -166,18 +196,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last two steps.
         """
-        fitted = self._fit_projections
-        if fitted:
-            self._fit_on_training_texts()
-        initial = None
-        if self.args.initial_share:
-            parameters = self.encoder.named_parameters()
-            initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
-        if self.args.teacher == "start":
-            start = copy.deepcopy(self.encoder)
-            start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
-            self._start = start.eval().requires_grad_(False)
-        output = super().train(*args, **kwargs)
+        self._starts = True
+        try:
+            if self.model_init is None:
+                self._before_training()  # else with the new model
+            output = super().train(*args, **kwargs)
+        finally:
+            self._starts = False
+        fitted, initial = self._fitted, self._initial
         if self.stop_signals.received is not None:
             return output
         if initial is not None:
@@ -191,6 +217,19 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         elif fitted and others:  # the layers before these exits have moved
             self._fit_on_training_texts(sorted(others))
         return output
+
+    def _before_training(self) -> None:
+        """Fit new projections, and keep what is needed of the initial weights."""
+        self._fitted, self._initial = self._fit_projections, None
+        if self._fitted:
+            self._fit_on_training_texts()
+        if self.args.initial_share:
+            parameters = self.encoder.named_parameters()
+            self._initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
+        if self.args.teacher == "start":
+            start = copy.deepcopy(self.encoder)
+            start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
+            self._start = start.eval().requires_grad_(False)
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         fit_exit_projections(
@@ -272,52 +311,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
             lengths = None  # Python numbers would be compiled in, and cause a new compilation in each step
         return inputs, lengths, rows, self.objective.plan(self._step_generator())
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate every size of the ladder on the evaluation tasks.
-
-        Args:
-            eval_dataset: a table or a list of tasks; by default those of the trainer.
-            ignore_keys: not used.
-            metric_key_prefix: the first part of each name.
-
-        Returns:
-            `eval_spearman_1x32` or `eval_ndcg@10_1x32` for each size (with several tasks `eval_TASK_spearman_1x32`),
-            and their mean, `eval_ladder_mean`.
-        """
-        tasks = as_tasks(self.eval_dataset if eval_dataset is None else eval_dataset)
-        if not tasks:
-            raise ValueError("eval_dataset: there is none; pass one to the trainer or to evaluate")
-        metrics = self.score(tasks, self.ladder, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def _buckets(self, inputs: dict, lengths: list[int] | None) -> dict[str, Any]:
         """How the rows of a padded batch run; those of a packed one run as they are."""
         return {} if "packing" in inputs else {"num_buckets": self.args.num_buckets, "lengths": lengths}
-
-    def score(self, tasks: Sequence[Task], sizes: Sequence[Size], prefix: str = "eval") -> dict[str, float]:
-        """The metrics of `evaluate`, without logging them."""
-        results = self.results(tasks, sizes)
-        metrics = {}
-        for task in tasks:
-            metric = "spearman" if isinstance(task, StsData) else "ndcg@10"
-            name = metric if len(tasks) == 1 else f"{task.name}_{metric}"
-            for size, value in main_scores(results)[task.name].items():
-                metrics[f"{prefix}_{name}_{size}"] = value
-        means = mean_scores(results)
-        metrics[f"{prefix}_ladder_mean"] = sum(means.values()) / len(means)
-        return metrics
-
-    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
-        """All metrics of all tasks at the given sizes, in the form of `results.json`."""
-        encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
-        encode.setdefault("max_length", self.args.max_length)
-        if self.args.disable_tqdm:
-            encode.setdefault("show_progress_bar", False)
-        return evaluate_tasks(self.encoder, tasks, sizes, **encode)
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""
@@ -371,10 +367,3 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, Trainer):
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
-
-
-def as_tasks(eval_dataset: Dataset | Sequence[Task] | None) -> Any:
-    """The evaluation tasks of a table, a list of tasks or None; the last two are returned as they are."""
-    if isinstance(eval_dataset, Dataset):
-        return [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
-    return eval_dataset
