@@ -1,8 +1,16 @@
 """The configuration of an elastic encoder, and the notation for its sizes."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is imported that older versions do not have
+    raise ImportError(
+        f"2DMSE models need transformers 5 or newer, not {transformers.__version__}; upgrade transformers"
+    )
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -83,6 +91,20 @@ def parse_ladder(
         if hidden_size is not None and size.dim > hidden_size:
             raise ValueError(f"sizes: {size} asks for {size.dim} dimensions, but the backbone has 1 to {hidden_size}")
     return sorted(ladder)
+
+
+def default_ladder(num_layers: int, dim: int) -> list[Size]:
+    """Up to six sizes for a model: evenly spaced layers, and powers of two below the full dimensions.
+
+    >>> " ".join(map(str, default_ladder(12, 768)))
+    '2x32 4x64 6x128 8x256 10x512 12x768'
+    >>> " ".join(map(str, default_ladder(6, 384)))
+    '1x32 2x64 4x128 5x256 6x384'
+    """
+    smallest = 32 if dim >= 256 else 8
+    dims = [1 << power for power in range(dim.bit_length()) if smallest <= 1 << power < dim] + [dim]
+    dims = dims[-min(6, num_layers) :]
+    return [Size(round(num_layers * (step + 1) / len(dims)), size) for step, size in enumerate(dims)]
 
 
 class TwoDMSEConfig(PreTrainedConfig):
@@ -180,6 +202,13 @@ class TwoDMSEConfig(PreTrainedConfig):
     def cut_ladder(self, num_layers: int, dim: int) -> None:
         """Drop the sizes that have more than `num_layers` layers or `dim` dimensions."""
         self.set_ladder([s for s in map(parse_size, self.sizes or []) if s.num_layers <= num_layers and s.dim <= dim])
+
+    def with_size(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEConfig":
+        """A copy with other `num_layers` and `dim`, unless they are None."""
+        config = copy.deepcopy(self)
+        config.num_layers = self.num_layers if num_layers is None else num_layers
+        config.dim = self.dim if dim is None else dim
+        return config
 
     def to_dict(self):
         """The configuration as it is written to JSON, with the keys that other libraries read."""

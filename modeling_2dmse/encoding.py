@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import count_positions, inference_twin
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
-from .configuration_2dmse import TwoDMSEConfig
+from .configuration_2dmse import Size, TwoDMSEConfig, parse_size
 from .formats import check_precision, quantize
 from .packing import find_packing
 from .pooling import cut_and_normalize
@@ -42,6 +42,25 @@ def to_embeddings(pooled: torch.Tensor, dim: int, similarity: str) -> torch.Tens
     [[3.0, 4.0]]
     """
     return pooled[..., :dim].float().contiguous() if similarity == "dot" else cut_and_normalize(pooled, dim)
+
+
+def one_size(
+    num_layers: int | None, dim: int | None, size: str | Size | None, truncate_dim: int | None
+) -> tuple[int | None, int | None]:
+    """Layers and dimensions that `encode` is asked for, under any of their names.
+
+    Raises:
+        ValueError: one of them is given under two names, or `size` is not a size.
+    """
+    if size is not None:
+        if (num_layers, dim, truncate_dim) != (None, None, None):
+            raise ValueError(f"size: {size} sets layers and dimensions; leave out num_layers, dim and truncate_dim")
+        return parse_size(size)
+    if truncate_dim is not None:
+        if dim not in (None, truncate_dim):
+            raise ValueError(f"truncate_dim: {truncate_dim} differs from dim, {dim}; give one of the two")
+        dim = truncate_dim
+    return num_layers, dim
 
 
 class EncodeMixin(_Model):
@@ -86,6 +105,14 @@ class EncodeMixin(_Model):
         """Longest input in tokens: the smaller of the tokenizer's limit and the backbone's number of positions."""
         return min(self.tokenizer.model_max_length, count_positions(self.backbone))
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where the tokens of texts go: the model's device, or if accelerate offloads its weights, where they run."""
+        if self.device.type != "meta":
+            return self.device
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -98,6 +125,9 @@ class EncodeMixin(_Model):
         precision: str = "float32",
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
+        size: str | Size | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool | None = None,
     ) -> np.ndarray | torch.Tensor:
         """Embed texts at one size.
 
@@ -109,19 +139,24 @@ class EncodeMixin(_Model):
                 many tokens. Default: as many tokens as suit the device, see `batching.default_batch_tokens`.
             prompt: text put in front of every text.
             prompt_name: name of one of `config.prompts` to put in front, if `prompt` is not given.
-            max_length: in tokens; longer texts are truncated.
+            max_length: in tokens, special tokens included; longer texts are truncated.
             precision: `float32`, `float16`, `int8` or `binary`, see `formats.quantize`.
             convert_to_tensor: return a tensor on the model's device instead of a numpy array.
             show_progress_bar: default: for 640 texts or more, on a terminal.
+            size: layers and dimensions together, for example `"2x64"`.
+            truncate_dim: another name of `dim`, that of sentence-transformers.
+            normalize_embeddings: for calls written for sentence-transformers: as with a model that ends with its
+                Normalize module, vectors have unit length whether it is true or false.
 
         Returns:
             (len(texts), dim) in the order of the texts, or (dim,) for a single string. They are unit vectors, unless
             `config.similarity` is `dot`.
 
         Raises:
-            ValueError: an item is not a string, the model does not have the size, or `batch_size`, `prompt_name` or
-                `precision` is not allowed.
+            ValueError: an item is not a string, the model does not have the size, it is given twice, or `batch_size`,
+                `max_length`, `prompt_name` or `precision` is not allowed.
         """
+        num_layers, dim = one_size(num_layers, dim, size, truncate_dim)
         dim = self.config.dim if dim is None else self._check_dim(dim)
         layers = [self.num_layers if num_layers is None else num_layers]
         if batch_size is not None:
@@ -133,7 +168,7 @@ class EncodeMixin(_Model):
         )
         embeddings = quantize(to_embeddings(states[0], dim, self.config.similarity), precision)
         embeddings = embeddings[0] if single else embeddings
-        return embeddings.to(self.device) if convert_to_tensor else embeddings.numpy()
+        return embeddings.to(self.input_device) if convert_to_tensor else embeddings.numpy()
 
     def encode_states(
         self,
@@ -151,17 +186,19 @@ class EncodeMixin(_Model):
             layers: exits, ascending; default: all layers.
             batch_size: as in `encode`.
             prompt: text put in front of every text.
-            max_length: in tokens; longer texts are truncated.
+            max_length: as in `encode`.
             show_progress_bar: as in `encode`.
 
         Returns:
             (len(layers), len(texts), hidden), float32, on the CPU, neither cut nor normalised.
         """
         exits = self._check_layers(range(1, self.num_layers + 1) if layers is None else layers)
+        if max_length is not None:
+            self._check_max_length(max_length)
         if not texts:
             return torch.empty(len(exits), 0, self.config.hidden_size)
-        tokenizer, longest = self.tokenizer, self.max_length
-        packed = self.device.type != "cpu" and self.packs
+        tokenizer, longest, device = self.tokenizer, self.max_length, self.input_device
+        packed = device.type != "cpu" and self.device.type != "meta" and self.packs
         model = inference_twin(self)
         with torch.inference_mode():
             return pooled_states(
@@ -171,7 +208,7 @@ class EncodeMixin(_Model):
                 min(max_length or longest, longest),
                 self._batch_tokens(),
                 batch_size,
-                self.device,
+                device,
                 packed=packed,
                 show_progress_bar=show_progress_bar,
             )
@@ -186,7 +223,7 @@ class EncodeMixin(_Model):
     def _batch_tokens(self) -> int:
         config = self.config.backbone_config
         width = getattr(config, "intermediate_size", None) or 4 * self.config.hidden_size
-        return default_batch_tokens(self.device, self.config.hidden_size, width)
+        return default_batch_tokens(self.input_device, self.config.hidden_size, width)
 
     def find_prompt(self, prompt: str | None = None, name: str | None = None) -> str:
         """The text to put in front of every text.
@@ -218,6 +255,14 @@ class EncodeMixin(_Model):
         if not layers or sorted(set(layers)) != layers:
             raise ValueError(f"layers: {layers} must ascend and name each layer once, from 1 to {self.num_layers}")
         return layers
+
+    def _check_max_length(self, max_length: int) -> None:
+        lowest = self.tokenizer.num_special_tokens_to_add() + 1
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < lowest:
+            raise ValueError(
+                f"max_length: {max_length!r} is not allowed; use a whole number from {lowest}, the fewest tokens of a "
+                "text that is not empty"
+            )
 
     def _check_dim(self, dim: int) -> int:
         check_between("dim", dim, self.config.hidden_size)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .encoding import to_embeddings
 from .sentence_transformers_files import write_exported_modules
+from .tokens import write_truncation
 
 FORMATS = ("transformers", "onnx")
 DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
@@ -93,6 +94,7 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
         state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
     backbone.save_pretrained(folder, state_dict=state)
     model.tokenizer.save_pretrained(folder)
+    write_truncation(folder, model.tokenizer, model.max_length)
     write_exported_modules(folder, model.config, model.max_length, dense is not None)
     if dense is not None:
         save_file({"linear.weight": dense}, os.path.join(folder, "2_Dense", "model.safetensors"))
@@ -152,6 +154,7 @@ def _write_onnx(model, folder: str, dtype: str) -> None:
         _quantize_onnx(target)
     model.train(training)
     model.tokenizer.save_pretrained(folder)
+    write_truncation(folder, model.tokenizer, model.max_length)
     with open(os.path.join(folder, "export.json"), "w", encoding="utf-8") as file:
         size = {"num_layers": model.num_layers, "dim": model.config.dim, "max_length": model.max_length, "dtype": dtype}
         json.dump(size, file, indent=2)

@@ -13,12 +13,9 @@ from transformers.utils import can_return_tuple, logging
 from .backbone import (
     accepted_inputs,
     build_backbone,
-    check_exits,
     check_final_norm,
     check_layer_stack,
     cut_config,
-    find_layer_stack,
-    is_decoder,
     run_layers,
     supports_inputs_embeds,
 )
@@ -26,12 +23,15 @@ from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
 from .export import check_export, export
-from .loading import auto_kwargs, check_loaded, hub_kwargs, load_backbone
+from .importing import import_backbone
+from .loading import auto_kwargs, check_loaded
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
-from .sentence_transformers_files import read_pooling, write_sentence_transformers_files
+from .sentence_transformers_files import write_sentence_transformers_files
+from .tokens import write_truncation
+from .truncation import check_whole, cut_model
 
 logger = logging.get_logger(__name__)
 
@@ -97,12 +97,16 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     ) -> "TwoDMSEModel":
         """Import a pre-trained backbone.
 
+        From a sentence-transformers folder, everything that changes its vectors is taken over: the pooling, the longest
+        input, lower-casing, prompts, and Dense modules that are a matrix, which become the exit projections.
+
         Args:
             name_or_path: folder or Hub name of a text encoder that AutoModel loads.
             sizes: the ladder to train for, for example `["1x32", "6x384"]`.
             pooling: `mean`, `cls`, `lasttoken` or `weightedmean`; default: the pooling that a sentence-transformers
-                folder declares, else `lasttoken` for decoders and `mean` for encoders.
-            prompts: texts that `encode(prompt_name=...)` puts in front.
+                folder declares, else `lasttoken` for decoders and `mean` for encoders. If given, modules of the folder
+                that cannot be taken over are left out with a warning.
+            prompts: texts that `encode(prompt_name=...)` puts in front, in addition to those of the folder.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `dtype`, `attn_implementation`, ...).
                 `trust_remote_code=True` also holds for the tokenizer; without it, no code of the folder is run.
 
@@ -110,37 +114,10 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             The elastic model, in evaluation mode.
 
         Raises:
-            ValueError: the backbone's layers cannot be found or cut, or the backbone does not have one of the sizes.
+            ValueError: the backbone's layers cannot be found or cut, it does not have one of the sizes, or the
+                folder has a module or setting that cannot be taken over.
         """
-        name_or_path, options = str(name_or_path), auto_kwargs(kwargs)
-        backbone = load_backbone(name_or_path, **{**kwargs, **options})
-        if getattr(backbone.config, "is_encoder_decoder", False):
-            raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
-        if isinstance(backbone, cls):
-            raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
-        if pooling is None:
-            pooling = read_pooling(name_or_path, **hub_kwargs(kwargs))
-            pooling = pooling or ("lasttoken" if is_decoder(backbone) else "mean")
-        stack, attention = find_layer_stack(backbone), backbone.config._attn_implementation
-        config = TwoDMSEConfig(
-            backbone_config=backbone.config,
-            pooling=pooling,
-            sizes=sizes,
-            prompts=prompts,
-            layer_stack=stack,
-            final_norm=check_exits(backbone, stack),
-            dtype=backbone.dtype,
-        )
-        with torch.device("meta"):
-            model = cls(config)
-        backbone.config._attn_implementation = attention  # a new configuration or model chooses again
-        if os.path.isdir(name_or_path):
-            backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
-        model.backbone = backbone
-        model.config.backbone_config = backbone.config
-        model.config.name_or_path = model.name_or_path = name_or_path  # PEFT reads the latter
-        model._hub_kwargs = {**options, "config": backbone.config}  # else the tokenizer's loading reads another one
-        return model.eval()
+        return import_backbone(cls, str(name_or_path), sizes, pooling, prompts, kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -150,12 +127,15 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of an elastic model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
-                the layers above n are neither built nor read. `trust_remote_code=True` also holds for the tokenizer.
+                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`.
+                `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
             ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        if isinstance(kwargs.get("config"), TwoDMSEConfig):
+            kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
@@ -170,6 +150,18 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> torch.nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; the backbone's configuration has the new size as well."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._note_vocabulary()
+        return embeddings
+
+    def _note_vocabulary(self) -> None:
+        # The embeddings may also have been resized through the backbone.
+        words = self.get_input_embeddings()
+        for config in (self.config.backbone_config, self.backbone.config):
+            config.vocab_size = getattr(words, "num_embeddings", config.vocab_size)
+
     @can_return_tuple
     def forward(
         self,
@@ -183,6 +175,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         num_buckets: int = 1,
         lengths: Sequence[int] | None = None,
         packing: Packing | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> TwoDMSEOutput:
         """Run the encoder.
 
@@ -198,10 +192,16 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
                 its own longest row; the pooled states are in the order of the rows. For padding on the right only.
             lengths: columns up to each row's last real token, if they are known without waiting for the GPU.
             packing: with `layers`, where each text is in `input_ids` of shape (1, tokens), if the model `packs`.
+            output_hidden_states: None or false, which wrappers such as PEFT's pass.
+            output_attentions: None or false.
 
         Raises:
             ValueError: arguments are given together that exclude each other, or the model does not have the layers.
         """
+        if output_hidden_states or output_attentions:
+            raise ValueError(
+                "output_hidden_states: this model returns pooled states only; name exits in layers instead"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
         given = {
@@ -252,26 +252,14 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             dim: dimensions to keep by default, 1 to the hidden size; default: as in this model.
 
         Raises:
-            ValueError: this model does not have the size, or it has PEFT adapters.
+            ValueError: this model does not have the size, has PEFT adapters, or is spread over devices.
         """
-        if any(".base_layer." in name for name, _ in self.named_parameters()):
-            raise ValueError("adapters: this model has PEFT adapters; merge them first with merge_and_unload()")
+        check_whole(self)
         config = copy.deepcopy(self.config)
         config.num_layers = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
         config.dim = self.config.dim if dim is None else self._check_dim(dim)
         config.cut_ladder(config.num_layers, config.dim)
-        with torch.device("meta"):
-            small = type(self)(config)
-        tensors = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
-        for name, module in small.named_modules():
-            for key in module._parameters:
-                if module._parameters[key] is not None:
-                    source = tensors[f"{name}.{key}"]
-                    module._parameters[key] = torch.nn.Parameter(source.detach(), requires_grad=source.requires_grad)
-            for key in module._buffers:
-                if module._buffers[key] is not None:
-                    module._buffers[key] = tensors[f"{name}.{key}"]
-        small.tie_weights()
+        small = cut_model(self, config)
         small._tokenizer, small._hub_kwargs = self._tokenizer, self._hub_kwargs
         return small.train(self.training)
 
@@ -313,6 +301,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             kwargs: those of `PreTrainedModel.save_pretrained`.
         """
         self.config.architectures = [type(self).__name__]
+        self._note_vocabulary()
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
@@ -320,6 +309,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         try:
             self.tokenizer.save_pretrained(save_directory)
             max_length = self.max_length
+            write_truncation(save_directory, self.tokenizer, max_length)
         except (OSError, ValueError) as error:
             # A model without a tokenizer can still be saved.
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")

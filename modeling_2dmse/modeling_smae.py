@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .backbone import LayerStandIn, build_backbone, cut_config, is_decoder, layers_of, view
+from .backbone import LayerStandIn, build_backbone, cut_config, layers_of, view
 from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
+from .import_checks import reads_left_to_right
 from .loading import auto_kwargs, check_loaded
 from .masked_loss import vocabulary_loss
 from .mlm_head import MaskedLanguageHead, new_head_settings, read_head
@@ -108,7 +109,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         encoder.config.set_ladder(sizes or encoder.config.sizes)
         if encoder.config.sizes is None:
             raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
-        if is_decoder(encoder.backbone):
+        if reads_left_to_right(encoder.backbone):
             raise ValueError(
                 f"backbone: {type(encoder.backbone).__name__} reads from left to right; SMAE needs an encoder"
             )

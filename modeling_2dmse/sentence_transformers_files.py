@@ -1,15 +1,16 @@
-"""The small files with which stock sentence-transformers loads a saved folder, and reading the pooling back."""
+"""The small files with which stock sentence-transformers loads a saved folder."""
 
 import json
 import os
 
-from transformers.utils import cached_file
-
 from .configuration_2dmse import TwoDMSEConfig
 
-_POOLING_FLAGS = {
+# The order is that in which sentence-transformers concatenates the vectors of several modes.
+POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
@@ -58,7 +59,7 @@ def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_opti
 
 def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None, options: dict) -> None:
     pooling: dict = {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
-    pooling |= {flag: mode == config.pooling for flag, mode in _POOLING_FLAGS.items()}
+    pooling |= {flag: mode == config.pooling for flag, mode in POOLING_FLAGS.items()}
     settings = {
         "prompts": config.prompts,
         "default_prompt_name": config.default_prompt_name,
@@ -68,23 +69,6 @@ def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None
     transformer = {"max_seq_length": max_length, "do_lower_case": False}
     _write_json(os.path.join(folder, "sentence_bert_config.json"), transformer)
     _write_json(os.path.join(folder, "1_Pooling", "config.json"), pooling)
-
-
-def read_pooling(name_or_path: str, **hub_kwargs) -> str | None:
-    """The pooling that a sentence-transformers folder or repository declares; None if it does not declare any."""
-    path = cached_file(
-        name_or_path,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_kwargs,
-    )
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
-    return config.get("pooling_mode", modes[0] if len(modes) == 1 else None)
 
 
 def _write_json(path: str, content) -> None:

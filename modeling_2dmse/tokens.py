@@ -1,6 +1,8 @@
 """Texts as token ids in flat arrays, and batches made of them: padded, or packed into one row."""
 
 import itertools
+import json
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -11,6 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .packing import Packing, to_device
+
+# Tokenizers without a limit have a very large number as theirs.
+_UNLIMITED = 10**9
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,40 @@ def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int | None, pairs: 
             types = "token_type_ids" in tokenizer.model_input_names
             known[key] = backend, types and any(backend.encode("a", "a" if pairs else None).type_ids)
         return known[key]
+
+
+def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, changed so that it lower-cases texts first, as sentence-transformers' `do_lower_case` does.
+
+    Raises:
+        ValueError: it is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} cannot be made to lower-case texts; use a fast one")
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    present = [state["normalizer"]] if state["normalizer"] else []
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *present]}
+    backend.normalizer = type(backend).from_str(json.dumps(state)).normalizer
+    return tokenizer
+
+
+def write_truncation(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make a saved tokenizer.json truncate to `max_length`, for clients that read nothing else.
+
+    transformers sets truncation in each call, and saves whatever the last call or the original file had.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        state = json.load(file)
+    state["truncation"] = None
+    if max_length < _UNLIMITED:
+        side = tokenizer.truncation_side.capitalize()
+        state["truncation"] = {"direction": side, "max_length": max_length, "strategy": "LongestFirst", "stride": 0}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(state, file, ensure_ascii=False, indent=2)
 
 
 def _flatten(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int) -> Tokens:

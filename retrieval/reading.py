@@ -1,4 +1,7 @@
-"""Texts from files, one after another and with ids; a line that cannot be used is reported, not raised."""
+"""Texts from files, one after another and with ids; a line that cannot be used is reported, not raised.
+
+An empty text is a text: corpora have documents without words, and their ids must have a vector.
+"""
 
 import contextlib
 import csv
@@ -23,10 +26,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Text(NamedTuple):
-    """A text and its id."""
+    """A text, its id, and the title of its row, with which the text of a BEIR document starts."""
 
     id: str
     text: str
+    title: str = ""
 
 
 class Malformed(NamedTuple):
@@ -197,7 +201,7 @@ def _parquet(path: str, text_column: str, id_column: str | None) -> Iterator[Tex
     try:
         file = pq.ParquetFile(path)
         _check_columns(file.schema_arrow.names, text_column, id_column)
-        wanted = [name for name in file.schema_arrow.names if name in (text_column, id_column, "_id", "id")]
+        wanted = [name for name in file.schema_arrow.names if name in (text_column, id_column, "_id", "id", "title")]
         rows = (row for batch in file.iter_batches(4096, columns=wanted) for row in batch.to_pylist())
         for index, row in enumerate(rows):
             yield _row(index + 1, row, text_column, id_column)
@@ -213,14 +217,16 @@ def _row(number: int, row: dict, text_column: str, id_column: str | None, index:
         return Malformed(number, f"it has no {name}")
     if name is not None and isinstance(row[name], (dict, list)):
         return Malformed(number, f"its {name} is a {type(row[name]).__name__}")
-    return _text(number, str(row[name] if name else (number - 1 if index is None else index)), row[text_column])
+    title = row.get("title") if text_column != "title" else None
+    text = _text(number, str(row[name] if name else (number - 1 if index is None else index)), row[text_column])
+    if isinstance(text, Malformed) or not isinstance(title, str) or _SURROGATE.search(title):
+        return text
+    return text._replace(title=title.strip())
 
 
 def _text(number: int, id: str, text) -> Text | Malformed:
     if not isinstance(text, str):
         return Malformed(number, f"its text is a {type(text).__name__}")
-    if not text.strip():
-        return Malformed(number, "its text is empty")
     for what, value in (("text", text), ("id", id)):
         wrong = _SURROGATE.search(value)
         if wrong is not None:

@@ -63,15 +63,17 @@ def encode_shards(
         progress: called for each finished shard with its rows, and whether they were encoded now.
 
     Returns:
-        {"rows": number of texts, "shards": number of shards, "skipped": [[line, reason], ...]} over all processes.
+        {"rows": number of texts, "empty": how many of them are empty, "shards": number of shards, "skipped": [[line,
+        reason], ...]} over all processes.
 
     Raises:
         ValueError: a line is malformed and `on_error` is `stop`.
     """
     skipped: list[list] = []
-    rows = shards = 0
+    rows = shards = empty = 0
     for number, shard in enumerate(_shards(texts, shard_size, on_error, skipped)):
         rows, shards = rows + len(shard), number + 1
+        empty += sum(not item.text.strip() for item in shard)
         if number % processes != process:
             continue
         key = zlib.crc32(json.dumps(shard).encode("utf-8"))
@@ -81,10 +83,10 @@ def encode_shards(
         if is_new:
             marker.unlink(missing_ok=True)
             (folder / SUMMARY).unlink(missing_ok=True)  # until everything is done again, the folder is not complete
-            _write_shard(files, shard, encode([text for _, text in shard]), format)
+            _write_shard(files, shard, encode([item.text for item in shard]), format)
             _write_json(marker, {"rows": len(shard), "crc32": key, "files": _states(files.values())})
         progress(len(shard), is_new)
-    return {"rows": rows, "shards": shards, "skipped": skipped}
+    return {"rows": rows, "empty": empty, "shards": shards, "skipped": skipped}
 
 
 def _is_done(marker: Path, key: int, files: Iterable[Path]) -> bool:
@@ -214,7 +216,7 @@ def _shards(texts: Iterable[Text | Malformed], size: int, on_error: str, skipped
 def _good(texts: Iterable[Text | Malformed], on_error: str, skipped: list[list]) -> Iterator[Text]:
     for item in texts:
         if not isinstance(item, Malformed):
-            yield item
+            yield item._replace(title="")  # titles are not embedded apart from the text
         elif on_error == "stop":
             raise ValueError(
                 f"input: line {item.line} is malformed: {item.reason}; --on_error skip leaves malformed lines out, and "

@@ -101,6 +101,8 @@ def main(argv=None) -> None:
             finish(folder, settings, summary)
     for line, reason in summary["skipped"]:
         output.say(f"line {line} was left out: {reason}")
+    if summary["empty"]:
+        output.say(f"{summary['empty']} of the texts are empty; each has the embedding of a text without words")
     seconds = time.perf_counter() - started
     output.say(
         f"{summary['rows']} texts in {summary['shards']} shards, {len(summary['skipped'])} lines left out; "
@@ -135,7 +137,7 @@ def check(args: EncodeArguments) -> None:
     """ValueError for a flag that is not allowed."""
     for name, allowed in (("format", FORMATS), ("precision", checks.PRECISIONS), ("on_error", ("stop", "skip"))):
         checks.check_choice(name, getattr(args, name), allowed)
-    for name in ("batch_size", "shard_size"):
+    for name in ("batch_size", "shard_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     checks.check_at_least("max_length", args.max_length, 1)
     if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not _is_ours(args.output_dir):

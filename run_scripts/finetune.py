@@ -53,8 +53,9 @@ class DataArguments(runs.OverwriteArguments):
 
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "csv, tsv, jsonl or parquet, also .gz, with (anchor, positive[, negative, negative_1, ...]) "
-                  "or (sentence1, sentence2, score). With several files, each batch comes from one."},
+        metadata={"help": "csv, tsv, jsonl or parquet, also .gz, or a folder of datasets.save_to_disk, with (anchor, "
+                  "positive[, negative, negative_1, ...]) or (sentence1, sentence2, score), or usual names of these "
+                  "columns. With several files, each batch comes from one."},
     )  # fmt: skip
     dataset_name: str | None = field(
         default=None,
@@ -62,9 +63,21 @@ class DataArguments(runs.OverwriteArguments):
                   "documentation of this machine."},
     )  # fmt: skip
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the Hub dataset to train on."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split of the Hub dataset or saved folder to train on; a+b joins two."}
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Roles of columns with other names, as NAME:ROLE, for example query:anchor "
+                  "document:positive."},
+    )  # fmt: skip
+    skip_invalid: bool = field(
+        default=False, metadata={"help": "Leave out rows with an empty text or without a score, instead of an error."}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "Table to evaluate on, in a format of train_file."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of the Hub dataset to evaluate on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split of the Hub dataset or saved folder to evaluate on."}
+    )
     max_eval_samples: int = field(
         default=500,
         metadata={"help": "Rows of python-docs to evaluate on; without evaluation data, rows to hold out of the "
@@ -108,8 +121,8 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] | None = None) -> None:
 def check(model_args: ModelArguments, data_args: DataArguments) -> None:
     """ValueError for wrong input that shows without the libraries that the training needs."""
     cli.exactly_one(data_args, "train_file", "dataset_name", "the training data")
-    checks.check_files("train_file", *(data_args.train_file or []))
-    checks.check_files("eval_file", data_args.eval_file)
+    checks.check_tables("train_file", *(data_args.train_file or []))
+    checks.check_tables("eval_file", data_args.eval_file)
     checks.check_files("unlabeled_file", data_args.unlabeled_file)
     checks.check_model(model_args.model_name_or_path)
     if model_args.guide_model_name_or_path is not None:

@@ -16,33 +16,35 @@ from transformers import PreTrainedTokenizerBase
 from modeling_2dmse.batching import check_texts as as_texts
 from modeling_2dmse.tokens import Tokens, from_rows, join_tokens, tokenize
 
-from .shared.tables import check_texts, draw_rows, text_columns
+from .shared.columns import TEACHER_SCORE, name_columns
+from .shared.tables import check_texts, draw_rows, skip_rows, text_columns
 
 # The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
-# The first part of the name of each column with a teacher's scores is the column of texts that they belong to.
-TEACHER_SCORE = "_score"
-ACCEPTED = (
-    "(anchor, positive[, negative, negative_1, ...]), also with a teacher's score of each (positive_score, "
-    "negative_score, ...), or (sentence1, sentence2, score)"
-)
 
 
-def check_table(table: Dataset, argument: str = "train_file") -> Dataset:
+def check_table(
+    table: Dataset, argument: str = "train_file", columns: Sequence[str] | None = None, skip_invalid: bool = False
+) -> Dataset:
     """Check the columns and values of a training or evaluation table.
 
     Args:
         table: the table.
         argument: the name that errors give to the table.
+        columns: roles of columns that are not found by name, as `name:role`, for example `query:anchor`.
+        skip_invalid: leave out rows with an empty text or a score that is not a number, and say how many.
 
     Returns:
-        the table with its columns in the order of their roles.
+        the table with its columns named and ordered by their roles.
 
     Raises:
         ValueError: columns or values are not as they should be; the message names the column and the row.
     """
-    names = _ordered_columns(table.column_names, argument)
+    table = name_columns(table, columns, argument)
+    names = _ordered_columns(table.column_names)
     table = table.select_columns(names)
+    if skip_invalid:
+        table = skip_rows(table, [name for name in names if not name.startswith("negative_")], argument)
     for name in names:
         if name == "score" or name.endswith(TEACHER_SCORE):
             table = _check_scores(table, argument, name)
@@ -243,16 +245,12 @@ class PairCollator:
         return from_rows([known[text] for text in texts], self.tokenizer.pad_token_id or 0)
 
 
-def _ordered_columns(names: Sequence[str], argument: str) -> list[str]:
-    if set(names) == {"sentence1", "sentence2", "score"}:
+def _ordered_columns(names: Sequence[str]) -> list[str]:
+    if "score" in names:
         return ["sentence1", "sentence2", "score"]
     negatives = [name for name in names if re.fullmatch(r"negative(_\d+)?", name)]
     columns = ["anchor", "positive", *sorted(negatives, key=lambda name: int(name[9:] or 0))]
-    scores = [name + TEACHER_SCORE for name in columns[1:]]
-    for ordered in (columns, [*columns, *scores]):
-        if set(names) == set(ordered):
-            return ordered
-    raise ValueError(f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}")
+    return [*columns, *(name + TEACHER_SCORE for name in columns[1:] if name + TEACHER_SCORE in names)]
 
 
 def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:

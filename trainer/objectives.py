@@ -80,8 +80,8 @@ class Objective:
         alignment: `none`, `feature_kl`, `score_kl` or `query_kl`; by default the choice of the objective.
         alignment_weight: factor of the alignment; by default the choice of the objective.
         compression_dim: dimensions that `espresso` compresses to.
-        teacher: `largest`; or `start` or `embeddings`: the teacher of `score_kl`, `query_kl` and `embedding` is the model
-            before training, or vectors that are computed before, for the largest size too.
+        teacher: `largest`; or `start` or `embeddings`: the teacher of `score_kl`, `query_kl` and `embedding` is the
+            model before training, or vectors that are computed before, for the largest size too.
         cross_size_weight: factor of the loss of queries at each shallower size and documents at the deepest layer of
             the ladder, cut to the same dim; 0 for none.
         unlabeled_weight: factor of the alignment on texts without labels, as `alignment_weight` on the other texts; 0

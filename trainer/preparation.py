@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
 
 from .arguments import TwoDMSETrainingArguments
 from .data import (
@@ -36,16 +37,23 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
     encoder: Any = model
     if hasattr(encoder, "get_base_model"):
         encoder = encoder.get_base_model()
+    if not isinstance(encoder, TwoDMSEModel) and type(encoder).__name__ == TwoDMSEModel.__name__:
+        raise ValueError(
+            "model: it was loaded with the code of its folder, before twodmse was imported; load it with "
+            "twodmse.TwoDMSEModel.from_pretrained"
+        )
     if not isinstance(encoder, TwoDMSEModel):
         raise ValueError(f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}")
     return encoder
 
 
 def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> list[Size]:
-    """The ladder of the arguments, or else of the model; ValueError if a size does not fit the model."""
+    """The ladder of the arguments, or else of the model, or else one that fits the model; ValueError if a size does not
+    fit it."""
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
-        raise ValueError("sizes: no ladder is set; name the sizes to train, for example 2x64 4x128 6x384")
+        sizes = [str(size) for size in default_ladder(encoder.num_layers, encoder.config.dim)]
+        logger.warning(f"sizes: none are set; a ladder that fits the model is trained: {' '.join(sizes)}")
     ladder = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)
     args.sizes = [str(size) for size in ladder]
     if args.objective == "espresso" and args.compression_dim > encoder.config.hidden_size:
@@ -203,6 +211,17 @@ def runs_packed(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> bool:
     """Whether the rows of a step run as one packed row."""
     padded = args.torch_compile or args.gradient_cache_chunk_size is not None
     return args.device.type == "cuda" and not padded and encoder.packs
+
+
+def check_checkpointing(args: TwoDMSETrainingArguments) -> None:
+    """ValueError for gradient checkpointing that DistributedDataParallel does not support."""
+    options = args.gradient_checkpointing_kwargs
+    reentrant = args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant")
+    if reentrant and args.world_size > 1 and (args.num_buckets > 1 or args.ddp_find_unused_parameters):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: use_reentrant does not go with several processes that run a layer more "
+            "than once per step; leave it out, or set num_buckets to 1 and train without exit projections"
+        )
 
 
 def make_block_sampler(tables: Sequence[Dataset], args: TwoDMSETrainingArguments) -> BlockSampler | None:

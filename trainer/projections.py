@@ -26,8 +26,9 @@ def fit_exit_projections(
 
     Let T be the embeddings of the full size and X_n the pooled states after n layers, one row per text. V are the
     eigenvectors of T^T T, strongest first: of all rotations, T V has the best first d columns for every d (PCA without
-    centering). The last exit is multiplied by V, which does not change similarities at the full size. Exit n < N is
-    multiplied by
+    centering). The last exit is multiplied by V, which does not change similarities at the full size. If it has a
+    projection that does change them (the Dense module of an imported model), T and the last exit include it. Exit n < N
+    is multiplied by
 
         W_n = argmin |X_n W - T V|^2 + r |W|^2 = (X_n^T X_n + r I)^-1 X_n^T T V
 
@@ -59,23 +60,32 @@ def fit_exit_projections(
     layers = range(1, last + 1) if layers is None else layers
     weights = {n: projections[n - 1].weight for n in layers}
     for n in layers:
-        projections[n - 1].reset()
+        if n < last or targets is not None or _is_rotation(weights[n]):
+            projections[n - 1].reset()
     grams, crosses = _moments(encoder, texts, targets, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
     if last in weights and targets is None:
         rotation = torch.linalg.eigh(crosses[-1])[1].flip(1)
-        weights.pop(last).data.copy_(rotation.T)
+        weight = weights.pop(last)
+        weight.data.copy_(rotation.T @ weight.detach().double().cpu())
     for n, weight in weights.items():
         gram = grams[n - 1]
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         weight.data.copy_(torch.linalg.solve(gram, crosses[n - 1] @ rotation).T)
 
 
+def _is_rotation(weight: torch.Tensor) -> bool:
+    square = weight.detach().float() @ weight.detach().float().T
+    return torch.allclose(square, torch.eye(len(square), device=square.device), atol=1e-3)
+
+
 def _moments(
     encoder: TwoDMSEModel, texts: list[str], targets: torch.Tensor | None, encode: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_n^T X_n and X_n^T T for each n; (N, hidden, hidden), float64. T is `targets`, or the embeddings of the full size,
-    which then also stand for the last X_n."""
+    """X_n^T X_n and X_n^T T for each n; (N, hidden, hidden), float64.
+
+    T is `targets`, or the embeddings of the full size, which then also stand for the last X_n.
+    """
     shape = (encoder.num_layers, encoder.config.hidden_size, encoder.config.hidden_size)
     grams, crosses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for start in range(0, len(texts), _PIECE):

@@ -22,9 +22,9 @@ class TeacherEmbeddings:
 
     Args:
         texts: the texts, with the prompts that the training puts before them.
-        vectors: (len(texts), hidden), as wide as the states of the model that is trained; an array in memory or a
-            memory map. Their first d columns are the target of a size of d dimensions, so that they should be rotated to
-            their principal directions (`principal_directions`).
+        vectors: (len(texts), hidden), as wide as the states of the model that is trained. Their first d columns are
+            the target of a size of d dimensions, so they should be rotated to their principal directions
+            (`principal_directions`).
 
     Raises:
         ValueError: the numbers of texts and vectors differ.
@@ -33,7 +33,7 @@ class TeacherEmbeddings:
     def __init__(self, texts: Sequence[str], vectors: np.ndarray):
         if len(texts) != len(vectors):
             raise ValueError(f"vectors: there are {len(vectors)} for {len(texts)} texts")
-        self.vectors = vectors
+        self.texts, self.vectors = list(texts), vectors
         self._rows = {text: row for row, text in enumerate(texts)}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:

@@ -10,25 +10,26 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, set_seed
 from transformers.utils import logging
 
-from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.packing import Packing
+from modeling_2dmse.tokens import write_truncation
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
 from .compiling import compile_layers
-from .data import check_table, texts_to_fit
+from .data import texts_to_fit
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
-from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
 from .losses import SCALES, Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
+    check_checkpointing,
     check_teacher,
     check_training_tables,
     find_encoder,
@@ -40,8 +41,9 @@ from .preparation import (
     set_comparison,
 )
 from .projections import fit_exit_projections
+from .scoring import ScoringMixin, Task, as_tasks
 from .shared.attention import AttentionMixin
-from .shared.callbacks import EvaluateLastStep, SetEpoch, StopSignals
+from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.inference import evaluation_mode
 from .shared.part_log import PartLogMixin
@@ -50,14 +52,12 @@ from .teacher_embeddings import TeacherEmbeddings
 
 logger = logging.get_logger(__name__)
 
-Task = StsData | RetrievalData
 
-
-class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
+class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
     """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
-        model: the model, or a peft model around it.
+        model: the model, or a peft model around it; None with `model_init`.
         args: the arguments; `sizes`, if set, replaces the ladder of the model.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
             (sentence1, sentence2, score), or a list of such tables. Each batch comes from one table.
@@ -69,6 +69,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         teacher_embeddings: the vectors that every size learns to reproduce, for the teacher `embeddings`.
         guide: an encoder that marks false negatives for `infonce` (GISTEmbed): a candidate that it puts nearer to an
             anchor than the anchor's positive is left out of the anchor's loss.
+        model_init: makes the model, with the trial of a hyper-parameter search if it takes an argument. Each call of
+            `train` starts from a new one.
         **kwargs: passed to `Trainer`.
 
     Raises:
@@ -85,7 +87,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         args: TwoDMSETrainingArguments,
         train_dataset: Dataset | Sequence[Dataset] | None = None,
         eval_dataset: Dataset | Sequence[Task] | None = None,
@@ -93,16 +95,21 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         unlabeled_texts: Sequence[str] | None = None,
         guide: TwoDMSEModel | None = None,
         teacher_embeddings: TeacherEmbeddings | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs: Any,
     ):
-        self.encoder = find_encoder(model)
-        if not args.dropout:
-            switch_off_dropout(self.encoder)
-        self.ladder = resolve_ladder(self.encoder, args)
-        self.encoder.config.set_ladder(self.ladder)
-        set_comparison(self.encoder, args)
-        tokenizer = processing_class if processing_class is not None else self.encoder.tokenizer
-        self.encoder.tokenizer = tokenizer
+        if (model is None) == (model_init is None):
+            raise ValueError("model: give either model or model_init")
+        self.args, self._first_model = args, None
+        self.model_init = cast(Callable[..., PreTrainedModel], model_init)  # which Trainer checks for None
+        self._processing_class, self._has_unlabeled = processing_class, unlabeled_texts is not None
+        self._fit_projections = self._starts = False
+        if model is None:
+            set_seed(args.seed)
+            self._first_model = self.call_model_init()
+        else:
+            self._take_model(model)
+        tokenizer = self.encoder.tokenizer
         self.train_tables = check_training_tables(train_dataset)
         rows = None
         if train_dataset is not None:
@@ -111,8 +118,6 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         if rows is not None:
             check_teacher(args, teacher_embeddings, guide)
         tasks = as_tasks(eval_dataset)
-        self._prepare_projections(model, args)
-        self.objective = make_objective(self.encoder, self.ladder, args, unlabeled_texts is not None)
         if not tasks:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
@@ -130,14 +135,42 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
             train_dataset=rows,
             eval_dataset=tasks,
             processing_class=tokenizer,
+            model_init=model_init,
             data_collator=collator,
-            callbacks=[EvaluateLastStep(), self.stop_signals, *set_epoch, *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[
+                *(EvaluateLastStep(), LogShortRuns(), self.stop_signals, *set_epoch),
+                *(kwargs.pop("callbacks", None) or []),
+            ],
             **kwargs,
         )
         shard_by_layers(self.accelerator, self.encoder)
         self._check_launch()
         if args.torch_compile:
             compile_layers(self.accelerator, self.encoder, str(args.torch_compile_backend), args.torch_compile_mode)
+
+    def _take_model(self, model: PreTrainedModel) -> None:
+        """Set the encoder, the ladder and the objective that belong to a model."""
+        self.encoder = find_encoder(model)
+        if not self.args.dropout:
+            switch_off_dropout(self.encoder)
+        self.ladder = resolve_ladder(self.encoder, self.args)
+        self.encoder.config.set_ladder(self.ladder)
+        set_comparison(self.encoder, self.args)
+        self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
+        self._prepare_projections(model, self.args)
+        self.objective = make_objective(self.encoder, self.ladder, self.args, self._has_unlabeled)
+
+    def call_model_init(self, trial=None):
+        """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
+        model: torch.nn.Module | None = self._first_model
+        self._first_model = None
+        if model is None or self._starts:
+            model = super().call_model_init(trial)
+            self._take_model(cast(PreTrainedModel, model))
+        if self._starts:
+            model.to(self.args.device)
+            self._before_training()
+        return model
 
     def _prepare_projections(self, model: PreTrainedModel, args: TwoDMSETrainingArguments) -> None:
         """Add exit projections, if the arguments ask for them and the model has none."""
@@ -160,6 +193,7 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
             self._check_whole("initial_share: the average")
         if self.args.teacher == "start":
             self._check_whole("teacher: start")
+        check_checkpointing(self.args)
         if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
 
@@ -185,18 +219,14 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last two steps.
         """
-        fitted = self._fit_projections
-        if fitted:
-            self._fit_on_training_texts()
-        initial = None
-        if self.args.initial_share:
-            parameters = self.encoder.named_parameters()
-            initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
-        if self.args.teacher == "start":
-            start = copy.deepcopy(self.encoder)
-            start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
-            self._start = start.eval().requires_grad_(False)
-        output = super().train(*args, **kwargs)
+        self._starts = True
+        try:
+            if self.model_init is None:
+                self._before_training()  # else with the new model
+            output = super().train(*args, **kwargs)
+        finally:
+            self._starts = False
+        fitted, initial = self._fitted, self._initial
         if self.stop_signals.received is not None:
             return output
         if initial is not None:
@@ -210,6 +240,19 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         elif fitted and others:  # the layers before these exits have moved
             self._fit_on_training_texts(sorted(others))
         return output
+
+    def _before_training(self) -> None:
+        """Fit new projections, and keep what is needed of the initial weights."""
+        self._fitted, self._initial = self._fit_projections, None
+        if self._fitted:
+            self._fit_on_training_texts()
+        if self.args.initial_share:
+            parameters = self.encoder.named_parameters()
+            self._initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
+        if self.args.teacher == "start":
+            start = copy.deepcopy(self.encoder)
+            start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
+            self._start = start.eval().requires_grad_(False)
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         with evaluation_mode(self.encoder):
@@ -292,54 +335,9 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
         return inputs, lengths, rows, self.objective.plan(self._step_generator()), targets
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate every size of the ladder on the evaluation tasks.
-
-        Args:
-            eval_dataset: a table or a list of tasks; by default those of the trainer.
-            ignore_keys: not used.
-            metric_key_prefix: the first part of each name.
-
-        Returns:
-            `eval_spearman_1x32` or `eval_ndcg@10_1x32` for each size (with several tasks `eval_TASK_spearman_1x32`),
-            and their mean, `eval_ladder_mean`.
-        """
-        tasks = as_tasks(self.eval_dataset if eval_dataset is None else eval_dataset)
-        if not tasks:
-            raise ValueError("eval_dataset: there is none; pass one to the trainer or to evaluate")
-        metrics = self.score(tasks, self.ladder, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def _buckets(self, inputs: dict, lengths: list[int] | None) -> dict[str, Any]:
         """How the rows of a padded batch run; those of a packed one run as they are."""
         return {} if "packing" in inputs else {"num_buckets": self.args.num_buckets, "lengths": lengths}
-
-    def score(self, tasks: Sequence[Task], sizes: Sequence[Size], prefix: str = "eval") -> dict[str, float]:
-        """The metrics of `evaluate`, without logging them."""
-        results = self.results(tasks, sizes)
-        metrics = {}
-        for task in tasks:
-            metric = "spearman" if isinstance(task, StsData) else "ndcg@10"
-            name = metric if len(tasks) == 1 else f"{task.name}_{metric}"
-            for size, value in main_scores(results)[task.name].items():
-                metrics[f"{prefix}_{name}_{size}"] = value
-        means = mean_scores(results)
-        metrics[f"{prefix}_ladder_mean"] = sum(means.values()) / len(means)
-        return metrics
-
-    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
-        """All metrics of all tasks at the given sizes, in the form of `results.json`."""
-        encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
-        encode.setdefault("max_length", self.args.max_length)
-        encode.setdefault("max_query_length", self.args.max_query_length)
-        if self.args.disable_tqdm:
-            encode.setdefault("show_progress_bar", False)
-        with evaluation_mode(self.encoder):
-            return evaluate_tasks(self.encoder, tasks, sizes, **encode)
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""
@@ -388,6 +386,8 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        # Trainer has saved the tokenizer once more.
+        write_truncation(output_dir or str(self.args.output_dir), self.encoder.tokenizer, self.encoder.max_length)
         if self.encoder is not self.model:
             # The folder of an adapter also gets the configuration of the model that it adapts.
             self.encoder.config.save_pretrained(output_dir or str(self.args.output_dir))
@@ -397,10 +397,3 @@ class TwoDMSETrainer(CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return random.Random(f"{self.args.seed}-{self._micro_step[0]}-{self._micro_step[1]}")
-
-
-def as_tasks(eval_dataset: Dataset | Sequence[Task] | None) -> Any:
-    """The evaluation tasks of a table, a list of tasks or None; the last two are returned as they are."""
-    if isinstance(eval_dataset, Dataset):
-        return [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
-    return eval_dataset

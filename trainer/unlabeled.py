@@ -2,7 +2,8 @@
 
 import re
 
-from .data import ACCEPTED, check_table, draw_texts
+from .data import check_table, draw_texts
+from .shared.columns import ACCEPTED, UnknownColumns
 from .shared.tables import read_table
 from .shared.texts import check_corpus, read_corpus
 
@@ -28,11 +29,12 @@ def read_unlabeled_texts(path: str, limit: int, seed: int) -> list[str]:
     names = set(table.column_names)
     if "text" in names:
         table = check_corpus(table, "text", "unlabeled_file")
-    elif names & {"anchor", "sentence1"}:
-        table = check_table(table, "unlabeled_file")
     else:
-        raise ValueError(
-            f"unlabeled_file: {path} has no column text among {', '.join(table.column_names)}, nor those of training "
-            f"data: {ACCEPTED}"
-        )
+        try:
+            table = check_table(table, "unlabeled_file")
+        except UnknownColumns as error:
+            raise ValueError(
+                f"unlabeled_file: {path} has no column text among {', '.join(table.column_names)}, nor those of "
+                f"training data: {ACCEPTED}"
+            ) from error
     return draw_texts([table], seed, limit)

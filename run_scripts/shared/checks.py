@@ -47,6 +47,17 @@ def check_files(argument: str, *paths: str | None) -> None:
             raise ValueError(f"{argument}: {path} is not a file")
 
 
+def check_tables(argument: str, *paths: str | None) -> None:
+    """ValueError if one of the paths is neither a file nor a folder of `datasets.save_to_disk`."""
+    saved = ("dataset_dict.json", "state.json")
+    for path in paths:
+        if path is not None and os.path.isdir(path):
+            if not any(os.path.isfile(os.path.join(path, name)) for name in saved):
+                raise ValueError(f"{argument}: {path} is a folder, but not one of datasets.save_to_disk")
+        else:
+            check_files(argument, path)
+
+
 def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
     """ValueError if one of the folders lacks corpus.jsonl, queries.jsonl or qrels/SPLIT.tsv."""
     for folder in folders:
@@ -61,7 +72,8 @@ def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None
     looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
     if looks_like_a_path and not os.path.isdir(name_or_path):
         raise ValueError(f"{argument}: {name_or_path} does not exist")
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+    marks = ("config.json", "modules.json")  # the second is all that old folders of sentence-transformers have here
+    if os.path.isdir(name_or_path) and not any(os.path.isfile(os.path.join(name_or_path, name)) for name in marks):
         raise ValueError(f"{argument}: {name_or_path} has no config.json, so it is not a model")
 
 

@@ -60,6 +60,9 @@ def _try(model: TwoDMSEModel) -> None:
 def _load_encoder(name_or_path: str, sizes, pooling: str | None, **kwargs) -> TwoDMSEModel:
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
         return load_adapter(name_or_path, **kwargs)
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        # Old folders of sentence-transformers have their encoder in a folder of its own.
+        return TwoDMSEModel.from_backbone(name_or_path, sizes=sizes, pooling=pooling, **kwargs)
     kind = read_config(name_or_path, **kwargs).model_type
     if kind == StarbucksConfig.model_type:
         raise ValueError(f"model_name_or_path: {name_or_path} is a pre-training model; use {name_or_path}/encoder")

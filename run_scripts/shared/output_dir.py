@@ -67,6 +67,11 @@ def check_replaceable(folder: str, arguments: Iterable[object]) -> None:
             )
 
 
+def is_fresh(folder: str) -> bool:
+    """Whether a folder is absent or has nothing but what a run writes before its first checkpoint."""
+    return not os.path.isdir(folder) or set(os.listdir(folder)) <= {MARKER, ".checkpoint-partial", "runs"}
+
+
 def move_aside(folder: str) -> str | None:
     """Rename a folder that has files and make it again, empty; its new name, or None. Links to it stay as they are."""
     folder = os.path.realpath(folder)

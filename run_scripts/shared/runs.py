@@ -50,7 +50,9 @@ class TrainingRun:
         self.resume = find_checkpoint(self.args)
         self._overwrite = any(isinstance(part, OverwriteArguments) and part.overwrite for part in arguments)
         self._previous: str | None = None
-        check_output_dir(self.args.output_dir, allowed=bool(self.resume) or self._overwrite)
+        # A run that is started again with the same command may have ended before its first checkpoint.
+        restarted = str(self.args.resume_from_checkpoint).lower() == "true"
+        check_output_dir(self.args.output_dir, allowed=bool(self.resume) or self._overwrite or restarted)
         if self._overwrite and not self.resume:
             folders.check_replaceable(self.args.output_dir, arguments)
 
@@ -139,6 +141,9 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
         found = [checkpoints.find_checkpoint(args.output_dir, args.world_size)]
         broadcast_object_list(found)  # processes that resume from different steps would wait for each other forever
         newest = found[0]
+        if newest is None and folders.is_fresh(args.output_dir):
+            say(f"{args.output_dir} has no checkpoint yet: the run starts from its first step")
+            return None
         if newest is None:
             raise ValueError(f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint to resume from")
         check_not_beyond(newest, args.max_steps)

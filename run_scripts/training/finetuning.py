@@ -6,12 +6,14 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import datasets
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
@@ -28,14 +30,15 @@ from trainer.evaluation import (
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
 from trainer.shared.hub import find_token, stage, upload
-from trainer.shared.tables import draw_rows, hold_out, read_table
+from trainer.shared.tables import draw_rows, hold_out, is_saved, read_table
 from trainer.unlabeled import read_unlabeled_texts
 
 if TYPE_CHECKING:
+    from run_scripts.elasticize import EncoderArguments
     from run_scripts.finetune import DataArguments, ModelArguments
 
 # The number of texts that the encoding times of the card are measured on.
-_COST_ROWS = 64
+COST_ROWS = 64
 
 
 def make_trainer(
@@ -81,12 +84,11 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         if data.eval_split is not None:
             evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
     else:
-        tables = [read_table(path) for path in data.train_file or []]
-    if data.eval_file is not None:
-        evaluation = read_table(data.eval_file, "eval_file")
-    tables = [check_table(table, "train_file" if data.train_file else "dataset_name") for table in tables]
+        tables = [read_table(path, split=data.train_split) for path in data.train_file or []]
+    evaluation = _read_evaluation(data) or evaluation
+    tables = [_check(table, "train_file" if data.train_file else "dataset_name", data, tables) for table in tables]
     if evaluation is not None:
-        evaluation = check_table(evaluation, "eval_file") if data.max_eval_samples else None
+        evaluation = _check(evaluation, "eval_file", data, [evaluation]) if data.max_eval_samples else None
         if evaluation is not None and "score" in evaluation.column_names:
             check_varied(evaluation["score"][:], f"eval_file: {data.eval_file or data.eval_split}")
     elif data.max_eval_samples and min(map(len, tables)) > 1:
@@ -99,6 +101,30 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
             f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )
     return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
+
+
+def _read_evaluation(data: DataArguments) -> Dataset | None:
+    """The table of --eval_file, or else the --eval_split of a folder in --train_file; None if neither is given."""
+    if data.eval_file is not None:
+        return read_table(data.eval_file, "eval_file", data.eval_split or "validation")
+    if data.eval_split is not None and data.train_file is not None:
+        folders = [path for path in data.train_file if is_saved(path)]
+        if not folders:
+            raise ValueError("eval_split: train_file has no splits; name a table to evaluate on with --eval_file")
+        return read_table(folders[0], "train_file", data.eval_split)
+    return None
+
+
+def _check(table: Dataset, argument: str, data: DataArguments, tables: Sequence[Dataset]) -> Dataset:
+    """`check_table` with those of --columns that the table has; the others must be in another one of the tables."""
+    columns = data.columns or []
+    if argument != "eval_file":
+        present = {name for other in tables for name in other.column_names}
+        columns = [entry for entry in columns if entry.rpartition(":")[0] in table.column_names or
+                   entry.rpartition(":")[0] not in present]  # fmt: skip
+    else:
+        columns = [entry for entry in columns if entry.rpartition(":")[0] in table.column_names]
+    return check_table(table, argument, columns, data.skip_invalid)
 
 
 def save(trainer: TwoDMSETrainer, model_args: ModelArguments) -> TwoDMSEModel:
@@ -143,28 +169,49 @@ def write_card(
     results: dict,
 ) -> None:
     """The card of the run, with the cost of each size on texts of the training data."""
-    backbone, folder = model_args.model_name_or_path, trainer.args.output_dir
-    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
-    texts = trainer.train_dataset[:_COST_ROWS][trainer.train_dataset.column_names[1]]
+    folder = trainer.args.output_dir
+    texts = trainer.train_dataset[:COST_ROWS][trainer.train_dataset.column_names[1]]
     # The saved model: under FSDP, a single process cannot run the trainer's.
     saved = TwoDMSEModel.from_pretrained(folder, trust_remote_code=model_args.trust_remote_code)
     saved = saved.to(trainer.args.device)
+    costs = model_card.measure_costs(saved, trainer.ladder, texts, trainer.args.max_length) if texts else {}
     data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
     on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
-    source = {"backbone": os.path.basename(os.path.normpath(backbone)) if local else backbone, "data": data}
+    names = [data_args.dataset_name] if on_the_hub else []
+    save_card(trainer, encoder, model_args, {"data": data} | trainer.describe(), results, costs, names, "finetune")
+
+
+def save_card(
+    trainer: TwoDMSETrainer,
+    encoder: TwoDMSEModel,
+    model_args: ModelArguments | EncoderArguments,
+    settings: dict[str, object],
+    results: dict,
+    costs: dict,
+    data_names: list,
+    script: str,
+) -> None:
+    """Write the card of a run of `script`, which shows the settings, results and costs; `data_names` are Hub names."""
+    backbone, folder = model_args.model_name_or_path, str(trainer.args.output_dir)
+    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
     run = model_card.Run(
         name=os.path.basename(os.path.normpath(folder)),
-        settings=source | trainer.describe(),
+        settings={"backbone": public_name(backbone)} | settings,
         results=results,
-        costs=model_card.measure_costs(saved, trainer.ladder, texts, trainer.args.max_length) if texts else {},
-        command=_command(),
+        costs=costs,
+        command=_command(script),
         base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
-        datasets=[data_args.dataset_name] if on_the_hub else [],
+        datasets=data_names,
         license=model_args.license or ("apache-2.0" if is_minilm else None),
     )
     card = model_card.build_card(encoder, trainer.objective, run)
     card.content = secrets.hide(card.content)
     model_card.write_card(folder, card)
+
+
+def public_name(model: str) -> str:
+    """The Hub name of a model, or the last part of its path."""
+    return os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model
 
 
 def push(trainer: TwoDMSETrainer) -> None:
@@ -191,7 +238,8 @@ def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> T
     )
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     if sizes is None:
-        raise ValueError("sizes: name the sizes to train, for example --sizes 1x32 2x64 3x128 6x384")
+        sizes = args.sizes = list(map(str, default_ladder(encoder.num_layers, encoder.config.dim)))
+        output.say(f"without --sizes, a ladder that fits the model is trained: {' '.join(sizes)}")
     largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
     if args.objective == "separate":
         # The small model trained separately: nothing above its size exists, in training or on disk.
@@ -237,7 +285,7 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
         )
 
 
-def _command() -> str:
+def _command(script: str) -> str:
     """The command line of this run, without the folders of this machine and without secrets."""
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["accelerate launch run_scripts/finetune.py", *(shlex.quote(secrets.hide(w)) for w in words)])
+    return " ".join([f"accelerate launch run_scripts/{script}.py", *(shlex.quote(secrets.hide(w)) for w in words)])

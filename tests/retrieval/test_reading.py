@@ -43,7 +43,7 @@ def test_every_format_gives_the_same_texts(tmp_path, monkeypatch):
 def test_a_beir_corpus_joins_title_and_text(tmp_path):
     rows = [{"_id": "d1", "title": "Cats", "text": "They sleep."}, {"_id": "d2", "title": "", "text": "Dogs."}]
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert list(read_texts(str(tmp_path))) == [Text("d1", "Cats They sleep."), Text("d2", "Dogs.")]
+    assert list(read_texts(str(tmp_path))) == [Text("d1", "Cats They sleep.", "Cats"), Text("d2", "Dogs.")]
 
 
 def test_malformed_lines_are_named(tmp_path):
@@ -52,12 +52,13 @@ def test_malformed_lines_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "a.csv").write_text('id,text\n1,"two\nlines"\n2\n3,a,b\n4,fine\n')
     found = list(read_texts(str(tmp_path / "a.txt")))
-    assert found == [Text("0", "one"), Malformed(2, "its text is empty"), Malformed(3, "byte 3 is not UTF-8"),
+    assert found == [Text("0", "one"), Text("1", ""), Malformed(3, "byte 3 is not UTF-8"),
                      Text("3", "four")]  # fmt: skip
     first, *others = read_texts(str(tmp_path / "a.jsonl"))
     assert first == Text("0", "a")
-    assert [item.line for item in others] == [2, 3, 4, 5, 6, 7]
-    reasons = ("it is not JSON", "not a JSON object", "it has no text", "its text is a int", "is empty", "has no _id")
+    assert others.pop(4) == Text("5", " ")
+    assert [item.line for item in others] == [2, 3, 4, 5, 7]
+    reasons = ("it is not JSON", "not a JSON object", "it has no text", "its text is a int", "has no _id")
     assert all(reason in item.reason for reason, item in zip(reasons, others, strict=True))
     found = list(read_texts(str(tmp_path / "a.csv")))
     assert found == [Text("1", "two\nlines"), Malformed(4, "it does not have 2 columns"),

@@ -129,14 +129,27 @@ def test_two_processes_write_the_files_of_one(start):
 
 
 def test_malformed_lines_stop_or_are_skipped(start, capsys):
-    (start / "texts.txt").write_text("\n".join([*TEXTS[:10], "", *TEXTS[10:]]))
+    lines = [text.encode() for text in TEXTS]
+    (start / "texts.txt").write_bytes(b"\n".join([*lines[:10], b"\xff", *lines[10:]]))
     with pytest.raises(SystemExit, match="2"):
         encode.main(flags(start, "out"))
-    assert "input: line 11 is malformed: its text is empty; --on_error skip" in capsys.readouterr().err
+    assert "input: line 11 is malformed: byte 1 is not UTF-8; --on_error skip" in capsys.readouterr().err
     assert len(list((start / "out" / "done").glob("*.json"))) == 1, "the shard before it is kept"
     encode.main(flags(start, "out", "--on_error", "skip"))
-    assert "line 11 was left out: its text is empty" in capsys.readouterr().out
+    assert "line 11 was left out: byte 1 is not UTF-8" in capsys.readouterr().out
     assert whole(start / "out", "4x32")[0] == [str(i) for i in range(61) if i != 10]
+
+
+def test_empty_texts_are_embedded_and_counted(start, capsys):
+    (start / "corpus").mkdir()
+    rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(["a man", "", "she is reading", " "])]
+    (start / "corpus" / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    encode.main([*flags(start, "out"), "--input", str(start / "corpus")])
+    assert "2 of the texts are empty" in capsys.readouterr().out
+    ids, vectors = whole(start / "out", "4x32")
+    assert ids == ["d0", "d1", "d2", "d3"]
+    expected = TwoDMSEModel.from_pretrained(start / "model").encode(["a man", "", "she is reading", ""])
+    assert np.allclose(vectors, expected, atol=1e-6)
 
 
 def test_wrong_input_ends_in_one_line(start, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LADDER, SENTENCES
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 
 from modeling_2dmse import TwoDMSEModel
@@ -202,6 +202,22 @@ def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if "previous" in path.name] == []
 
 
+def test_a_table_as_people_have_it(files, tmp_path, capsys):
+    rows = {"id": list(range(22)), "Question": [*SENTENCES, "a", ""], "answer": [*SENTENCES[::-1], "b", "c"]}
+    parts = {"train": Dataset.from_dict(rows), "dev": Dataset.from_dict(rows).select(range(9))}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    settings = files | {"--train_file": [str(tmp_path / "saved")], "--skip_invalid": ["true"], "--eval_split": ["dev"]}
+    settings.pop("--sizes")
+    finetune.main(flags(settings | {"--resume_from_checkpoint": ["true"]}))
+    printed = capsys.readouterr().out
+    assert "without --sizes, a ladder that fits the model is trained: 1x8 3x16 4x32" in printed
+    assert "has no checkpoint yet: the run starts" in printed
+    assert TwoDMSEModel.from_pretrained(tmp_path / "out").config.sizes == ["1x8", "3x16", "4x32"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["retrieval"]["eval"]["n_queries"] == 9
+    state = json.loads(max((tmp_path / "out").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert len([entry for entry in state["log_history"] if "loss" in entry]) == 4, "four steps, each logged"
+
+
 def wrong_inputs():
     return {
         "missing file": ({"--train_file": ["absent.csv"]}, "train_file: absent.csv is not a file"),
@@ -228,7 +244,14 @@ def wrong_inputs():
         ),
         "no data": ({"--dataset_name": ["python-docs"]}, "either --train_file or --dataset_name"),
         "pooling": ({"--pooling": ["max"]}, "pooling: 'max' is unknown"),
-        "no checkpoint": ({"--resume_from_checkpoint": ["true"]}, "has no complete checkpoint"),
+        "no checkpoint": (
+            {"--resume_from_checkpoint": ["true"], "--output_dir": ["{tmp}"]},
+            "has no complete checkpoint",
+        ),
+        "equal anchors": ({"--train_file": ["{tmp}/same.csv"]}, "all 8 rows have the same anchor, so none can be held"),
+        "columns flag": ({"--columns": ["anchor"]}, "columns: 'anchor' is not NAME:ROLE, for example query:anchor"),
+        "absent column": ({"--columns": ["a:anchor"]}, "columns: train_file has no column a, only anchor, positive"),
+        "folder": ({"--train_file": ["{tmp}"]}, "is a folder, but not one of datasets.save_to_disk"),
         "duplicates": (
             {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--max_eval_samples": ["0"]},
             "batch_sampler: no_duplicates is impossible: one text appears in 8 rows, but there are 2 batches of 4",
@@ -238,7 +261,7 @@ def wrong_inputs():
         "no plain file": ({"--unlabeled_file": ["absent.txt"]}, "unlabeled_file: absent.txt is not a file"),
         "plain columns": (
             {"--unlabeled_file": ["{tmp}/columns.csv"]},
-            "no column text among question, answer, nor those",
+            "no column text among topic, body, nor those",
         ),
         "nothing to learn": (
             {"--unlabeled_file": ["{tmp}/pairs.csv"], "--objective": ["matryoshka"]},
@@ -251,7 +274,7 @@ def wrong_inputs():
 def test_wrong_input_ends_in_one_line_before_training(case, files, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "columns.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "columns.csv").write_text("topic,body\na,b\n")
     (tmp_path / "score.csv").write_text("sentence1,sentence2,score\na,b,high\n")
     (tmp_path / "nan.jsonl").write_text(
         '{"sentence1": "a", "sentence2": "b", "score": 1.5}\n{"sentence1": "a", "sentence2": "b", "score": NaN}\n'

@@ -10,8 +10,9 @@ from .mixin import TrainerMixin
 class AttentionMixin(TrainerMixin):
     """Goes before `Trainer`: on a CPU, training in bf16 uses the attention that is written as matrix products.
 
-    The backward pass of torch's fused attention for CPUs (2.13) takes seven times as long in bfloat16 as these products,
-    which makes a step of MiniLM take 1.7 times as long; in float32 the fused one is as fast. Results differ by rounding.
+    The backward pass of torch's fused attention for CPUs (2.13) takes seven times as long in bfloat16 as these
+    products, so that a step of MiniLM takes 1.7 times as long; in float32 the fused one is as fast. Results differ by
+    rounding.
     """
 
     def train(self, *args, **kwargs):

@@ -5,7 +5,7 @@ import threading
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 
 class EvaluateLastStep(TrainerCallback):
@@ -14,6 +14,14 @@ class EvaluateLastStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+
+
+class LogShortRuns(TrainerCallback):
+    """Logs ten times in a run that the default of transformers, 500 steps between two logs, would leave without any."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.logging_steps == TrainingArguments.logging_steps:
+            state.logging_steps = min(state.logging_steps, max(1, state.max_steps // 10))
 
 
 class SetEpoch(TrainerCallback):

@@ -56,7 +56,7 @@ class CheckpointMixin(TrainerMixin):
                     "lower the learning rate"
                 )
 
-    def _run_epoch(self, **kwargs):
+    def _run_epoch(self, **kwargs):  # type: ignore[override]
         # Trainer would do a step more of a run that was resumed after its last step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

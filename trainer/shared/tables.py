@@ -3,9 +3,11 @@
 import csv
 import gzip
 import io
+import math
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from typing import IO, Any, cast
 
 import datasets
@@ -14,6 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # File suffix: the builder of `datasets` and its options.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,8 +36,19 @@ READ_ERRORS = (
 )
 
 
-def read_table(path: str, argument: str = "train_file") -> Dataset:
-    """Read a csv, tsv, jsonl or parquet file, each also .gz; ValueError naming `argument` for any other file."""
+def read_table(path: str, argument: str = "train_file", split: str = "train") -> Dataset:
+    """Read a table.
+
+    Args:
+        path: a csv, tsv, jsonl or parquet file, each also .gz, or a folder of `datasets.save_to_disk`.
+        argument: the name that errors give to the table.
+        split: of a folder with several splits; several are joined by `+`. The only split of a folder is always read.
+
+    Raises:
+        ValueError: the file has another format, or cannot be read.
+    """
+    if is_saved(path):
+        return _read_saved(path, argument, split)
     if not os.path.isfile(path):
         raise ValueError(f"{argument}: {path} is not a file")
     suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
@@ -48,7 +64,10 @@ def read_table(path: str, argument: str = "train_file") -> Dataset:
         cause = read_reason(error)
         if "corresponds to no data" in cause:  # the message of datasets for a header without rows
             raise ValueError(f"{argument}: {path} has no rows") from error
-        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}") from error
+        hint = _hint(path, suffix, cause)
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}{hint}") from error
+    if hint := _hint(path, suffix, ""):
+        raise ValueError(f"{argument}: {path} has only one column{hint}")
     if len(table) == 0:
         raise ValueError(f"{argument}: {path} has no rows")
     return table
@@ -77,6 +96,43 @@ def check_names(path: str, suffix: str, argument: str) -> None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
 
 
+def is_saved(path: str) -> bool:
+    """Whether a path is a folder of `datasets.save_to_disk`."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+
+
+def _read_saved(path: str, argument: str, split: str) -> Dataset:
+    loaded = datasets.load_from_disk(path)
+    if isinstance(loaded, Dataset):
+        table = loaded
+    else:
+        names = list(loaded) if len(loaded) == 1 else split.split("+")
+        absent = [name for name in names if name not in loaded]
+        if absent:
+            raise ValueError(f"{argument}: {path} has no split {absent[0]}; it has {', '.join(loaded)}")
+        table = datasets.concatenate_datasets([loaded[name] for name in names])
+    if len(table) == 0:
+        raise ValueError(f"{argument}: {path} has no rows")
+    return table
+
+
+def _hint(path: str, suffix: str, cause: str) -> str:
+    """What is probably wrong with a file, as the end of an error; nothing if there is no sign."""
+    if "codec can't decode" in cause or "utf-8" in cause.lower():
+        return "; it is not UTF-8, perhaps Latin-1: convert it with iconv -f latin1 -t utf-8"
+    if suffix == ".csv":
+        opener = gzip.open if path.lower().endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            heading = file.readline()
+        if "," in heading:
+            return ""
+        if "\t" in heading:
+            return "; its columns seem to be separated by tabs: name it .tsv"
+        if ";" in heading:
+            return "; its columns seem to be separated by semicolons: separate them by commas, or by tabs as .tsv"
+    return ""
+
+
 def _load(path: str, suffix: str) -> Dataset:
     if suffix == ".parquet" and path.lower().endswith(".gz"):  # the only format that datasets does not decompress
         with pa.input_stream(path, compression="gzip") as stream:
@@ -96,15 +152,59 @@ def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
 
 
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off about `rows` rows for evaluation. Rows with the same first text (anchor) stay in the same part."""
+    """Split off about `rows` rows for evaluation. Rows with the same first text (anchor) stay in the same part.
+
+    Raises:
+        ValueError: all rows have the same first text.
+    """
     first = np.asarray(table[table.column_names[0]], dtype=object)
     _, group = np.unique(first.astype(str), return_inverse=True)
+    if group.max() == 0:
+        raise ValueError(
+            f"max_eval_samples: all {len(table)} rows have the same {table.column_names[0]}, so none can be held out; "
+            "use rows with different ones, or 0 for no evaluation"
+        )
     order = np.random.default_rng(seed).permutation(group.max() + 1)
+    if np.bincount(group)[order[0]] > rows:  # so that a text with very many rows is not what is held out
+        order = order[np.argsort(np.bincount(group)[order], kind="stable")]
     sizes = np.bincount(group)[order].cumsum()
     chosen = np.zeros(group.max() + 1, dtype=bool)
     chosen[order[: max(1, int(np.searchsorted(sizes, rows, side="right")))]] = True
     held = chosen[group]
     return table.select(np.flatnonzero(~held)), table.select(np.flatnonzero(held))
+
+
+def skip_rows(table: Dataset, names: Sequence[str], argument: str) -> Dataset:
+    """Leave out the rows with an empty text, or with a score that is not a finite number, and say how many.
+
+    Args:
+        table: the table.
+        names: the columns to look at.
+        argument: the name that the note and errors give to the table.
+
+    Raises:
+        ValueError: no row is left.
+    """
+
+    def is_valid(row: dict) -> bool:
+        for name in names:
+            value = row[name]
+            if name == "score":
+                try:
+                    if not math.isfinite(float(value)):
+                        return False
+                except (TypeError, ValueError):
+                    return False
+            elif not isinstance(value, str) or not value.strip():
+                return False
+        return True
+
+    kept = np.flatnonzero([is_valid(row) for row in table.select_columns(list(names))])
+    if len(kept) == 0:
+        raise ValueError(f"{argument}: none of the {len(table)} rows is valid")
+    if len(kept) < len(table):
+        logger.warning(f"{argument}: {len(table) - len(kept)} of {len(table)} rows are not valid and are left out")
+    return table.select(kept)
 
 
 def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> None:
@@ -119,5 +219,6 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
     if count and not optional:
         row = pc.index(empty, True).as_py()
         raise ValueError(
-            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows"
+            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows, or "
+            "pass --skip_invalid true"
         )

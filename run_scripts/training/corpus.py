@@ -1,0 +1,68 @@
+"""The documents of a corpus, from whatever encode.py reads, a saved dataset or the Hub."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import datasets
+
+from retrieval.reading import Malformed, read_texts
+from run_scripts.shared import output
+from trainer.pseudo_pairs import Document
+from trainer.shared.tables import is_saved
+
+# Lines that cannot be read are named one by one up to this many.
+_NAMED = 5
+
+
+def read_corpus(
+    path: str | None, name: str | None, config: str | None, split: str, text_column: str
+) -> Iterator[Document]:
+    """The documents, one after another.
+
+    Args:
+        path: a file or folder that `retrieval.reading.read_texts` reads, or a folder of `datasets.save_to_disk`.
+        name: a dataset of the Hub, if there is no path; it is streamed.
+        config: configuration of the dataset.
+        split: split of the dataset, or of a saved folder that has several.
+        text_column: column of the texts.
+
+    Raises:
+        ValueError: the corpus cannot be read, or does not have the column.
+    """
+    if path is None:
+        return _rows(datasets.load_dataset(name, config, split=split, streaming=True), text_column, "dataset_name")
+    if is_saved(path):
+        saved: Any = datasets.load_from_disk(path)
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"dataset_split: {path} has no split {split}; it has {', '.join(saved)}")
+            saved = saved[split]
+        return _rows(saved, text_column, "corpus_file")
+    return _texts(path, text_column)
+
+
+def _texts(path: str, text_column: str) -> Iterator[Document]:
+    malformed = 0
+    try:
+        for item in read_texts(path, text_column):
+            if isinstance(item, Malformed):
+                malformed += 1
+                if malformed <= _NAMED:
+                    output.say(f"line {item.line} was left out: {item.reason}")
+            else:
+                # The text of a BEIR document starts with its title.
+                yield Document(item.text.removeprefix(item.title).strip(), item.title)
+    except ValueError as error:
+        raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
+    if malformed > _NAMED:
+        output.say(f"{malformed} lines were left out")
+
+
+def _rows(rows: Iterable[dict], text_column: str, argument: str) -> Iterator[Document]:
+    for number, row in enumerate(rows, 1):
+        if text_column not in row:
+            raise ValueError(f"text_column: {argument} has no column {text_column} among {', '.join(row)}")
+        text, title = row[text_column], row.get("title")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{argument}: row {number} of {text_column} is a {type(text).__name__}, not a text")
+        yield Document((text or "").strip(), title.strip() if isinstance(title, str) else "")

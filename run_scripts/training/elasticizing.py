@@ -1,0 +1,282 @@
+"""The steps of elasticize.py: read the corpus, fit, train, report."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
+from run_scripts.shared import models, output
+from run_scripts.training import finetuning
+from run_scripts.training.corpus import read_corpus
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.agreement import agreement, reference_similarities
+from trainer.data import check_table
+from trainer.evaluation import RetrievalData, StsData, load_beir, retrieval_from_pairs, task_from_table
+from trainer.model_card import measure_costs
+from trainer.projections import fit_exit_projections
+from trainer.pseudo_pairs import Document, draw_documents, make_pairs
+from trainer.shared.inference import evaluation_mode
+from trainer.shared.tables import read_table
+from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions
+
+if TYPE_CHECKING:
+    from run_scripts.elasticize import CorpusArguments, EncoderArguments
+
+# Fewer different documents leave nothing to fit or to find.
+_FEWEST = 16
+# Texts that projections are fitted to.
+_FITTED = 6000
+# Words of a passage for a token of max_length: English has about 1.3 tokens a word.
+_WORDS_PER_TOKEN = 0.75
+PSEUDO_QUERIES = "pseudo-queries"
+
+
+class Work:
+    """A run, from what `prepare` has checked to the saved folder.
+
+    Attributes:
+        trainer: the trainer of the encoder.
+        data_args: what the corpus is and what is made of it.
+    """
+
+    def __init__(
+        self,
+        model_args: EncoderArguments,
+        data_args: CorpusArguments,
+        args: TwoDMSETrainingArguments,
+        encoder: TwoDMSEModel,
+        teacher: TwoDMSEModel | None,
+        documents: tuple[list[Document], list[Document]],
+    ):
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.encoder, self.teacher = encoder, teacher
+        self.documents, held = documents
+        self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
+        self.held_texts = [document.whole for document in held]
+        self.tasks = load_tasks(data_args, held, self.max_words, args.seed)
+        self.pairs = [] if data_args.effort == "fit" else self._make_pairs()
+        texts = list(dict.fromkeys(text for pair in self.pairs for text in pair))
+        self.targets = TeacherEmbeddings(texts, np.zeros((len(texts), encoder.config.hidden_size), np.float32))
+        training: dict = {}
+        if self.pairs:
+            training = {"train_dataset": _table(self.pairs), "teacher_embeddings": self.targets}
+        self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
+        self.ladder = self.trainer.ladder
+        self.before: dict = {}
+        self.started = time.perf_counter()
+
+    def _make_pairs(self) -> list[tuple[str, str]]:
+        batch, found = self.args.per_device_train_batch_size, len(self.documents)
+        if found < batch:
+            raise ValueError(
+                f"corpus_file: {found} different documents to train on are fewer than one batch of {batch}; add "
+                "documents, lower --per_device_train_batch_size, or use --effort fit"
+            )
+        pairs = make_pairs(self.documents, self.data_args.num_pairs, self.args.seed, self.max_words)
+        if len(pairs) < batch:
+            raise ValueError(f"corpus_file: its documents are too short: they make {len(pairs)} pairs, not {batch}")
+        if len(pairs) < self.data_args.num_pairs:
+            output.say(f"the corpus makes {len(pairs)} pairs, fewer than the {self.data_args.num_pairs} of --num_pairs")
+        return pairs
+
+    def fit(self) -> None:
+        """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce."""
+        self.encoder.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
+        with evaluation_mode(self.encoder):
+            self.reference = reference_similarities(self.encoder, self.held_texts) if self.held_texts else None
+            self.before = self.measure()
+            name = f"{self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
+            if self.teacher is None:
+                fit_exit_projections(self.encoder, self._texts_to_fit())
+                self._fill_targets(self.encoder, f"fitted {name}", None)
+            else:
+                self._fit_to_teacher(self.teacher)
+
+    def _fit_to_teacher(self, teacher: TwoDMSEModel) -> None:
+        """The projections map to the principal directions of the other teacher's embeddings."""
+        teacher.to(self.args.device)  # type: ignore[arg-type]
+        texts = self._texts_to_fit()
+        name = f"{self.model_args.teacher_model_name_or_path} {models.fingerprint(teacher)}"
+        vectors = compute_teacher_embeddings(teacher, texts, self.args.output_dir, name)
+        directions = principal_directions(vectors, self.encoder.config.hidden_size)
+        targets = torch.from_numpy(vectors.astype(np.float64)) @ directions
+        fit_exit_projections(self.encoder, texts, targets=targets.float())
+        self._fill_targets(teacher, name, directions)
+        teacher.cpu()
+
+    def _fill_targets(self, teacher: TwoDMSEModel, name: str, directions: torch.Tensor | None) -> None:
+        texts = self.targets.texts
+        if texts:
+            length = self.args.max_length
+            vectors = compute_teacher_embeddings(teacher, texts, self.args.output_dir, name, max_length=length)
+            if directions is not None:
+                vectors = (torch.from_numpy(vectors.astype(np.float64)) @ directions).float().numpy()
+            self.targets.vectors[:] = vectors
+
+    def _texts_to_fit(self) -> list[str]:
+        """Whole documents, as they will be embedded, and texts as short as queries."""
+        rng = random.Random(self.args.seed)
+        documents = self.documents[: _FITTED * 2 // 3]
+        short = make_pairs(self.documents, _FITTED // 3, self.args.seed + 1, self.max_words)
+        texts = [document.whole for document in documents] + [query for query, _ in short]
+        return rng.sample(texts, len(texts))
+
+    def measure(self) -> dict:
+        """The scores of every size of the ladder, in the form of results.json."""
+        results = self.trainer.results(self.tasks, self.ladder, max_length=None) if self.tasks else {}
+        if self.reference is not None:
+            found = agreement(self.encoder, self.held_texts, self.ladder, self.reference)
+            results["agreement"] = found
+        return results
+
+    def finish(self) -> None:
+        """Fit the exits that were not trained again, save, measure, report, write the card."""
+        trainer, encoder, folder = self.trainer, self.trainer.encoder, str(self.args.output_dir)
+        others = sorted(set(range(1, encoder.num_layers + 1)) - {size.num_layers for size in self.ladder})
+        with evaluation_mode(encoder):
+            if others and self.pairs:
+                fit_exit_projections(encoder, self._texts_to_fit(), layers=others)
+            trainer.save_model()
+            results = {"model": folder, **self.measure(), "before": self.before}
+            if trainer.is_world_process_zero():
+                self._report(encoder, results)
+        if trainer.is_world_process_zero():
+            for name in os.listdir(folder):
+                if name.startswith("teacher-"):
+                    shutil.rmtree(os.path.join(folder, name))
+            finetuning.push(trainer)
+
+    def _report(self, encoder: TwoDMSEModel, results: dict) -> None:
+        folder = str(self.args.output_dir)
+        sample = (self.held_texts or [document.whole for document in self.documents])[: finetuning.COST_ROWS]
+        costs = measure_costs(encoder, self.ladder, sample)
+        output.write_json(os.path.join(folder, "results.json"), results | {"costs": costs})
+        names = [self.data_args.dataset_name] if self.data_args.dataset_name else []
+        run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
+        finetuning.save_card(*run)
+        print(report(results, costs, self.ladder))
+        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n\n{usage(folder, self.ladder)}")
+
+    def _settings(self) -> dict[str, object]:
+        """What the card says of the run."""
+        data = self.data_args.dataset_name or os.path.basename(os.path.normpath(str(self.data_args.corpus_file)))
+        settings: dict[str, object] = {"corpus": data, "documents": len(self.documents)}
+        settings["effort"] = self.data_args.effort
+        if self.teacher is not None:
+            settings["teacher model"] = finetuning.public_name(str(self.model_args.teacher_model_name_or_path))
+        return settings | (self.trainer.describe() if self.pairs else {})
+
+
+def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoDMSETrainingArguments) -> Work:
+    """Read the corpus and the models, and check that they fit; ValueError for anything that cannot be made elastic."""
+    documents = read_documents(data_args, args.seed)
+    encoder = load_encoder(model_args, args)
+    teacher = None
+    if model_args.teacher_model_name_or_path is not None:
+        teacher = models.load_encoder(
+            model_args.teacher_model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
+    return Work(model_args, data_args, args, encoder, teacher, documents)
+
+
+def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
+    """Different documents, drawn from the whole corpus: those to learn from, and those that are held out."""
+    argument = "corpus_file" if data_args.corpus_file is not None else "dataset_name"
+    name = data_args.corpus_file or data_args.dataset_name
+    stream = read_corpus(
+        data_args.corpus_file,
+        data_args.dataset_name,
+        data_args.dataset_config,
+        data_args.dataset_split,
+        data_args.text_column,
+    )
+    documents = draw_documents(stream, data_args.max_documents, seed)
+    if len(documents) < _FEWEST:
+        what = "no text" if not documents else f"{len(documents)} different texts, and {_FEWEST} are needed"
+        raise ValueError(f"{argument}: {name} has {what}")
+    held = min(data_args.held_out, len(documents) // 10)
+    held = held if held >= 3 else 0  # similarities of fewer texts say nothing
+    output.say(f"{len(documents) - held} documents to learn from, {held} held out for the report")
+    return documents[held:], documents[:held]
+
+
+def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+    """The encoder; without `--sizes`, its ladder is the model's own or the default one."""
+    encoder = models.load_encoder(
+        model_args.model_name_or_path, args.sizes, model_args.pooling, trust_remote_code=model_args.trust_remote_code
+    )
+    if args.sizes is None and encoder.config.sizes is None:
+        ladder = default_ladder(encoder.num_layers, encoder.config.hidden_size)
+        output.say(f"sizes: {' '.join(map(str, ladder))}, the default for this encoder (--sizes)")
+        args.sizes = list(map(str, ladder))
+    models.check_training_length(args, encoder.max_length)
+    sizes = args.sizes if args.sizes is not None else encoder.config.sizes
+    largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
+    if largest != Size(encoder.num_layers, encoder.config.hidden_size):
+        full = Size(encoder.num_layers, encoder.config.hidden_size)
+        raise ValueError(f"sizes: the largest is {largest}, but every size learns from the full one; add {full}")
+    return encoder
+
+
+def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int, seed: int):
+    """What is scored before and after: pseudo-queries for held-out documents, and the tasks of the flags."""
+    tasks: list[StsData | RetrievalData] = []
+    if held:
+        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, _table(make_pairs(held, len(held), seed, max_words))))
+    tasks += [load_beir(folder) for folder in data_args.beir_dirs or []]
+    if data_args.eval_file is not None:
+        name = os.path.basename(data_args.eval_file).split(".")[0]
+        tasks.append(task_from_table(name, check_table(read_table(data_args.eval_file, "eval_file"), "eval_file")))
+    return tasks
+
+
+def _table(pairs: list[tuple[str, str]]) -> Dataset:
+    return Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [passage for _, passage in pairs]})
+
+
+def report(results: dict, costs: dict, ladder: list[Size]) -> str:
+    """The tables before and after, and what a size costs."""
+    tables = []
+    for title, scores in _columns(results).items():
+        before, after = scores
+        full = before[str(ladder[-1])]
+        columns = {"before": before, "after": after}
+        if full > 0:
+            columns["share of full"] = {size: after[size] / full for size in after}
+        columns["encode time"] = {size: cost["relative_time"] for size, cost in costs.items()}
+        columns["bytes"] = {str(size): 4.0 * size.dim for size in ladder}
+        tables.append(f"\n{title}\n\n{output.score_table(columns, ladder, 'size')}")
+    return "\n".join(tables)
+
+
+def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
+    """The scores of each size before and after, by the title of their table."""
+    found, before = {}, results["before"]
+    if "agreement" in results:
+        count = results["agreement"]["n"]
+        for key, what in (("overlap@10", "Share of the 10 nearest"), ("spearman", "Spearman of the similarities")):
+            title = f"{what}, compared with the encoder as it was, {count} held-out documents"
+            found[title] = (before["agreement"][key], results["agreement"][key])
+    for kind, metric, shown in (("retrieval", "ndcg@10", "nDCG@10"), ("sts", "spearman", "Spearman")):
+        for name, task in results.get(kind, {}).items():
+            found[f"{shown}, {name}"] = (before[kind][name][metric], task[metric])
+    return found
+
+
+def usage(folder: str, ladder: list[Size]) -> str:
+    """The lines that load the model and encode at a size from the middle of the ladder."""
+    size = ladder[len(ladder) // 2]
+    return (
+        "    from twodmse import TwoDMSEModel\n"
+        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
+        f'    embeddings = model.encode(["a text"], dim={size.dim})'
+    )

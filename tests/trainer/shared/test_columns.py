@@ -1,0 +1,139 @@
+"""Tables as people have them: names of columns, hints in errors, saved folders, rows that are not valid."""
+
+import pytest
+from conftest import SENTENCES
+from datasets import Dataset, DatasetDict
+
+from trainer.data import check_table
+from trainer.shared.tables import hold_out, read_table
+
+PAIR, SCORED = ["anchor", "positive"], ["sentence1", "sentence2", "score"]
+NAMED = [
+    (["query", "document"], PAIR),
+    (["question", "answer"], PAIR),
+    (["Query", "POSITIVE"], PAIR),
+    (["text1", "text2"], PAIR),
+    (["text_a", "text_b", "label"], SCORED),
+    (["sentence1", "sentence2", "label"], SCORED),
+    (["Sentence1", "Sentence2", "Similarity"], SCORED),
+    (["query", "pos", "neg"], [*PAIR, "negative"]),
+    (["question", "passage", "hard_negative", "neg_2"], [*PAIR, "negative", "negative_2"]),
+    (["id", "anchor", "positive", "source"], PAIR),
+    (["anchor", "positive", "question", "answer"], PAIR),
+]
+
+
+@pytest.mark.parametrize(("names", "roles"), NAMED)
+def test_known_names_are_taken_and_others_left_out(names, roles):
+    cells = {name: [f"{name} a", f"{name} b"] for name in names}
+    cells |= {name: [0.5, 1.0] for name in names if name.lower() in ("label", "similarity")}
+    table = check_table(Dataset.from_dict(cells).select_columns(names[::-1]))
+    assert table.column_names == roles
+    kept = [name for name in names if name not in ("id", "source")][: len(roles)]
+    assert table.to_dict() == {role: cells[name] for role, name in zip(roles, kept, strict=True)}
+
+
+def test_what_was_done_is_said(caplog, monkeypatch):
+    said = []
+    monkeypatch.setattr("trainer.shared.columns.logger.warning", said.append)
+    check_table(Dataset.from_dict({"id": [1], "query": ["a"], "document": ["b"]}))
+    assert said == [
+        "train_file: query is read as anchor, document is read as positive",
+        "train_file: the columns id are left out",
+    ]
+    said.clear()
+    check_table(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}))
+    assert said == []
+
+
+def test_roles_by_hand():
+    table = Dataset.from_dict({"title": ["a"], "body": ["b"], "answer": ["c"], "other": ["d"]})
+    given = check_table(table, columns=["title:anchor", "body:positive", "other:negative"])
+    assert given.to_dict() == {"anchor": ["a"], "positive": ["b"], "negative": ["d"]}
+    assert check_table(table, columns=["title:anchor"]).to_dict() == {"anchor": ["a"], "positive": ["c"]}
+    swapped = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
+    assert check_table(swapped, columns=["anchor:positive", "positive:anchor"]).to_dict() == {
+        "anchor": ["b"], "positive": ["a"],
+    }  # fmt: skip
+    scored = Dataset.from_dict({"left": ["a"], "right": ["b"], "gold": [0.5], "answer": ["c"]})
+    by_hand = check_table(scored, columns=["left:sentence1", "right:sentence2", "gold:score"])
+    assert by_hand.to_dict() == {"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("cells", "columns", "message"),
+    [
+        ({"title": ["a"], "body": ["b"]}, None, r"the columns \\(title, body\\) .* for example --columns query:anchor"),
+        ({"query": ["a"], "question": ["b"], "answer": ["c"]}, None, "are not one of the accepted sets"),
+        ({"query": ["a"], "answer": ["b"]}, ["query:first"], "columns: 'query:first' is not NAME:ROLE"),
+        ({"query": ["a"], "answer": ["b"]}, ["title:anchor"], "train_file has no column title, only query, answer"),
+        ({"query": ["a"], "answer": ["b"]}, ["query:anchor", "answer:anchor"], "two columns are given as anchor"),
+        ({"text1": ["a"] * 3, "text2": ["b"] * 3, "label": [0, 1, 2]}, None, "label has three classes"),
+    ],
+)
+def test_columns_that_are_not_clear(cells, columns, message):
+    with pytest.raises(ValueError, match=message.replace("\\\\", "\\")):
+        check_table(Dataset.from_dict(cells), columns=columns)
+
+
+def test_lists_of_positives_and_negatives():
+    rows = {"query": ["a", "b"], "pos": [["c", "d"], ["e"]], "neg": [["f"], ["g", "h"]]}
+    assert check_table(Dataset.from_dict(rows)).to_dict() == {
+        "anchor": ["a", "a", "b"],
+        "positive": ["c", "d", "e"],
+        "negative_1": ["f", "f", "g"],
+        "negative_2": [None, None, "h"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"anchor\tpositive\na\tb\n", "seem to be separated by tabs: name it .tsv"),
+        (b"anchor;positive\na;b, c, d\n", "seem to be separated by semicolons"),
+        (
+            "anchor,positive\ncaf\u00e9,b\n".encode("latin-1"),
+            "perhaps Latin-1: convert it with iconv -f latin1 -t utf-8",
+        ),
+    ],
+)
+def test_hints(content, message, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_table(str(tmp_path / "t.csv"))
+
+
+def test_saved_folders(tmp_path):
+    rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
+    DatasetDict({"all": rows}).save_to_disk(tmp_path / "only")
+    assert read_table(str(tmp_path / "one")).to_dict() == rows.to_dict()
+    assert read_table(str(tmp_path / "only")).to_dict() == rows.to_dict()
+    assert read_table(str(tmp_path / "two")).to_dict() == rows.to_dict()
+    assert read_table(str(tmp_path / "two"), split="test")["anchor"][:] == ["b"]
+    assert read_table(str(tmp_path / "two"), split="train+test")["anchor"][:] == ["a", "b", "b"]
+    with pytest.raises(ValueError, match="has no split dev; it has train, test"):
+        read_table(str(tmp_path / "two"), split="dev")
+
+
+def test_rows_that_are_not_valid_can_be_left_out():
+    pairs = Dataset.from_dict({"anchor": ["a", " ", "c"], "positive": ["d", "e", None], "negative_1": ["", "x", "y"]})
+    assert check_table(pairs, skip_invalid=True)["anchor"][:] == ["a"]
+    with pytest.raises(ValueError, match="remove these rows, or pass --skip_invalid true"):
+        check_table(pairs)
+    scored = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "score": ["1", "", "nan"]}
+    assert check_table(Dataset.from_dict(scored), skip_invalid=True)["score"][:] == [1.0]
+    with pytest.raises(ValueError, match="none of the 1 rows is valid"):
+        check_table(pairs.select([1]), skip_invalid=True)
+
+
+def test_rows_with_one_anchor():
+    equal = Dataset.from_dict({"anchor": ["same"] * 300, "positive": [f"{i}" for i in range(300)]})
+    with pytest.raises(ValueError, match="all 300 rows have the same anchor, so none can be held out"):
+        hold_out(equal, 30, 0)
+    most = Dataset.from_dict({"anchor": ["same"] * 300 + SENTENCES, "positive": [f"{i}" for i in range(320)]})
+    for seed in range(30):
+        kept, held = hold_out(most, 30, seed)
+        assert len(kept) >= 300, "the anchor of most rows is not held out"
+        assert len(held)

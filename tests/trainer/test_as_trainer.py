@@ -1,0 +1,127 @@
+"""What else people do with transformers' Trainer: model_init, predict, a model that was loaded with its own code."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import LADDER, SENTENCES, run_elsewhere
+from datasets import Dataset
+from tokenizers import Tokenizer
+
+from modeling_2dmse import TwoDMSEModel
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.preparation import check_checkpointing
+
+ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
+SCORED = Dataset.from_dict({"sentence1": SENTENCES[:6], "sentence2": SENTENCES[6:12], "score": [0, 1, 2, 3, 4, 5]})
+
+
+def arguments(folder, **kwargs) -> TwoDMSETrainingArguments:
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "bf16": False, "disable_tqdm": True, "sizes": LADDER, "seed": 3,
+    }  # fmt: skip
+    return TwoDMSETrainingArguments(output_dir=str(folder), **(settings | kwargs))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"exit_projections": True, "teacher": "start", "initial_share": 0.5}])
+def test_model_init_trains_what_a_model_trains(kwargs, tiny_model, tmp_path):
+    kwargs = kwargs | {"dropout": False}
+    given = TwoDMSETrainer(tiny_model(), arguments(tmp_path, **kwargs), ROWS)
+    given.train()
+    made = []
+    trainer = TwoDMSETrainer(
+        None, arguments(tmp_path, **kwargs), ROWS, model_init=lambda: made.append(tiny_model()) or made[-1]
+    )
+    for _ in range(2):  # each training starts from a new model
+        trainer.train()
+        assert trainer.model is trainer.encoder is made[-1]
+        assert trainer.encoder.config.sizes == LADDER
+        for old, new in zip(given.model.parameters(), trainer.model.parameters(), strict=True):
+            torch.testing.assert_close(old.cpu(), new.cpu(), atol=1e-5, rtol=1e-4)
+    assert len(made) == 3
+    assert not torch.equal(made[0].get_input_embeddings().weight, made[-1].get_input_embeddings().weight)
+
+
+def test_model_init_may_take_the_trial_of_a_search(tiny_model, tmp_path):
+    trials = []
+    trainer = TwoDMSETrainer(
+        None, arguments(tmp_path), ROWS, model_init=lambda trial: trials.append(trial) or tiny_model()
+    )
+    trainer.train()
+    trainer.call_model_init({"learning_rate": 1e-3})
+    assert trials == [None, None, {"learning_rate": 1e-3}]
+    with pytest.raises(ValueError, match="model: give either model or model_init"):
+        TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS, model_init=tiny_model)
+    with pytest.raises(ValueError, match="model: give either model or model_init"):
+        TwoDMSETrainer(None, arguments(tmp_path), ROWS)
+
+
+def test_predict(tiny_model, tmp_path):
+    model = tiny_model()
+    trainer = TwoDMSETrainer(model, arguments(tmp_path), ROWS)
+    output = trainer.predict(SCORED)
+    for vectors, column in zip(output.predictions, ("sentence1", "sentence2"), strict=True):
+        assert np.allclose(vectors, model.encode(SCORED[column][:], 4, 32), atol=1e-6)
+    assert output.label_ids.tolist() == SCORED["score"][:]
+    assert output.metrics == trainer.score([*_tasks(SCORED)], trainer.ladder, "test")
+    assert set(output.metrics) == {*(f"test_spearman_{size}" for size in LADDER), "test_ladder_mean"}
+    pairs = trainer.predict(ROWS)
+    assert pairs.label_ids is None
+    assert [len(vectors) for vectors in pairs.predictions] == [8, 8]
+
+
+def _tasks(table):
+    from trainer.scoring import as_tasks
+
+    return as_tasks(table)
+
+
+FOREIGN = """
+import sys
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+sys.path.insert(0, sys.argv[2])
+from trainer.preparation import find_encoder
+try:
+    find_encoder(model)
+except ValueError as error:
+    assert "loaded with the code of its folder, before twodmse was imported" in str(error), error
+else:
+    raise AssertionError("accepted")
+"""
+
+
+def test_a_model_with_the_code_of_its_folder_is_refused_in_one_line(tiny_model, tmp_path):
+    from pathlib import Path
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    run_elsewhere(FOREIGN, tmp_path, str(tmp_path / "model"), str(Path(__file__).resolve().parents[2]))
+
+
+def test_reentrant_checkpointing_in_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(TwoDMSETrainingArguments, "world_size", 2)
+    on = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="use_reentrant does not go with several processes"):
+        check_checkpointing(arguments(tmp_path, **on))
+    check_checkpointing(arguments(tmp_path, **on, num_buckets=1))
+    check_checkpointing(arguments(tmp_path, gradient_checkpointing=True))
+    monkeypatch.setattr(TwoDMSETrainingArguments, "world_size", 1)
+    check_checkpointing(arguments(tmp_path, **on))
+
+
+def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tiny_model, tmp_path):
+    model = tiny_model()
+    model.tokenizer.add_tokens(["zeppelin"])
+    model.resize_token_embeddings(len(model.tokenizer) + 100)
+    trainer = TwoDMSETrainer(model, arguments(tmp_path, max_length=8, save_strategy="steps", save_steps=2), ROWS)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" ".join(SENTENCES)).ids) == 48
+        assert TwoDMSEModel.from_pretrained(folder).max_length == 48
+        config = json.loads((folder / "config.json").read_text())
+        assert config["backbone_config"]["vocab_size"] == len(model.tokenizer) + 100
+    again = TwoDMSEModel.from_pretrained(tmp_path)
+    assert np.allclose(again.encode(["a zeppelin"]), model.encode(["a zeppelin"]), atol=1e-6)

@@ -1,0 +1,108 @@
+"""Evaluating and predicting with a `TwoDMSETrainer`."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from datasets import Dataset
+from transformers.trainer_utils import PredictionOutput
+
+from modeling_2dmse import Size, TwoDMSEModel
+
+from .arguments import TwoDMSETrainingArguments
+from .data import check_table, text_columns
+from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
+from .shared.inference import evaluation_mode
+from .shared.mixin import TrainerMixin
+
+Task = StsData | RetrievalData
+
+
+class ScoringMixin(TrainerMixin):
+    """Goes before `Trainer`: evaluates every size of the ladder, and embeds tables."""
+
+    args: TwoDMSETrainingArguments
+    encoder: TwoDMSEModel
+    ladder: list[Size]
+    eval_dataset: Any
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate every size of the ladder on the evaluation tasks.
+
+        Args:
+            eval_dataset: a table or a list of tasks; by default those of the trainer.
+            ignore_keys: not used.
+            metric_key_prefix: the first part of each name.
+
+        Returns:
+            `eval_spearman_1x32` or `eval_ndcg@10_1x32` for each size (with several tasks `eval_TASK_spearman_1x32`),
+            and their mean, `eval_ladder_mean`.
+        """
+        tasks = as_tasks(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not tasks:
+            raise ValueError("eval_dataset: there is none; pass one to the trainer or to evaluate")
+        metrics = self.score(tasks, self.ladder, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The embeddings of a table at the largest size of the ladder, and the scores of `evaluate`.
+
+        Args:
+            test_dataset: a table.
+            ignore_keys: not used.
+            metric_key_prefix: the first part of each metric's name.
+
+        Returns:
+            `predictions`: a (rows, dim) array for each column of texts; `label_ids`: the scores of the rows, or None.
+        """
+        table = check_table(test_dataset, "test_dataset")
+        metrics = self.score([task_from_table(metric_key_prefix, table)], self.ladder, metric_key_prefix)
+        with evaluation_mode(self.encoder):
+            vectors, scores = embed_table(self.encoder, table, self.ladder[-1], self.args)
+        return PredictionOutput(vectors, scores, metrics)  # type: ignore[arg-type]  # one array per column, not just one
+
+    def score(self, tasks: Sequence[Task], sizes: Sequence[Size], prefix: str = "eval") -> dict[str, float]:
+        """The metrics of `evaluate`, without logging them."""
+        results = self.results(tasks, sizes)
+        metrics = {}
+        for task in tasks:
+            metric = "spearman" if isinstance(task, StsData) else "ndcg@10"
+            name = metric if len(tasks) == 1 else f"{task.name}_{metric}"
+            for size, value in main_scores(results)[task.name].items():
+                metrics[f"{prefix}_{name}_{size}"] = value
+        means = mean_scores(results)
+        metrics[f"{prefix}_ladder_mean"] = sum(means.values()) / len(means)
+        return metrics
+
+    def results(self, tasks: Sequence[Task], sizes: Sequence[Size], **encode: Any) -> dict[str, Any]:
+        """All metrics of all tasks at the given sizes, in the form of `results.json`."""
+        encode.setdefault("batch_size", self.args.per_device_eval_batch_size)
+        encode.setdefault("max_length", self.args.max_length)
+        encode.setdefault("max_query_length", self.args.max_query_length)
+        if self.args.disable_tqdm:
+            encode.setdefault("show_progress_bar", False)
+        with evaluation_mode(self.encoder):
+            return evaluate_tasks(self.encoder, tasks, sizes, **encode)
+
+
+def embed_table(
+    encoder: TwoDMSEModel, table: Dataset, size: Size, args: TwoDMSETrainingArguments
+) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+    """A (rows, dim) array for each column of texts of a checked table, and the scores of the rows or None."""
+    options: dict = {"batch_size": args.per_device_eval_batch_size, "max_length": args.max_length, "prompt": ""}
+    vectors = [encoder.encode([text or "" for text in table[name]], *size, **options) for name in text_columns(table)]
+    scores = np.asarray(table["score"]) if "score" in table.column_names else None
+    return tuple(cast(list[np.ndarray], vectors)), scores
+
+
+def as_tasks(eval_dataset: Dataset | Sequence[Task] | None) -> Any:
+    """The evaluation tasks of a table, a list of tasks or None; the last two are returned as they are."""
+    if isinstance(eval_dataset, Dataset):
+        return [task_from_table("eval", check_table(eval_dataset, "eval_dataset"))]
+    return eval_dataset

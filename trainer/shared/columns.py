@@ -1,0 +1,158 @@
+"""Tables as people have them: which column is the anchor, the positive, a negative or the score."""
+
+import re
+from collections.abc import Sequence
+
+from datasets import ClassLabel, Dataset, List
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The first part of the name of each column with a teacher's scores is the column of texts that they belong to.
+TEACHER_SCORE = "_score"
+ACCEPTED = (
+    "(anchor, positive[, negative, negative_1, ...]), also with a teacher's score of each (positive_score, "
+    "negative_score, ...), or (sentence1, sentence2, score)"
+)
+# Names of columns, in lower case and without separators, for each role.
+_FIRST = ("anchor", "query", "queries", "question", "text1", "texta", "sentence1", "sentencea", "string1")
+_SECOND = (
+    *("positive", "pos", "document", "doc", "passage", "answer", "response", "text2", "textb", "sentence2"),
+    *("sentenceb", "string2", "positivepassage", "positivedocument"),
+)
+_SCORE = ("score", "label", "labels", "similarity", "similarityscore")
+_NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document)?(\d*)")
+_TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
+_TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
+
+
+class UnknownColumns(ValueError):
+    """A table does not have the columns of training data."""
+
+
+def name_columns(table: Dataset, columns: Sequence[str] | None, argument: str) -> Dataset:
+    """Give the columns of a table the names of their roles, and leave out columns without a role, with a note of both.
+
+    Lists of positives become one row each, lists of negatives numbered columns.
+
+    Args:
+        table: the table.
+        columns: roles that are not found by name, as `name:role`.
+        argument: the name that errors give to the table.
+
+    Raises:
+        ValueError: a role is missing or two columns could have it; the message lists the columns.
+    """
+    given = _given(table.column_names, columns or (), argument)
+    roles = _roles(table.column_names, given, argument)
+    if "score" in roles.values():
+        _check_classes(table, next(name for name, role in roles.items() if role == "score"), given, argument)
+    renamed = {name: role for name, role in roles.items() if name != role}
+    left_out = [name for name in table.column_names if name not in roles]
+    if renamed:
+        logger.warning(f"{argument}: {', '.join(f'{name} is read as {role}' for name, role in renamed.items())}")
+    if left_out:
+        logger.warning(f"{argument}: the columns {', '.join(left_out)} are left out")
+    table = table.select_columns(list(roles))
+    # In two steps, because a name may be taken by another column until that has its new one.
+    table = table.rename_columns({name: f"\0{role}" for name, role in roles.items()})
+    return _without_lists(table.rename_columns({f"\0{role}": role for role in roles.values()}))
+
+
+def _given(names: Sequence[str], columns: Sequence[str], argument: str) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for entry in columns:
+        name, _, role = entry.rpartition(":")
+        if not name or not _TARGET.fullmatch(role):
+            raise ValueError(
+                f"columns: {entry!r} is not NAME:ROLE, for example query:anchor document:positive; roles: anchor, "
+                "positive, negative, negative_1, ..., sentence1, sentence2, score"
+            )
+        if name not in names:
+            raise ValueError(f"columns: {argument} has no column {name}, only {', '.join(names)}")
+        if role in given.values():
+            raise ValueError(f"columns: two columns are given as {role}; name one")
+        given[name] = role
+    return given
+
+
+def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[str, str]:
+    """The role of each column that has one."""
+    free = [name for name in names if name not in given]
+    plain = {name: re.sub(r"[\W_]", "", name.lower()) for name in free}
+    first = _pick(free, plain, _FIRST, ("anchor", "sentence1"), given)
+    second = _pick(free, plain, _SECOND, ("positive", "sentence2"), given)
+    score = _pick(free, plain, _SCORE, ("score",), given)
+    negatives = {name: match[1] for name in free if (match := _NEGATIVE.fullmatch(plain[name]))}
+    scored = (
+        bool(score) and not negatives and not any(role.startswith(("neg", "anc", "pos")) for role in given.values())
+    )
+    exact_pair = ("sentence1", "sentence2")  # without a score, the score is missing
+    unclear = len(first) != 1 or len(second) != 1 or len(score) > 1
+    if unclear or (not scored and (first[0], second[0]) == exact_pair and not given):
+        raise UnknownColumns(
+            f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}; name their "
+            "roles, for example --columns query:anchor document:positive"
+        )
+    roles = dict(
+        zip((first[0], second[0]), ("sentence1", "sentence2") if scored else ("anchor", "positive"), strict=True)
+    )
+    if scored:
+        return roles | {score[0]: "score"}
+    numbered = {name: f"negative_{number}" if number else "negative" for name, number in negatives.items()}
+    numbered |= {name: role for name, role in given.items() if role.startswith("negative")}
+    if len(set(numbered.values())) < len(numbered):
+        raise ValueError(f"{argument}: the columns {', '.join(numbered)} have one role; name them with --columns")
+    return roles | numbered | _teacher_scores(free, given, ["positive", *numbered.values()], argument)
+
+
+def _teacher_scores(free: list[str], given: dict[str, str], texts: list[str], argument: str) -> dict[str, str]:
+    """The columns with a teacher's scores, of all texts or of none."""
+    scores = {name: name for name in free if _TEACHER.fullmatch(name)}
+    scores |= {name: role for name, role in given.items() if _TEACHER.fullmatch(role)}
+    missing = [text + TEACHER_SCORE for text in texts if text + TEACHER_SCORE not in scores.values()]
+    if scores and missing:
+        raise ValueError(f"{argument}: there are columns {', '.join(scores)}, but no {missing[0]}")
+    return {name: role for name, role in scores.items() if role.removesuffix(TEACHER_SCORE) in texts}
+
+
+def _pick(
+    free: list[str], plain: dict[str, str], known: Sequence[str], roles: Sequence[str], given: dict[str, str]
+) -> list[str]:
+    """The columns that may have a role: the one that is given, the one of exactly that name, or all known names."""
+    chosen = [name for name, role in given.items() if role in roles]
+    exact = [name for name in free if name in roles]
+    return chosen or (exact if len(exact) == 1 else []) or [name for name in free if plain[name] in known]
+
+
+def _check_classes(table: Dataset, name: str, given: dict[str, str], argument: str) -> None:
+    """ValueError if a column that was not named as the score has classes, such as those of inference data."""
+    feature = table.features[name]
+    classes = isinstance(feature, ClassLabel) and feature.num_classes > 2
+    if not classes and name != "score" and str(getattr(feature, "dtype", "")).startswith("int"):
+        classes = set(table.unique(name)) in ({0, 1, 2}, {-1, 0, 1, 2})
+    if classes and name not in given:
+        raise ValueError(
+            f"{argument}: the column {name} has three classes, as inference data has, and no similarity; keep the rows "
+            f"of one class as (anchor, positive), or pass --columns {name}:score if it is a similarity"
+        )
+
+
+def _without_lists(table: Dataset) -> Dataset:
+    lists = [name for name, feature in table.features.items() if isinstance(feature, List) and name != "score"]
+    if not lists:
+        return table
+    most = max((len(row["negative"] or []) for row in table), default=0) if "negative" in lists else 0
+
+    def expand(batch: dict) -> dict:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        output: list[dict] = []
+        for row in rows:
+            negatives = row.pop("negative", None) if "negative" in lists else None
+            more = {f"negative_{n + 1}": None for n in range(most)}
+            more |= {f"negative_{n + 1}": text for n, text in enumerate(negatives or [])}
+            positives = row["positive"] if "positive" in lists else [row["positive"]]
+            output += [{**row, **more, "positive": positive} for positive in positives or [None]]
+        return {name: [row[name] for row in output] for name in output[0]}
+
+    return table.map(expand, batched=True, remove_columns=table.column_names, desc="Rows of each positive")
