@@ -1,6 +1,7 @@
 """Texts as token ids in flat arrays, and batches made of them: padded, or packed into one row."""
 
 import itertools
+import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .packing import Packing, to_device
+
+# No text that UTF-8 can hold has one; they come from JSON, or from bytes of a command line that are not UTF-8.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_lengt
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
         return _flatten(encoded["input_ids"], encoded.get("token_type_ids"), pad_id)
     backend, has_types = _backend(tokenizer, max_length)
-    encodings = backend.encode_batch_fast(list(texts))
+    try:
+        encodings = backend.encode_batch_fast(list(texts))
+    except (TypeError, UnicodeEncodeError) as error:
+        wrong = next((number for number, text in enumerate(texts) if _SURROGATE.search(text)), None)
+        if wrong is None:
+            raise
+        raise ValueError(f"texts: item {wrong} has half of a surrogate pair, which is not valid Unicode") from error
     types = [encoding.type_ids for encoding in encodings] if has_types else None
     return _flatten([encoding.ids for encoding in encodings], types, pad_id)
 

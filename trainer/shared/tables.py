@@ -91,9 +91,18 @@ def draw_rows(table: Dataset, limit: int | None, seed: int) -> Dataset:
 
 
 def hold_out(table: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off about `rows` rows for evaluation. Rows with the same first text (anchor) stay in the same part."""
+    """Split off about `rows` rows for evaluation. Rows with the same first text (anchor) stay in the same part.
+
+    Raises:
+        ValueError: all rows have the same first text.
+    """
     first = np.asarray(table[table.column_names[0]], dtype=object)
     _, group = np.unique(first.astype(str), return_inverse=True)
+    if group.max() == 0:
+        raise ValueError(
+            f"max_eval_samples: all {len(table)} rows have the same {table.column_names[0]}, so none can be held out; "
+            "pass --max_eval_samples 0, or name data to evaluate on"
+        )
     order = np.random.default_rng(seed).permutation(group.max() + 1)
     sizes = np.bincount(group)[order].cumsum()
     chosen = np.zeros(group.max() + 1, dtype=bool)
