@@ -1,6 +1,7 @@
 """The configuration of an elastic encoder, and the notation for its sizes."""
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -96,15 +97,21 @@ def parse_ladder(
 def default_ladder(num_layers: int, dim: int) -> list[Size]:
     """Up to six sizes for a model: evenly spaced layers, and powers of two below the full dimensions.
 
+    If there are fewer than six of them from 32 on, dimensions half way between two others are added.
+
     >>> " ".join(map(str, default_ladder(12, 768)))
     '2x32 4x64 6x128 8x256 10x512 12x768'
     >>> " ".join(map(str, default_ladder(6, 384)))
-    '1x32 2x64 4x128 5x256 6x384'
+    '1x32 2x64 3x128 4x192 5x256 6x384'
     """
     smallest = 32 if dim >= 256 else 8
     dims = [1 << power for power in range(dim.bit_length()) if smallest <= 1 << power < dim] + [dim]
-    dims = dims[-min(6, num_layers) :]
-    return [Size(round(num_layers * (step + 1) / len(dims)), size) for step, size in enumerate(dims)]
+    while len(dims) < 6 and (gap := max(above - below for below, above in itertools.pairwise([0, *dims]))) > 8:
+        wide = next(below for below, above in itertools.pairwise([0, *dims]) if above - below == gap)
+        dims = sorted([*dims, wide + gap // 2])
+    count = min(6, num_layers, len(dims))
+    steps = range(1, count + 1)
+    return [Size(round(num_layers * step / count), dims[round(len(dims) * step / count) - 1]) for step in steps]
 
 
 class TwoDMSEConfig(PreTrainedConfig):

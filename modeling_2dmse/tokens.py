@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from .packing import Packing, to_device
 
 # Tokenizers without a limit have a very large number as theirs.
 _UNLIMITED = 10**9
+# No text that UTF-8 can hold has one; they come from JSON, or from bytes of a command line that are not UTF-8.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,14 @@ def tokenize(
         encoded = tokenizer(list(texts), others, truncation=True, max_length=max_length, padding=False)
         return _flatten(encoded["input_ids"], encoded.get("token_type_ids"), pad_id)
     backend, has_types = _backend(tokenizer, max_length, second is not None)
-    encodings = backend.encode_batch_fast(list(texts if second is None else zip(texts, second, strict=True)))
+    items = texts if second is None else zip(texts, second, strict=True)
+    try:
+        encodings = backend.encode_batch_fast(list(items))
+    except (TypeError, UnicodeEncodeError) as error:
+        wrong = next((number for number, text in enumerate(texts) if _SURROGATE.search(text)), None)
+        if wrong is None:
+            raise
+        raise ValueError(f"texts: item {wrong} has half of a surrogate pair, which is not valid Unicode") from error
     types = [encoding.type_ids for encoding in encodings] if has_types else None
     return _flatten([encoding.ids for encoding in encodings], types, pad_id)
 

@@ -153,7 +153,8 @@ def fit_cascade(argv) -> None:
         classifier = classifying.load(args.model_name_or_path, args.trust_remote_code)
         table, seen = classifying.read_unseen(classifier, args.fit_file, "fit_file", ["train"])
         thresholds = classifier.model.fit_cascade(table, classifier.collator, args.batch_size)
-    classifying.save_thresholds(classifier.folder, table, thresholds)
+    with cli.writing(classifier.folder):
+        classifying.save_thresholds(classifier.folder, table, thresholds)
     print(f"{len(table)} rows; {seen} were left out, as training has seen them\n")
     for size, threshold in zip(classifier.model.config.sizes, thresholds, strict=False):
         print(f"{size:<10} stops above a confidence of {threshold:.4f}")
@@ -186,8 +187,9 @@ def evaluate(argv) -> None:
         time = results["time"] = classifying.time_cascade(model, inputs, args.timing_runs)
         print(f"\ntime of the cascade over that of {model.config.sizes[-1]} alone: {time['ratio']:.2f} "
               f"({time['min']:.2f} to {time['max']:.2f}, {time['runs']} runs)")  # fmt: skip
-    output.write_json(os.path.join(args.output_dir, "results.json"), results)
-    classifying.draw(results, model.config, os.path.join(args.output_dir, "accuracy.png"))
+    with cli.writing(args.output_dir):
+        output.write_json(os.path.join(args.output_dir, "results.json"), results)
+        classifying.draw(results, model.config, os.path.join(args.output_dir, "accuracy.png"))
 
 
 def _check_data(argument: str, path: str) -> None:

@@ -76,8 +76,6 @@ def main(argv=None) -> None:
     results |= evaluate_tasks(model, tasks, sizes, args.cross_sizes, **options)
     if mteb_tasks:
         results["mteb"] = run_mteb(args, model, mteb_tasks, sizes, options)
-    output.write_json(os.path.join(args.output_dir, "results.json"), results)
-    output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
     columns = main_scores(results)
     if len(columns) > 1:
         columns["mean"] = mean_scores(results)
@@ -86,6 +84,9 @@ def main(argv=None) -> None:
         table = task["cross_ndcg@10"]
         columns = {f"d {d}": {str(q): table[str(q)][str(d)] for q in sizes} for d in sizes}
         print(f"\n{name}, nDCG@10: queries down, documents across\n{output.score_table(columns, sizes, 'queries')}")
+    with cli.writing(args.output_dir):
+        output.write_json(os.path.join(args.output_dir, "results.json"), results)
+        output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 

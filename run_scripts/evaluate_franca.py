@@ -83,9 +83,10 @@ def main(argv=None) -> None:
         encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
         results["knn"][name] = knn_by_size(sizes, encoded[0], train["label"], encoded[1], test["label"], args.k)
     print(f"kNN accuracy, k = {args.k}:\n\n{output.score_table(results['knn'], sizes, 'size')}")
-    if args.rasa_images:
-        results |= _rasa(args, models, train, test)
-    output.write_json(os.path.join(args.output_dir, "results.json"), results)
+    with cli.writing(args.output_dir):
+        if args.rasa_images:
+            results |= _rasa(args, models, train, test)
+        output.write_json(os.path.join(args.output_dir, "results.json"), results)
     print(f"\nwritten to {args.output_dir}")
 
 

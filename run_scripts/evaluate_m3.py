@@ -63,12 +63,13 @@ def main(argv=None) -> None:
     batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
     levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
     table = level_table(model, levels, args.cascade_threshold)
-    os.makedirs(args.output_dir, exist_ok=True)
     results = {"model": args.model_name_or_path, "data": os.path.basename(args.data_file), "n": len(rows)}
     if args.cascade_threshold is not None:
         results["cascade_threshold"] = args.cascade_threshold
-    output.write_json(os.path.join(args.output_dir, "results.json"), results | {"levels": table})
     print(format_table(table))
+    with cli.writing(args.output_dir):
+        os.makedirs(args.output_dir, exist_ok=True)
+        output.write_json(os.path.join(args.output_dir, "results.json"), results | {"levels": table})
     print(f"\n{len(rows)} rows; tokens and costs are means over their prompts; written to {args.output_dir}")
 
 

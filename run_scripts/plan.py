@@ -86,7 +86,7 @@ def read_scores(path: str) -> dict[str, float]:
     try:
         with open(path, encoding="utf-8") as file:
             return mean_scores(json.load(file))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"results: {path} is not a results.json of evaluate.py: {error}") from error
 
 

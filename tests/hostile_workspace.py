@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ TRAINING = (
     *("--objective", "2dmse", "--per_device_train_batch_size", "4", "--max_eval_samples", "0", "--bf16", "false"),
     *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--sizes", *LADDER),
 )
+
+
+class Case(NamedTuple):
+    """A script, its flags, what is damaged in a copy (`{bad}`) of a part of the workspace (`{w}`), and the line."""
+
+    run: object
+    flags: tuple[str, ...]
+    message: str
+    part: str | None = None
+    change: object = None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def make(folder: Path, backbone: str) -> None:

@@ -1,16 +1,13 @@
 """Damaged files, folders and flags: each ends in exit code 2 and one line on stderr, and nothing on disk changes."""
 
-import functools
 import shutil
-from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import hostile_workspace as h
 import numpy as np
 import pytest
 import torch
-from hostile_workspace import TRAINING, array, both, cut, drop, flip, gone, packed, put, tensors, text
+from hostile_workspace import TRAINING, Case, array, both, cut, drop, flip, gone, packed, put, tensors, text
 
 from run_scripts import (
     build_index,
@@ -27,16 +24,6 @@ from run_scripts import (
 )
 
 MODEL = "--model_name_or_path"
-
-
-class Case(NamedTuple):
-    """A script, its flags, what is damaged in a copy (`{bad}`) of a part of the workspace (`{w}`), and the line."""
-
-    run: object
-    flags: tuple[str, ...]
-    message: str
-    part: str | None = None
-    change: object = None
 
 
 def bad_model(message, change, run=encode, part="model"):
@@ -80,6 +67,7 @@ def bad_table(message, name, content, run=finetune):
                  "--output_file", "{out}.csv", "--range_min", "0", "--range_max", "9")  # fmt: skip
     else:
         flags = (MODEL, "{w}/model", "--train_file", "{bad}/" + name, "--output_dir", "{out}", *TRAINING)
+        flags += ("--max_eval_samples", "9") if "all 9" in message else ()
     return Case(run, flags, message, "", text(name, content))
 
 
@@ -285,6 +273,18 @@ CASES = {
     "beir: mined, no match": bad_beir(
         "beir_dir: ", text("qrels/test.tsv", "query-id\tcorpus-id\tscore\n"), mine_negatives),
     "beir: encoded": bad_beir("line 1 is malformed", text("corpus.jsonl", '{"_id": "d0", "text": null}'), encode),
+    # other files
+    "card: head": Case(push_to_hub, (MODEL, "{bad}", "--repo_id", "a/b", "--dry_run", "{out}"), "README.md is not YAML",
+                       "model", text("README.md", "---\na: [b\n---\n# x\n")),
+    "card: results": Case(push_to_hub, (MODEL, "{bad}", "--repo_id", "a/b", "--dry_run", "{out}"), "README.md is not",
+                          "model", text("README.md", "---\nmodel-index: 3\n---\n# x\n")),
+    **{f"recipe: {name}": Case(finetune, ("{bad}/a.yaml",), "recipe: ", "", text("a.yaml", content))
+       for name, content in (("bytes", b"a: \xff"), ("nested", DEEP), ("date", "a: 2020-99-99"), ("list", "[]"))},
+    **{f"results: {name}": Case(plan, (MODEL, "{w}/model", "--results", "{bad}/r.json"), "results: ", "",
+                                text("r.json", content))
+       for name, content in (("bytes", b"\xff"), ("nested", DEEP), ("list", "[]"), ("sts", '{"sts": {"a": 3}}'))},
+    "pairs: one anchor": bad_table("all 9 rows have the same anchor", "a.csv", "anchor,positive\n" + "a,b\n" * 9),
+    "query: half a pair": Case(search, ("{w}/index", "a \udc80"), "texts: item 0 has half"),
     # indexes and embeddings
     **{f"index: no {name}": bad_index("index.json is damaged", drop("index.json", name))
        for name in ("count", "width", "files", "prefixes", "model", "graph")},
@@ -360,11 +360,6 @@ def workspace(backbone_path, tmp_path_factory):
     return folder
 
 
-@functools.cache
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_the_table_is_long():
     assert len(CASES) >= 150
 
@@ -377,7 +372,7 @@ def test_one_line(name, workspace, tmp_path, capfd, monkeypatch):
         case.change(bad)
     places = {"w": workspace, "bad": bad, "out": tmp_path / "out"}
     flags = [flag.format(**places) if "{" in flag else flag for flag in case.flags]
-    before, damaged = contents(workspace), contents.__wrapped__(tmp_path)
+    before, damaged = h.contents(workspace), h.contents(tmp_path)
     capfd.readouterr()
     monkeypatch.setattr("sys.argv", ["script.py"])
     with pytest.raises(SystemExit) as stopped:
@@ -388,7 +383,7 @@ def test_one_line(name, workspace, tmp_path, capfd, monkeypatch):
     assert len(lines) == 1, printed.err[-2000:]
     assert lines[0].startswith("script.py: error: ")
     assert case.message in lines[0]
-    assert contents.__wrapped__(workspace) == before
-    after = contents.__wrapped__(tmp_path)
+    assert h.contents(workspace) == before
+    after = h.contents(tmp_path)
     assert {path: content for path, content in after.items() if path in damaged} == damaged
     assert not [path for path in after if path not in damaged and not path.startswith("out/")]

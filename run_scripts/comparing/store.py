@@ -74,7 +74,7 @@ class Store:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             return {"settings": content["settings"], "search": content["search"], "rows": content["rows"]}
-        except (ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"results_file: {self.path} is not a file of this script: {error}") from error
 
     def _write(self, content: dict) -> None:

@@ -74,7 +74,10 @@ class Parser(HfArgumentParser):
             if check is not None and number == len(self.dataclass_types):
                 check(*parsed, values)
             names = [field.name for field in dataclasses.fields(kind) if field.init]
-            parsed.append(kind(**{name: getattr(values, name) for name in names}))
+            try:
+                parsed.append(kind(**{name: getattr(values, name) for name in names}))
+            except ImportError as error:  # of a library that only a flag needs, such as DeepSpeed
+                raise ValueError(f"flags: {error}") from error
         return tuple(parsed)
 
     def _refuse_renamed(self, flags: Sequence[str]) -> None:
@@ -132,6 +135,15 @@ def user_errors():
         fail(error)
 
 
+@contextlib.contextmanager
+def writing(folder: str):
+    """Around what is written after the work: a full disk, for example, ends the program with one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"output_dir: {folder} could not be written: {error}")
+
+
 def recipe_flags(path: str) -> list[str]:
     """The flags that a YAML recipe sets."""
     if not os.path.isfile(path):
@@ -139,7 +151,7 @@ def recipe_flags(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of text that is not UTF-8, and of wrong dates
         raise ValueError(f"recipe: {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe: {path} must contain `name: value` lines")

@@ -1,5 +1,6 @@
 """What scripts print and write: lines, JSON, tables and heat maps."""
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -19,10 +20,15 @@ def say(line: str) -> None:
 def write_json(path: str | Path, content) -> None:
     """Write atomically: a reader sees either the old file or the complete new one."""
     partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
 
 
 def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], header: str) -> str:

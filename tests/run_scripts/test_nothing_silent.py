@@ -1,5 +1,6 @@
 """No wrong result with exit code 0: exports, resumed encodings and trainings, evaluations, replaced indexes."""
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from modeling_2dmse import TwoDMSEModel
 from retrieval import FunnelIndex, replacing
 from run_scripts import encode, evaluate, export, finetune
+from run_scripts.shared import output
 from trainer.evaluation import RetrievalData, StsData, evaluate_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +120,21 @@ def test_files_of_one_name_are_told_apart(start, tiny_model, capsys):
     tasks = [StsData("x", *SCORED.values()), RetrievalData("x", {"q": "a"}, {"d": "a"}, {"q": {"d": 1}})]
     with pytest.raises(ValueError, match="have the same name"):
         evaluate_tasks(tiny_model(), tasks, tiny_model().config.ladder)
+
+
+def test_a_full_disk_at_the_end_of_an_evaluation(start, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output.json, "dump", full)
+    flags = ["--model_name_or_path", str(start / "model"), "--output_dir", str(start / "out"), "--sts_files"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*flags, str(start / "scored.csv")])
+    printed = capsys.readouterr()
+    assert f"output_dir: {start / 'out'} could not be written: " in printed.err.splitlines()[-1]
+    assert "No space left" in printed.err
+    assert "1x8" in printed.out, "the scores are not lost"
+    assert list((start / "out").iterdir()) == []
 
 
 def train(folder, name, *more):

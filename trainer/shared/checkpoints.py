@@ -56,12 +56,12 @@ class CheckpointMixin(TrainerMixin):
                     "lower the learning rate"
                 )
 
-    def _run_epoch(self, **kwargs):  # type: ignore[override]
+    def _run_epoch(self, *args, **kwargs):
         # Trainer would do a step more of a run that was resumed after its last step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         with as_defined(cast(torch.nn.Module, self.model)) if self.is_fsdp_enabled else contextlib.nullcontext():

@@ -84,11 +84,11 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
     if os.path.isfile(card_path):
         try:
             card = ModelCard.load(card_path)
-        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError) as error:
+            old = (card.data.to_dict().get("model-index") or [{"name": None}])[0]["name"] or _title(card.text)
+        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             shutil.rmtree(target)
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
-        old = (card.data.to_dict().get("model-index") or [{"name": None}])[0]["name"] or _title(card.text)
         if old:
             card.content = card.content.replace(f'"{old}"', f'"{repo_id}"').replace(f"# {old}\n", f"# {repo_id}\n")
             card.content = card.content.replace(f"- name: {old}\n", f"- name: {repo_id}\n")
