@@ -167,7 +167,7 @@ def test_wrong_input_ends_in_one_line(case, files, tmp_path, capsys):
         (["--beir_dir", "absent"], "error: beir_dir: absent is not in BEIR layout: absent/corpus.jsonl is missing"),
         (["--beir_dir", "{tmp}", "--beir_split", "dev"], "qrels/dev.tsv is missing"),
         (["--beir_dir", "{tmp}"], "has no relevant document in its split train"),
-        (["--beir_dir", "{tmp}/broken"], "error: beir_dir: Expecting value: line 1"),
+        (["--beir_dir", "{tmp}/broken"], "corpus.jsonl is not JSON: Expecting value: line 1"),
         (["--beir_dir", "{tmp}", "--corpus_file", "x"], "corpus_file: the folder of --beir_dir has its own corpus"),
     ],
 )
