@@ -1,8 +1,10 @@
 """Where a transformers backbone keeps its layers and its final norm, and how to run or keep only some of them."""
 
 import copy
+import functools
 import inspect
 import sys
+import types
 from collections.abc import Sequence
 from typing import cast
 
@@ -154,8 +156,20 @@ def inference_twin(model: nn.Module) -> nn.Module:
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(hook, "offload", False) and getattr(hook, "place_submodules", False):
+        raise ValueError(
+            f"backbone: a hook of accelerate offloads {type(module).__name__} as a whole, and cannot load some of its "
+            "layers only; offload the layers one by one"
+        )
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
+    # accelerate's hooks set a forward on the instance, which is bound to the module that was copied.
+    for name, value in vars(twin).items():
+        if isinstance(value, functools.partial) and value.args and value.args[0] is module:
+            twin.__dict__[name] = functools.partial(value.func, twin, *value.args[1:], **value.keywords)
+        elif isinstance(value, types.MethodType) and value.__self__ is module:
+            twin.__dict__[name] = types.MethodType(value.__func__, twin)
     return twin
 
 
@@ -171,34 +185,47 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
 
     Returns:
         One (batch, length, hidden) tensor per depth, after the backbone's own final norm.
+
+    Raises:
+        ValueError: the backbone, or a module around its layers, is wrapped so that it would run all its layers.
     """
+    if not isinstance(backbone, PreTrainedModel):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
+            "torch.compile(model)"
+        )
     layers = layers_of(backbone, stack)
     deepest = depths[-1]
     states: list[torch.Tensor] = []
     if list(depths) == [len(layers)]:
         return [backbone(**inputs).last_hidden_state]
-    inner = set(depths[:-1])
-    chosen = [Tap(layer, states) if n in inner else layer for n, layer in enumerate(layers[:deepest], start=1)]
+    wanted = set(depths)
+    chosen = [Tap(layer, states) if n in wanted else layer for n, layer in enumerate(layers[:deepest], start=1)]
     last = view(backbone, stack, chosen)(**inputs).last_hidden_state
-    return [*(apply_norm(backbone, norm, state) for state in states), last]
+    if len(states) != len(wanted):
+        raise ValueError(
+            f"backbone: the forward of {type(backbone).__name__}, or of a module around its layers, is wrapped, and "
+            f"runs all {len(layers)} layers; wrap the layers or the whole model instead"
+        )
+    return [*(apply_norm(backbone, norm, state) for state in states[:-1]), last]
 
 
 def accepted_inputs(backbone: nn.Module) -> set[str]:
     """Which of a text encoder's usual optional inputs the backbone's forward accepts, by name."""
-    known = {"attention_mask", "token_type_ids", "position_ids", "use_cache"}
-    return known & set(inspect.signature(backbone.forward).parameters)
+    return {"attention_mask", "token_type_ids", "position_ids", "use_cache"} & _forward_inputs(backbone)
 
 
-def is_decoder(backbone: PreTrainedModel) -> bool:
-    """Whether the backbone's tokens attend only to the tokens before them."""
-    causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
-    return bool(getattr(backbone.config, "is_decoder", False) or causal)
+def _forward_inputs(backbone: nn.Module) -> set[str]:
+    """Names in the signature of the forward of a backbone's class and of those that it inherits from: a wrapper around
+    a forward may have no names."""
+    forwards = [kind.__dict__["forward"] for kind in type(backbone).__mro__ if "forward" in kind.__dict__]
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
 
 
 def supports_inputs_embeds(backbone: nn.Module) -> bool:
     """Whether the backbone's output for `inputs_embeds` equals that for the `input_ids` they were looked up from."""
     # RoBERTa-style models give a padding token no position, even where it appears among real tokens.
-    accepted = "inputs_embeds" in inspect.signature(backbone.forward).parameters
+    accepted = "inputs_embeds" in _forward_inputs(backbone)
     return accepted and not _padding_indices(backbone)
 
 
