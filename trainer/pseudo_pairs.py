@@ -24,6 +24,8 @@ _SPAN = (3, 16)
 _LONG_WORD = 25
 # Characters that stand for a word in such a text.
 _WORD_CHARACTERS = 2
+# Rounds in a row without a new pair after which the documents are taken to have no more.
+_FRUITLESS = 10
 
 
 class Document(NamedTuple):
@@ -79,7 +81,8 @@ def make_pairs(documents: Sequence[Document], count: int, seed: int, max_words: 
     """
     rng = random.Random(seed)
     pairs: dict[tuple[str, str], None] = {}
-    while len(pairs) < count:
+    fruitless = 0
+    while len(pairs) < count and fruitless < _FRUITLESS:
         before = len(pairs)
         for document in rng.sample(documents, len(documents)):
             pair = _pair(document, rng, max_words)
@@ -87,8 +90,7 @@ def make_pairs(documents: Sequence[Document], count: int, seed: int, max_words: 
                 pairs.setdefault(pair)
             if len(pairs) == count:
                 break
-        if len(pairs) == before:  # the documents are so short that there is nothing new to draw
-            break
+        fruitless = fruitless + 1 if len(pairs) == before else 0
     return list(pairs)
 
 

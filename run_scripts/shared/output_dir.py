@@ -21,7 +21,7 @@ _WRITTEN = {
     *("tokenizer.model", "*.bpe.model", "spiece.model", "chat_template.*", "*processor_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[1-4]_*", "README.md"),
     *("results.json", "heatmap.png", "accuracy.png", "pca.png", "plan.json", "plan.png"),
-    *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", "__pycache__"),
+    *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", "teacher-*", "__pycache__"),
     *(path.name for path in Path(__file__).resolve().parents[2].glob("modeling_*/*.py")),
 }
 
@@ -69,7 +69,9 @@ def check_replaceable(folder: str, arguments: Iterable[object]) -> None:
 
 def is_fresh(folder: str) -> bool:
     """Whether a folder is absent or has nothing but what a run writes before its first checkpoint."""
-    return not os.path.isdir(folder) or set(os.listdir(folder)) <= {MARKER, ".checkpoint-partial", "runs"}
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    # Embeddings of a teacher, which a run computes before its first step, are named teacher-*.
+    return {name for name in names if not name.startswith("teacher-")} <= {MARKER, ".checkpoint-partial", "runs"}
 
 
 def move_aside(folder: str) -> str | None:
