@@ -12,6 +12,7 @@ from hostile_workspace import TRAINING, Case, array, both, cut, drop, flip, gone
 from run_scripts import (
     build_index,
     classify,
+    elasticize,
     encode,
     evaluate,
     export,
@@ -24,6 +25,7 @@ from run_scripts import (
 )
 
 MODEL = "--model_name_or_path"
+ELASTIC = ("--corpus_file", "{w}/texts.txt", "--output_dir", "{out}", "--effort", "fit", "--bf16", "false")
 
 
 def bad_model(message, change, run=encode, part="model"):
@@ -47,6 +49,7 @@ def bad_model(message, change, run=encode, part="model"):
         search: ("{w}/index", "a query", MODEL, "{bad}"),
         push_to_hub: (MODEL, "{bad}", "--repo_id", "a/b", "--dry_run", "{out}"),
         finetune: (MODEL, "{bad}", "--train_file", "{w}/pairs.csv", "--output_dir", "{out}", *TRAINING),
+        elasticize: (MODEL, "{bad}", *ELASTIC),
     }[run]
     return Case(run, name, message, part, change)
 
@@ -80,6 +83,11 @@ def bad_corpus(message, name, content, *more):
 def bad_unlabeled(message, name, content):
     flags = (MODEL, "{w}/model", "--train_file", "{w}/pairs.csv", "--unlabeled_file", "{bad}/" + name)
     return Case(finetune, (*flags, "--output_dir", "{out}", *TRAINING), message, "", text(name, content))
+
+
+def bad_documents(message, name, content, *more):
+    flags = (MODEL, "{w}/model", "--corpus_file", "{bad}/" + name, *ELASTIC[2:], *more)
+    return Case(elasticize, flags, message, "", text(name, content))
 
 
 def bad_beir(message, change, run=evaluate):
@@ -120,6 +128,7 @@ def bad_flags(run, message, *flags):
         classify: ("train", MODEL, "{w}/plain", "--train_file", "{w}/pairs.csv", "--output_dir", "{out}"),
         pretrain: (MODEL, "{w}/plain", "--train_file", "{w}/texts.txt", "--output_dir", "{out}", "--sizes", "2x16"),
         finetune: (MODEL, "{w}/model", "--train_file", "{w}/pairs.csv", "--output_dir", "{out}", *TRAINING),
+        elasticize: (MODEL, "{w}/model", *ELASTIC),
     }[run]
     return Case(run, (*base, *flags), message)
 
@@ -197,7 +206,7 @@ CASES = {
     "plain: no layers": bad_model("list of 0 layers", put("config.json", "num_hidden_layers", value=0), part="plain"),
     **{
         f"{run.__name__.rpartition('.')[2]}: {name}": bad_model("bad", change, run)
-        for run in (evaluate, export, plan, mine_negatives, search, push_to_hub, finetune)
+        for run in (evaluate, export, plan, mine_negatives, search, push_to_hub, finetune, elasticize)
         for name, change in (
             ("weights cut", cut("model.safetensors")),
             ("config list", text("config.json", "[]")),
@@ -254,6 +263,14 @@ CASES = {
     "unlabeled: not UTF-8": bad_unlabeled("unlabeled_file: ", "a.txt", b"one two three four\nt\xff b c d e\n"),
     "unlabeled: gz cut": bad_unlabeled("unlabeled_file: ", "a.txt.gz", packed("one two three four\n" * 999, "cut")),
     "unlabeled: gz flipped": bad_unlabeled("unlabeled_file: ", "a.csv.gz", packed("text\na b c d\n" * 99, "flipped")),
+    "documents: gz cut": bad_documents("corpus_file: the compressed", "a.txt.gz", packed("a b c\n" * 999, "cut")),
+    "documents: gz flipped": bad_documents("corpus_file: the comp", "a.csv.gz", packed("text\nb\n" * 99, "flipped")),
+    "documents: parquet": bad_documents("corpus_file: ", "a.parquet", b"PAR1" + bytes(90) + b"PAR1"),
+    "documents: nested": bad_documents("a.jsonl has no text", "a.jsonl", DEEP),
+    "documents: numbers": bad_documents("a.jsonl has no text", "a.jsonl", '{"text": 3}\n' * 30),
+    "documents: not UTF-8": bad_documents("a.txt has no text", "a.txt", b"t\xff\n" * 30),
+    "documents: csv heading": bad_documents("there are 2 columns text", "a.csv", "text,text\na,b\n"),
+    "documents: nothing": bad_documents("a.txt has no text", "a.txt", ""),
     # BEIR folders
     "beir: no _id": bad_beir("line 1 of", text("corpus.jsonl", '{"text": "a"}')),
     "beir: null": bad_beir("line 1 of", text("corpus.jsonl", '{"_id": "d0", "text": null}')),
@@ -330,6 +347,9 @@ CASES = {
     **{f"flag: pretrain {name} {value}": bad_flags(pretrain, f"{name}: ", f"--{name}", value) for name, value in (
         ("max_eval_samples", "0"), ("learning_rate", "nan"), ("num_train_epochs", "0"), ("max_length", "100000"),
         ("mlm_probability", "nan"), ("per_device_train_batch_size", "0"))},
+    **{f"flag: elasticize {name} {value}": bad_flags(elasticize, f"{name}: ", f"--{name}", value) for name, value in (
+        ("num_pairs", "0"), ("held_out", "-1"), ("max_documents", "0"), ("effort", "huge"), ("learning_rate", "nan"),
+        ("max_length", "1"), ("embedding_weight", "-1"), ("sizes", "9x99"))},
     **{f"flag: {run.__name__[12:]} {name} {value}": bad_flags(run, f"{name}: ", f"--{name}", value)
        for run, name, value in (
         (encode, "max_length", "100000"), (encode, "max_length", "-1"), (encode, "batch_size", "0"),

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "elasticize": "make your encoder elastic on your corpus, without labels",
     "finetune": "train an elastic encoder; without arguments, the quickstart",
     "pretrain": "pre-train every size on plain text (SMAE)",
     "evaluate": "score every size on STS and retrieval sets",

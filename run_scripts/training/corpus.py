@@ -1,5 +1,6 @@
 """The documents of a corpus, from whatever encode.py reads, a saved dataset or the Hub."""
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_corpus(
 
 
 def _texts(path: str, text_column: str) -> Iterator[Document]:
-    malformed = 0
+    malformed, is_beir = 0, os.path.isdir(path)
     try:
         for item in read_texts(path, text_column):
             if isinstance(item, Malformed):
@@ -50,8 +51,9 @@ def _texts(path: str, text_column: str) -> Iterator[Document]:
                 if malformed <= _NAMED:
                     output.say(f"line {item.line} was left out: {item.reason}")
             else:
-                # The text of a BEIR document starts with its title.
-                yield Document(item.text.removeprefix(item.title).strip(), item.title)
+                # `read_texts` puts the title of a BEIR document before its text.
+                text = item.text.removeprefix(item.title) if is_beir else item.text
+                yield Document(text.strip(), item.title)
     except ValueError as error:
         raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
     if malformed > _NAMED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import time
 from typing import TYPE_CHECKING
@@ -180,12 +181,7 @@ def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoD
     """Read the corpus and the models, and check that they fit; ValueError for anything that cannot be made elastic."""
     documents = read_documents(data_args, args.seed)
     encoder = load_encoder(model_args, args)
-    teacher = None
-    if model_args.teacher_model_name_or_path is not None:
-        teacher = models.load_encoder(
-            model_args.teacher_model_name_or_path, trust_remote_code=model_args.trust_remote_code
-        )
-    return Work(model_args, data_args, args, encoder, teacher, documents)
+    return Work(model_args, data_args, args, encoder, load_teacher(model_args), documents)
 
 
 def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
@@ -218,7 +214,9 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
         ladder = default_ladder(encoder.num_layers, encoder.config.hidden_size)
         output.say(f"sizes: {' '.join(map(str, ladder))}, the default for this encoder (--sizes)")
         args.sizes = list(map(str, ladder))
-    models.check_training_length(args, encoder.max_length)
+    if args.max_length > encoder.max_length:
+        output.say(f"max_length: {args.max_length} is cut to the {encoder.max_length} tokens that this model reads")
+        args.max_length = encoder.max_length
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
     if largest != Size(encoder.num_layers, encoder.config.hidden_size):
@@ -227,11 +225,21 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
     return encoder
 
 
+def load_teacher(model_args: EncoderArguments) -> TwoDMSEModel | None:
+    """The other encoder to learn from, if one is named."""
+    name = model_args.teacher_model_name_or_path
+    try:
+        return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(re.sub(r"^(?=model_name_or_path: )", "teacher_", str(error))) from error
+
+
 def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int, seed: int):
     """What is scored before and after: pseudo-queries for held-out documents, and the tasks of the flags."""
     tasks: list[StsData | RetrievalData] = []
-    if held:
-        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, _table(make_pairs(held, len(held), seed, max_words))))
+    pairs = make_pairs(held, len(held), seed, max_words)
+    if pairs:
+        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, _table(pairs)))
     tasks += [load_beir(folder) for folder in data_args.beir_dirs or []]
     if data_args.eval_file is not None:
         name = os.path.basename(data_args.eval_file).split(".")[0]

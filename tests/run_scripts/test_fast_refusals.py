@@ -25,7 +25,7 @@ from twodmse.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 # The training scripts need transformers' TrainingArguments, and so torch, to know their flags.
-TRAINING = ("classify", "finetune", "pretrain", "pretrain_franca", "train_m3")
+TRAINING = ("classify", "elasticize", "finetune", "pretrain", "pretrain_franca", "train_m3")
 SCRIPTS = sorted(path.stem for path in (ROOT / "run_scripts").glob("*.py") if path.stem not in ("__init__", *TRAINING))
 NEVER_YET = {"datasets", "matplotlib", "sentence_transformers", "peft", "evaluate"}
 NOT_YET = {*NEVER_YET, "torch", "scipy", "pandas", "accelerate", "modeling_2dmse", "modeling_franca", "modeling_m3"}

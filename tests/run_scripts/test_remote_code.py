@@ -22,6 +22,7 @@ from retrieval import FunnelIndex
 from run_scripts import (
     benchmark,
     classify,
+    elasticize,
     encode,
     evaluate,
     evaluate_franca,
@@ -151,6 +152,7 @@ CASES = {
         finetune.main,
         lambda f: ["--train_file", table(f, "anchor", "positive"), "--per_device_train_batch_size", "4", *TRAINING],
     ),
+    "elasticize": ("elastic", elasticize.main, lambda f: ["--corpus_file", texts(f), "--effort", "fit", *TRAINING]),
     "pretrain": ("elastic", pretrain.main, lambda f: ["--train_file", texts(f), "--sizes", *LADDER, *TRAINING]),
     "plan": ("elastic", plan.main, lambda f: ["--texts", texts(f)]),
     "mine_negatives": (

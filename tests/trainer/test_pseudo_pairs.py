@@ -124,8 +124,10 @@ def test_pairs_of_a_document_are_far_apart():
 def test_texts_without_spaces_are_cut_by_characters():
     text = "".join(chr(0x4E00 + n) for n in range(600))
     for query, passage in make_pairs([Document(text)], 20, 0, max_words=50):
-        assert passage in text and len(passage) <= 100
-        assert query in text and 6 <= len(query) <= 32
+        assert passage in text
+        assert query in text
+        assert len(passage) <= 100
+        assert 6 <= len(query) <= 32
     sentences = [f"{chr(0x4E00 + 9 * n) * 9}\u3002" for n in range(3)]
     for query, passage in make_pairs([Document("".join(sentences))], 3, 0, max_words=50):
         assert query in sentences
