@@ -1,4 +1,4 @@
-"""Training exit projections alone, on states that are computed once: seconds, where a step of the encoder takes more."""
+"""Training exit projections alone, on states that are computed once: seconds instead of minutes."""
 
 from collections.abc import Sequence
 from typing import Any, cast
