@@ -222,6 +222,12 @@ def _forward_inputs(backbone: nn.Module) -> set[str]:
     return {name for forward in forwards for name in inspect.signature(forward).parameters}
 
 
+def is_decoder(backbone: PreTrainedModel) -> bool:
+    """Whether the backbone's tokens attend only to the tokens before them."""
+    causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
+    return bool(getattr(backbone.config, "is_decoder", False) or causal)
+
+
 def supports_inputs_embeds(backbone: nn.Module) -> bool:
     """Whether the backbone's output for `inputs_embeds` equals that for the `input_ids` they were looked up from."""
     # RoBERTa-style models give a padding token no position, even where it appears among real tokens.

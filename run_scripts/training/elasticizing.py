@@ -25,6 +25,7 @@ from trainer.evaluation import RetrievalData, StsData, load_beir, retrieval_from
 from trainer.model_card import measure_costs
 from trainer.projections import fit_exit_projections
 from trainer.pseudo_pairs import Document, draw_documents, make_pairs
+from trainer.refining import refine_exit_projections
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
 from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions
@@ -73,6 +74,7 @@ class Work:
         self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
         self.ladder = self.trainer.ladder
         self.before: dict = {}
+        self.directions: torch.Tensor | None = None
         self.started = time.perf_counter()
 
     def _make_pairs(self) -> list[tuple[str, str]]:
@@ -95,33 +97,44 @@ class Work:
         with evaluation_mode(self.encoder):
             self.reference = reference_similarities(self.encoder, self.held_texts) if self.held_texts else None
             self.before = self.measure()
-            name = f"{self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
+            self.fit_texts = self._texts_to_fit()
             if self.teacher is None:
-                fit_exit_projections(self.encoder, self._texts_to_fit())
-                self._fill_targets(self.encoder, f"fitted {name}", None)
+                name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
+                fit_exit_projections(self.encoder, self.fit_texts)
+                self.fit_targets = self._embed(self.encoder, name, self.fit_texts, None)
+                self._fill_targets(self.encoder, name)
             else:
                 self._fit_to_teacher(self.teacher)
+            if not self.pairs:
+                self._refine()
 
     def _fit_to_teacher(self, teacher: TwoDMSEModel) -> None:
         """The projections map to the principal directions of the other teacher's embeddings."""
         teacher.to(self.args.device)  # type: ignore[arg-type]
-        texts = self._texts_to_fit()
         name = f"{self.model_args.teacher_model_name_or_path} {models.fingerprint(teacher)}"
-        vectors = compute_teacher_embeddings(teacher, texts, self.args.output_dir, name)
-        directions = principal_directions(vectors, self.encoder.config.hidden_size)
-        targets = torch.from_numpy(vectors.astype(np.float64)) @ directions
-        fit_exit_projections(self.encoder, texts, targets=targets.float())
-        self._fill_targets(teacher, name, directions)
+        vectors = self._embed(teacher, name, self.fit_texts, None)
+        self.directions = principal_directions(vectors.numpy(), self.encoder.config.hidden_size)
+        self.fit_targets = (vectors.double() @ self.directions).float()
+        fit_exit_projections(self.encoder, self.fit_texts, targets=self.fit_targets)
+        self._fill_targets(teacher, name)
         teacher.cpu()
 
-    def _fill_targets(self, teacher: TwoDMSEModel, name: str, directions: torch.Tensor | None) -> None:
-        texts = self.targets.texts
-        if texts:
-            length = self.args.max_length
-            vectors = compute_teacher_embeddings(teacher, texts, self.args.output_dir, name, max_length=length)
-            if directions is not None:
-                vectors = (torch.from_numpy(vectors.astype(np.float64)) @ directions).float().numpy()
-            self.targets.vectors[:] = vectors
+    def _fill_targets(self, teacher: TwoDMSEModel, name: str) -> None:
+        if self.pairs:
+            vectors = self._embed(teacher, name, self.targets.texts, self.args.max_length)
+            if self.directions is not None:
+                vectors = (vectors.double() @ self.directions).float()
+            self.targets.vectors[:] = vectors.numpy()
+
+    def _embed(self, teacher: TwoDMSEModel, name: str, texts: list[str], max_length: int | None) -> torch.Tensor:
+        folder = str(self.args.output_dir)
+        return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
+
+    def _refine(self) -> None:
+        """The projections learn the similarities of the texts that they were fitted to."""
+        refine_exit_projections(
+            self.trainer.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed
+        )
 
     def _texts_to_fit(self) -> list[str]:
         """Whole documents, as they will be embedded, and texts as short as queries."""
@@ -144,8 +157,10 @@ class Work:
         trainer, encoder, folder = self.trainer, self.trainer.encoder, str(self.args.output_dir)
         others = sorted(set(range(1, encoder.num_layers + 1)) - {size.num_layers for size in self.ladder})
         with evaluation_mode(encoder):
-            if others and self.pairs:
-                fit_exit_projections(encoder, self._texts_to_fit(), layers=others)
+            if self.pairs:
+                self._refine()
+                if others:
+                    fit_exit_projections(encoder, self.fit_texts, layers=others)
             trainer.save_model()
             results = {"model": folder, **self.measure(), "before": self.before}
             if trainer.is_world_process_zero():

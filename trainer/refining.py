@@ -1,0 +1,94 @@
+"""Training exit projections alone, on states that are computed once: seconds instead of minutes."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers.utils import logging
+
+from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.encoding import to_embeddings
+from modeling_2dmse.projection import ExitProjection
+
+from .alignment import score_kl
+
+STEPS, ROWS, RATE, SCALE = 200, 384, 2e-3, 15.0
+# The first share of the steps, in which the rate rises.
+_WARM_UP = 0.1
+
+
+def refine_exit_projections(
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    targets: torch.Tensor,
+    sizes: Sequence[Size],
+    steps: int = STEPS,
+    seed: int = 0,
+    **encode: Any,
+) -> None:
+    """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
+
+    A projection that is fitted in closed form reproduces the targets' strongest directions, and few dimensions of them
+    are not the few dimensions that tell near texts from far ones best. This function multiplies the projection of each
+    exit by a matrix P that starts as the identity, and trains P with Adam on `alignment.score_kl` between the
+    similarities in a batch of texts at each size of the exit and those of the targets. The exit of the last layer is
+    left alone: it is the full size's.
+
+    Args:
+        encoder: the model with exit projections, which is changed in place.
+        texts: some thousands of different texts of the kind that will be embedded.
+        targets: (len(texts), any dim), the embeddings whose similarities the sizes learn.
+        sizes: the sizes to train.
+        steps: number of steps for each exit.
+        seed: seed of the batches.
+        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+
+    Raises:
+        ValueError: the model has no exit projections, or there are not as many targets as texts.
+    """
+    if encoder.exit_projections is None:
+        raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
+    if len(texts) != len(targets):
+        raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
+    layers = sorted({size.num_layers for size in sizes if size.num_layers < encoder.num_layers})
+    if not layers:
+        return
+    states = encoder.encode_states(list(texts), layers, **encode)
+    similarity, device = encoder.config.similarity, encoder.device
+    wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
+    projections = cast(list[ExitProjection], list(encoder.exit_projections))
+    for n, state in zip(
+        logging.tqdm(layers, desc="Refining projections", leave=False, disable=None), states, strict=True
+    ):
+        dims = sorted({size.dim for size in sizes if size.num_layers == n})
+        matrix = _train(state.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))
+        weight = projections[n - 1].weight
+        weight.data.copy_(matrix.T @ weight.detach().double())
+
+
+@torch.enable_grad()
+def _train(
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    dims: Sequence[int],
+    similarity: str,
+    steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """(hidden, hidden), float64, the matrix P by which the states are multiplied."""
+    matrix = torch.eye(states.shape[1], device=states.device).requires_grad_()
+    optimizer = torch.optim.Adam([matrix], lr=RATE)
+    warm_up = max(1, int(_WARM_UP * steps))
+    rate = lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    scale = SCALE if similarity == "cosine" else 1.0
+    for _ in range(steps):
+        rows = torch.randperm(len(states), generator=generator)[:ROWS].to(states.device)
+        state, target = states[rows], targets[rows]
+        pairs = (to_embeddings(state @ matrix[:, :dim], dim, similarity) for dim in dims)
+        loss = torch.stack([score_kl(student, target, scale) for student in pairs]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return matrix.detach().double()
