@@ -39,6 +39,7 @@ _QUICK = (
     "--use_cpu true --bf16 false --disable_tqdm true --report_to none --max_steps 2 --per_device_train_batch_size 8"
 )
 SHORTER = {
+    "elasticize": f"{_QUICK} --num_pairs 32",
     "finetune": _QUICK,
     "pretrain": _QUICK,
     "classify train": f"{_QUICK} --eval_strategy no --save_strategy no",

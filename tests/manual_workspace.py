@@ -1,5 +1,6 @@
 """A folder with everything that README and manual name: tiny models under the names of real ones, and small files."""
 
+import copy
 import csv
 import gzip
 import json
@@ -16,7 +17,7 @@ from run_scripts.shared.output_dir import mark
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = ["1x32", "2x64", "3x128", "4x192", "5x256", "6x384"]
 # Models of the depth and width that the documents name, and thin inside.
-_THIN = {"vocab_size": 160, "intermediate_size": 16, "max_position_embeddings": 64, "num_attention_heads": 12}
+_THIN = {"vocab_size": 160, "intermediate_size": 16, "max_position_embeddings": 514, "num_attention_heads": 12}
 BACKBONES = {
     "sentence-transformers/all-MiniLM-L6-v2": BertConfig(hidden_size=384, num_hidden_layers=6, **_THIN),
     "FacebookAI/roberta-base": RobertaConfig(
@@ -42,6 +43,8 @@ def make_workspace(folder: Path, tokenizer) -> Path:
 
 
 def _write_models(folder: Path, tokenizer) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 512  # as that of the real models, which the recipes need
     for name, config in BACKBONES.items():
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(folder / name)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import LADDER, SENTENCES, tiny_config
 from datasets import Dataset, DatasetDict
 from transformers import AutoModel, TrainerCallback
@@ -266,6 +267,12 @@ def test_the_recipe_of_the_effort_comes_first():
     assert elasticize.with_recipe(["own.yaml", "--seed", "3"]) == ["own.yaml", "--seed", "3"]
 
 
+def test_full_is_short_on_more_pairs():
+    paths = [cli.RECIPES / f"elasticize-{effort}.yaml" for effort in ("short", "full")]
+    short, full = (yaml.safe_load(path.read_text()) for path in paths)
+    assert full == short | {"effort": "full", "num_pairs": 25600}
+
+
 WRONG = {
     "empty": ({"corpus_file": "empty.txt"}, "corpus_file: {tmp}/empty.txt has no text"),
     "few": ({"corpus_file": "few.txt"}, "2 different texts, and 16 are needed"),
@@ -287,7 +294,6 @@ WRONG = {
     "beir": ({"beir_dirs": ["folder"]}, "beir_dirs: {tmp}/folder is not in BEIR layout"),
     "eval": ({"eval_file": "none.csv"}, "eval_file: {tmp}/none.csv is not a file"),
     "pairs": ({"num_pairs": 0}, "num_pairs: 0 is not allowed"),
-    "similarity": ({"similarity": "dot"}, "embedding_weight: the distance is that of unit vectors"),
 }  # fmt: skip
 
 
