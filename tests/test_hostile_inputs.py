@@ -25,6 +25,7 @@ from run_scripts import (
 )
 
 MODEL = "--model_name_or_path"
+MINED = ("--output_file", "{out}.csv", "--range_min", "0", "--range_max", "9")
 ELASTIC = ("--corpus_file", "{w}/texts.txt", "--output_dir", "{out}", "--effort", "fit", "--bf16", "false")
 
 
@@ -34,18 +35,7 @@ def bad_model(message, change, run=encode, part="model"):
         evaluate: (MODEL, "{bad}", "--sts_files", "{w}/scored.csv", "--output_dir", "{out}"),
         export: (MODEL, "{bad}", "--output_dir", "{out}"),
         plan: (MODEL, "{bad}", "--texts", "{w}/texts.txt"),
-        mine_negatives: (
-            MODEL,
-            "{bad}",
-            "--train_file",
-            "{w}/pairs.csv",
-            "--output_file",
-            "{out}.csv",
-            "--range_min",
-            "0",
-            "--range_max",
-            "9",
-        ),
+        mine_negatives: (MODEL, "{bad}", "--train_file", "{w}/pairs.csv", *MINED),
         search: ("{w}/index", "a query", MODEL, "{bad}"),
         push_to_hub: (MODEL, "{bad}", "--repo_id", "a/b", "--dry_run", "{out}"),
         finetune: (MODEL, "{bad}", "--train_file", "{w}/pairs.csv", "--output_dir", "{out}", *TRAINING),
@@ -67,7 +57,7 @@ def bad_scores(message, name, content):
 def bad_table(message, name, content, run=finetune):
     if run is mine_negatives:
         flags = (MODEL, "{w}/model", "--train_file", "{w}/pairs.csv", "--corpus_file", "{bad}/" + name,
-                 "--output_file", "{out}.csv", "--range_min", "0", "--range_max", "9")  # fmt: skip
+                 *MINED)  # fmt: skip
     else:
         flags = (MODEL, "{w}/model", "--train_file", "{bad}/" + name, "--output_dir", "{out}", *TRAINING)
         flags += ("--max_eval_samples", "9") if "all 9" in message else ()
@@ -111,18 +101,7 @@ def bad_flags(run, message, *flags):
         evaluate: (MODEL, "{w}/model", "--sts_files", "{w}/scored.csv", "--output_dir", "{out}"),
         export: (MODEL, "{w}/model", "--output_dir", "{out}"),
         plan: (MODEL, "{w}/model", "--texts", "{w}/texts.txt"),
-        mine_negatives: (
-            MODEL,
-            "{w}/model",
-            "--train_file",
-            "{w}/pairs.csv",
-            "--output_file",
-            "{out}.csv",
-            "--range_min",
-            "0",
-            "--range_max",
-            "9",
-        ),
+        mine_negatives: (MODEL, "{w}/model", "--train_file", "{w}/pairs.csv", *MINED),
         build_index: ("--embeddings", "{w}/embeddings", "--output_dir", "{out}"),
         search: ("{w}/index", "a query"),
         classify: ("train", MODEL, "{w}/plain", "--train_file", "{w}/pairs.csv", "--output_dir", "{out}"),
