@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from .backbone import check_exits, drop_pooler, find_layer_stack
+from .backbone import check_exits, find_layer_stack
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .import_checks import check_padding, check_reload, reads_left_to_right
 from .loading import auto_kwargs, hub_kwargs, load_backbone
@@ -53,8 +53,8 @@ def _around(
     kind: type["TwoDMSEModel"], backbone: PreTrainedModel, found: Imported, sizes, prompts: dict[str, str] | None
 ) -> "TwoDMSEModel":
     stack, attention = find_layer_stack(backbone), backbone.config._attn_implementation
-    no_pooler = getattr(backbone, "pooler", None) is not None
-    check_padding(drop_pooler(backbone), no_pooler)
+    no_pooler = hasattr(backbone, "pooler")
+    check_padding(backbone, no_pooler)
     config = TwoDMSEConfig(
         backbone_config=backbone.config,
         pooling=found.pooling or ("lasttoken" if reads_left_to_right(backbone) else "mean"),

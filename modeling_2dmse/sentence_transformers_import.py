@@ -102,6 +102,8 @@ def read_folder(name_or_path: str, pooling: str | None = None, **hub_kwargs) -> 
     modules = folder.json("modules.json")
     if modules is None:
         settings = None if pooling else folder.json("1_Pooling/config.json")
+        if not isinstance(settings, dict | None):
+            raise folder.refuse("a 1_Pooling/config.json that is not a JSON object", "as sentence-transformers writes")
         return Imported(pooling or _pooling(folder, "1_Pooling", settings or {}))
     found = Imported()
     entries = [(_kind(folder, entry), _relative(folder, entry)) for entry in modules]

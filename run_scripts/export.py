@@ -91,11 +91,11 @@ def plain_encoder(
     from transformers import AutoModel, AutoTokenizer
 
     from modeling_2dmse.pooling import pool
-    from modeling_2dmse.sentence_transformers_files import read_pooling
+    from modeling_2dmse.sentence_transformers_import import read_folder
 
     backbone = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    pooling, path = read_pooling(folder), Path(folder, "2_Dense", "model.safetensors")
+    pooling, path = str(read_folder(folder).pooling), Path(folder, "2_Dense", "model.safetensors")
     dense = load_file(path)["linear.weight"].float() if path.is_file() else None
     with open(os.path.join(folder, "sentence_bert_config.json"), encoding="utf-8") as file:
         longest = json.load(file)["max_seq_length"]

@@ -90,7 +90,9 @@ def check_names(path: str, suffix: str, argument: str) -> None:
             lines = io.TextIOWrapper(cast(IO[bytes], file), encoding="utf-8-sig", newline="")
             names = next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
     except (EOFError, OSError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {read_reason(error)}") from error
+        reason = read_reason(error)
+        hint = _hint(path, suffix, reason)
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")

@@ -96,7 +96,7 @@ def test_unlabeled_texts_come_from_lines_corpora_and_training_tables(tmp_path):
         assert len(set(read_unlabeled_texts(path, 6, seed=0))) == 6
         assert read_unlabeled_texts(path, 6, seed=0) == read_unlabeled_texts(path, 6, seed=0)
         assert read_unlabeled_texts(path, 6, seed=0) != read_unlabeled_texts(path, 6, seed=1)
-    (tmp_path / "other.csv").write_text("question,answer\na,b\n")
-    for name, message in (("absent.txt", "is not a file"), ("other.csv", "no column text among question, answer, nor")):
+    (tmp_path / "other.csv").write_text("colour,shape\na,b\n")
+    for name, message in (("absent.txt", "is not a file"), ("other.csv", "no column text among colour, shape, nor")):
         with pytest.raises(ValueError, match=f"unlabeled_file: .*{message}"):
             read_unlabeled_texts(str(tmp_path / name), 9, seed=0)
