@@ -178,7 +178,7 @@ CASES = {
     "tokenizer: cut": bad_model("does not load", cut("tokenizer.json")),
     "tokenizer: config list": bad_model("does not load", text("tokenizer_config.json", "[]")),
     "tokenizer: length": bad_model("model_name_or_path: ", put("tokenizer_config.json", "model_max_length", value="x")),
-    "plain: pooling list": bad_model("1_Pooling/config.json that is not", text("1_Pooling/config.json", "[]"), part="plain"),
+    "plain: pooling list": bad_model("that is not a JSON object", text("1_Pooling/config.json", "[]"), part="plain"),
     "plain: pooling cut": bad_model("has a broken config.json", text("1_Pooling/config.json", "{"), part="plain"),
     "plain: missing": bad_model("the weights lack 1", tensors(lambda w: w.pop(LAYER[9:])), part="plain"),
     "plain: nan": bad_model("are not finite", tensors(lambda w: w[LAYER[9:]].fill_(NAN)), part="plain"),
