@@ -53,9 +53,8 @@ class DataArguments(runs.OverwriteArguments):
 
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "csv, tsv, jsonl or parquet, also .gz, or a folder of datasets.save_to_disk, with (anchor, "
-                  "positive[, negative, negative_1, ...]) or (sentence1, sentence2, score), or usual names of these "
-                  "columns. With several files, each batch comes from one."},
+        metadata={"help": "Tables (also .gz), or folders of datasets.save_to_disk, with (anchor, positive[, negative, "
+                  "...]) or (sentence1, sentence2, score). Each batch comes from one of them."},
     )  # fmt: skip
     dataset_name: str | None = field(
         default=None,

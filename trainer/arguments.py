@@ -61,8 +61,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     teacher: str = field(
         default="largest",
-        metadata={"help": "Teacher of score_kl and query_kl: largest (the largest size in the same step) or "
-                  "start (the model before training; a third slower) or embeddings (those that the trainer is given)."},
+        metadata={"help": "Teacher of score_kl and query_kl: largest (size in the step), start (the model before "
+                  "training; a third slower) or embeddings (given to the trainer)."},
     )  # fmt: skip
     embedding_weight: float = field(
         default=0.0,

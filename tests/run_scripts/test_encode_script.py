@@ -80,7 +80,8 @@ def test_a_second_run_encodes_only_what_has_changed(start, monkeypatch):
     encode.main(flags(start, "out"))
     assert calls == [changed[14:21], changed[49:]]
     assert whole(start / "out", "2x8")[0] == [str(i) for i in range(50)]
-    (start / "texts.txt").write_text("\n".join(["changed", *changed[1:20], "", *changed[20:]]))
+    broken = [line.encode() for line in ["changed", *changed[1:20]]] + [b"\xff"]
+    (start / "texts.txt").write_bytes(b"\n".join([*broken, *(line.encode() for line in changed[20:])]))
     with pytest.raises(SystemExit, match="2"):
         encode.main(flags(start, "out"))
     with pytest.raises(ValueError, match="is not complete"):

@@ -1,5 +1,6 @@
 """Reading tables of any accepted format, checking their texts, and drawing and holding out rows."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -124,8 +125,10 @@ def _hint(path: str, suffix: str, cause: str) -> str:
         return "; it is not UTF-8, perhaps Latin-1: convert it with iconv -f latin1 -t utf-8"
     if suffix == ".csv":
         opener = gzip.open if path.lower().endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            heading = file.readline()
+        heading = ""
+        with contextlib.suppress(EOFError, OSError, zlib.error):  # a damaged archive has another error
+            with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+                heading = file.readline()
         if "," in heading:
             return ""
         if "\t" in heading:
