@@ -126,9 +126,10 @@ def _hint(path: str, suffix: str, cause: str) -> str:
     if suffix == ".csv":
         opener = gzip.open if path.lower().endswith(".gz") else open
         heading = ""
-        with contextlib.suppress(EOFError, OSError, zlib.error):  # a damaged archive has another error
-            with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-                heading = file.readline()
+        # A damaged archive has an error already.
+        damaged = contextlib.suppress(EOFError, OSError, zlib.error)
+        with damaged, opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            heading = file.readline()
         if "," in heading:
             return ""
         if "\t" in heading:
