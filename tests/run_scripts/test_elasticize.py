@@ -263,14 +263,14 @@ def test_the_recipe_of_the_effort_comes_first():
         _, data, args = cli.Parser(elasticize.ARGUMENTS).parse([*elasticize.with_recipe(flags), *needed])
         assert data.effort == effort
         if effort != "fit":
-            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 6400, "full": 25600}[effort])
+            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 3200, "full": 12800}[effort])
     assert elasticize.with_recipe(["own.yaml", "--seed", "3"]) == ["own.yaml", "--seed", "3"]
 
 
 def test_full_is_short_on_more_pairs():
     paths = [cli.RECIPES / f"elasticize-{effort}.yaml" for effort in ("short", "full")]
     short, full = (yaml.safe_load(path.read_text()) for path in paths)
-    assert full == short | {"effort": "full", "num_pairs": 25600}
+    assert full == short | {"effort": "full", "num_pairs": 12800}
 
 
 WRONG = {
