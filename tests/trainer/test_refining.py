@@ -1,0 +1,57 @@
+"""Exit projections that are trained alone, on states that are computed once."""
+
+import pytest
+import torch
+from conftest import SENTENCES
+
+from modeling_2dmse import parse_ladder
+from modeling_2dmse.pooling import cut_and_normalize
+from trainer import fit_exit_projections
+from trainer.alignment import score_kl
+from trainer.refining import SCALE, refine_exit_projections
+
+TEXTS = [f"{a} and {b}" for a in SENTENCES for b in SENTENCES[:6]]
+SIZES = parse_ladder(["1x8", "2x8", "2x16", "4x16", "4x32"])
+
+
+def divergences(model, targets) -> dict[str, float]:
+    states = model.encode_states(TEXTS)
+    return {
+        str(size): score_kl(cut_and_normalize(states[size.num_layers - 1], size.dim), targets, SCALE).item()
+        for size in SIZES
+    }
+
+
+def refined(tiny_model, **kwargs):
+    model = tiny_model()
+    fit_exit_projections(model, TEXTS)
+    targets = torch.from_numpy(model.encode(TEXTS))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = divergences(model, targets)
+    refine_exit_projections(model, TEXTS, targets, SIZES, **{"steps": 60, **kwargs})
+    return model, before, found, divergences(model, targets)
+
+
+def test_similarities_of_shallow_sizes_come_nearer_and_nothing_else_changes(tiny_model):
+    model, before, first, then = refined(tiny_model)
+    for size in ("1x8", "2x8", "2x16"):
+        assert then[size] < 0.9 * first[size], size
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"exit_projections.0.weight", "exit_projections.1.weight"}, (
+        "not the last exit, nor off the ladder"
+    )
+
+
+def test_a_seed_gives_the_same_projections(tiny_model):
+    one, again, other = (refined(tiny_model, seed=seed)[0].exit_projections[0].weight for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_wrong_arguments_are_refused(tiny_model):
+    model, targets = tiny_model(), torch.zeros(len(TEXTS), 32)
+    with pytest.raises(ValueError, match="encoder: it has no exit projections"):
+        refine_exit_projections(model, TEXTS, targets, SIZES)
+    model.add_exit_projections()
+    with pytest.raises(ValueError, match=f"targets: there are 3 for {len(TEXTS)} texts"):
+        refine_exit_projections(model, TEXTS, targets[:3], SIZES)
