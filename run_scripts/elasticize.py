@@ -6,9 +6,11 @@ report says how far each size agrees with it on documents that were held out.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 
+from retrieval.reading import STDIN
 from run_scripts.shared import checks, cli, remote_code, runs
 from trainer.arguments import TwoDMSETrainingArguments
 
@@ -116,6 +118,9 @@ def with_recipe(argv: list[str] | None) -> list[str]:
 def check(model_args: EncoderArguments, data_args: CorpusArguments) -> None:
     """ValueError for wrong input that shows without the libraries that the training needs."""
     cli.exactly_one(data_args, "corpus_file", "dataset_name", "the corpus")
+    corpus = data_args.corpus_file
+    if corpus is not None and corpus != STDIN and not os.path.exists(corpus):
+        raise ValueError(f"corpus_file: {corpus} is not a file or a folder")
     checks.check_choice("effort", data_args.effort, EFFORTS)
     for name, lowest in (("max_documents", 1), ("num_pairs", 1), ("held_out", 0)):
         checks.check_at_least(name, getattr(data_args, name), lowest)
