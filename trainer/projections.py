@@ -35,6 +35,8 @@ def fit_exit_projections(
     where r is `ridge` times the mean diagonal of X_n^T X_n.
 
     If the encoder has no projections, it gets new ones; existing projections are fitted again.
+    Fit in float32: states in bfloat16 lose the small differences that a shallow exit's projection reads (lab notes,
+    2026-11-28).
 
     Args:
         encoder: the model, which is changed in place.
