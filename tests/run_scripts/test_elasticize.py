@@ -238,7 +238,7 @@ def test_texts_longer_than_the_context_work(start, tmp_path, capsys):
     texts += [" ".join(SENTENCES[(i + j) % 20] for j in range(0, 60, 3)) for i in range(20)]
     (tmp_path / "long.txt").write_text("\n".join(texts))
     folder = start.run(corpus_file=tmp_path / "long.txt", max_length=None)
-    assert "max_length: 96 is cut to the 48 tokens that this model reads" in capsys.readouterr().out
+    assert "max_length: 192 is cut to the 48 tokens that this model reads" in capsys.readouterr().out
     assert np.isfinite(TwoDMSEModel.from_pretrained(folder).encode(texts)).all()
 
 
