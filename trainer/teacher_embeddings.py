@@ -74,7 +74,7 @@ def compute_teacher_embeddings(
     Args:
         teacher: the model.
         texts: the texts; the teacher's own prompts are not added.
-        folder: where the file is written, a piece at a time: an interrupted computation goes on where it was.
+        folder: where the file is written, a piece at a time: an interrupted computation resumes.
         name: what identifies the teacher, for example its name and a checksum of its weights.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode`.
 
