@@ -91,7 +91,7 @@ def compute_teacher_embeddings(
         piece = path / f"{start // _PIECE:06d}.npy"
         if not piece.exists():
             vectors = teacher.encode(list(texts[start : start + _PIECE]), prompt="", **encode)
-            partial = piece.with_suffix(".partial")
+            partial = piece.with_suffix(f".partial-{os.getpid()}")  # several processes may write the same piece
             with open(partial, "wb") as file:
                 np.save(file, vectors)
             os.replace(partial, piece)
