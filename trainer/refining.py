@@ -26,6 +26,7 @@ def refine_exit_projections(
     sizes: Sequence[Size],
     steps: int = STEPS,
     seed: int = 0,
+    states: torch.Tensor | None = None,
     **encode: Any,
 ) -> None:
     """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
@@ -44,6 +45,7 @@ def refine_exit_projections(
         sizes: the sizes to train.
         steps: number of steps for each exit.
         seed: seed of the batches.
+        states: (N, len(texts), hidden), what `fit_exit_projections` returned for the texts; computed by default.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
@@ -56,7 +58,8 @@ def refine_exit_projections(
     layers = sorted({size.num_layers for size in sizes if size.num_layers < encoder.num_layers})
     if not layers:
         return
-    states = encoder.encode_states(list(texts), layers, **encode)
+    given = states if states is None else states[[n - 1 for n in layers]]
+    states = encoder.encode_states(list(texts), layers, **encode) if given is None else given
     similarity, device = encoder.config.similarity, encoder.device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     projections = cast(list[ExitProjection], list(encoder.exit_projections))

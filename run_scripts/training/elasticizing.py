@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -100,24 +100,29 @@ class Work:
             self.fit_texts = self._texts_to_fit()
             if self.teacher is None:
                 name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
-                fit_exit_projections(self.encoder, self.fit_texts)
-                self.fit_targets = self._embed(self.encoder, name, self.fit_texts, None)
+                states = self._fit(None)
+                self.fit_targets = states[-1]
                 self._fill_targets(self.encoder, name)
             else:
-                self._fit_to_teacher(self.teacher)
+                states = self._fit_to_teacher(self.teacher)
             if not self.pairs:
-                self._refine()
+                self._refine(states)
 
-    def _fit_to_teacher(self, teacher: TwoDMSEModel) -> None:
+    def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
+        """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
+        return cast(torch.Tensor, fit_exit_projections(self.encoder, self.fit_texts, targets=targets, keep_states=True))
+
+    def _fit_to_teacher(self, teacher: TwoDMSEModel) -> torch.Tensor:
         """The projections map to the principal directions of the other teacher's embeddings."""
         teacher.to(self.args.device)  # type: ignore[arg-type]
         name = f"{self.model_args.teacher_model_name_or_path} {models.fingerprint(teacher)}"
         vectors = self._embed(teacher, name, self.fit_texts, None)
         self.directions = principal_directions(vectors.numpy(), self.encoder.config.hidden_size)
         self.fit_targets = (vectors.double() @ self.directions).float()
-        fit_exit_projections(self.encoder, self.fit_texts, targets=self.fit_targets)
+        states = self._fit(self.fit_targets)
         self._fill_targets(teacher, name)
         teacher.cpu()
+        return states
 
     def _fill_targets(self, teacher: TwoDMSEModel, name: str) -> None:
         if self.pairs:
@@ -130,11 +135,10 @@ class Work:
         folder = str(self.args.output_dir)
         return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
 
-    def _refine(self) -> None:
+    def _refine(self, states: torch.Tensor | None = None) -> None:
         """The projections learn the similarities of the texts that they were fitted to."""
-        refine_exit_projections(
-            self.trainer.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed
-        )
+        encoder, seed = self.trainer.encoder, self.args.seed
+        refine_exit_projections(encoder, self.fit_texts, self.fit_targets, self.ladder, seed=seed, states=states)
 
     def _texts_to_fit(self) -> list[str]:
         """Whole documents, as they will be embedded, and texts as short as queries."""
