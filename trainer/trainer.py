@@ -358,6 +358,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
                 ("alignment weight", args.alignment_weight, None),
                 ("teacher", args.teacher, "largest"),
                 ("embedding weight", args.embedding_weight, 0),
+                ("shallow steps", args.shallow_steps, 0),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
                 ("similarity", config.similarity, "cosine"),
