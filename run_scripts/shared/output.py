@@ -39,6 +39,22 @@ def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], h
     return "\n".join(lines)
 
 
+def grid_table(scores: dict[str, float], sizes: Sequence["Size"]) -> str:
+    """A text table of one task, with a row per number of layers and a column per dim.
+
+    >>> from modeling_2dmse import Size
+    >>> print(grid_table({"1x8": 0.5, "2x8": 0.75}, [Size(1, 8), Size(2, 8)]))
+    layers           8
+    1           0.5000
+    2           0.7500
+    """
+    dims = sorted({size.dim for size in sizes})
+    lines = ["layers    " + "".join(f"{dim:>8}" for dim in dims)]
+    for n in sorted({size.num_layers for size in sizes}):
+        lines.append(f"{n:<10}" + "".join(f"{scores[f'{n}x{dim}']:>8.4f}" for dim in dims))
+    return "\n".join(lines)
+
+
 def save_heatmap(results: dict, sizes: Sequence["Size"], path: str | Path) -> None:
     """A picture of the main metric of every task, with a row per layer and a column per dim."""
     import matplotlib

@@ -180,7 +180,8 @@ class Work:
         run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
         finetuning.save_card(*run)
         print(report(results, costs, self.ladder))
-        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n\n{usage(folder, self.ladder)}")
+        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n")
+        print(finetuning.usage(folder, results, self.ladder))
 
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
@@ -293,13 +294,3 @@ def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
         for name, task in results.get(kind, {}).items():
             found[f"{shown}, {name}"] = (before[kind][name][metric], task[metric])
     return found
-
-
-def usage(folder: str, ladder: list[Size]) -> str:
-    """The lines that load the model and encode at a size from the middle of the ladder."""
-    size = ladder[len(ladder) // 2]
-    return (
-        "    from twodmse import TwoDMSEModel\n"
-        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
-        f'    embeddings = model.encode(["a text"], dim={size.dim})'
-    )

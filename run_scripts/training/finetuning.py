@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import datasets
 from datasets import Dataset
 
-from modeling_2dmse import TwoDMSEModel, parse_ladder
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import models, output, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
@@ -21,6 +21,7 @@ from trainer.data import check_table, draw_texts, join_tables, query_document_pr
 from trainer.evaluation import (
     RetrievalData,
     StsData,
+    best_for_cost,
     check_varied,
     grid_sizes,
     main_scores,
@@ -207,6 +208,16 @@ def save_card(
     card = model_card.build_card(encoder, trainer.objective, run)
     card.content = secrets.hide(card.content)
     model_card.write_card(folder, card)
+
+
+def usage(folder: str, results: dict, ladder: Sequence[Size]) -> str:
+    """The lines that load the model and encode at the size with the best score for its cost."""
+    size = best_for_cost(results, ladder)
+    return (
+        "    from twodmse import TwoDMSEModel\n"
+        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
+        f'    embeddings = model.encode(["a text"], dim={size.dim})'
+    )
 
 
 def public_name(model: str) -> str:
