@@ -58,7 +58,7 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
         check(args)
 
-        from run_scripts.shared import models, output
+        from run_scripts.shared import models, output, plots
         from trainer.evaluation import (
             evaluate_tasks,
             load_beir,
@@ -99,7 +99,7 @@ def main(argv=None) -> None:
         print(f"\n{name}, nDCG@10: queries down, documents across\n{output.score_table(columns, sizes, 'queries')}")
     with cli.writing(args.output_dir):
         output.write_json(os.path.join(args.output_dir, "results.json"), results)
-        output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
+        plots.save_heatmap(results, sizes, model.config.ladder, os.path.join(args.output_dir, "heatmap.png"))
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 

@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from run_scripts.shared import secrets
+from run_scripts.shared import screen, secrets
 from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
 
 # In a log, the bars of `datasets` would be more lines before an error. It reads this when it is imported.
@@ -76,6 +76,7 @@ class Parser(HfArgumentParser):
         values, unknown = self.parse_known_args(flags)
         if unknown:
             raise ValueError(f"flags: {' '.join(unknown)} belongs to no flag; --help lists the flags")
+        screen.hide_noise()
         parsed: list = []
         for number, kind in enumerate(self.dataclass_types, 1):
             if check is not None and number == len(self.dataclass_types):

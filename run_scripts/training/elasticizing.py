@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, plots
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -189,7 +189,7 @@ class Work:
         settings: dict[str, object] = {"corpus": data, "documents": len(self.documents)}
         settings["effort"] = self.data_args.effort
         if self.teacher is not None:
-            settings["teacher model"] = finetuning.public_name(str(self.model_args.teacher_model_name_or_path))
+            settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))
         return settings | (self.trainer.describe() if self.pairs else {})
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output, secrets
+from run_scripts.shared import models, output, plots, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
 from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
@@ -152,7 +152,7 @@ def evaluate(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict
     results["before"] = before
     if trainer.is_world_process_zero():
         output.write_json(os.path.join(folder, "results.json"), results)
-        output.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
+        plots.save_heatmap(results, sizes, trainer.ladder, os.path.join(folder, "heatmap.png"))
         old, new = mean_scores(before), mean_scores(results)
         gain = {size: new[size] - old[size] for size in old}
         metric = "Spearman" if "sts" in results else "nDCG@10"
@@ -197,7 +197,7 @@ def save_card(
     is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
     run = model_card.Run(
         name=os.path.basename(os.path.normpath(folder)),
-        settings={"backbone": public_name(backbone)} | settings,
+        settings={"backbone": plots.public_name(backbone)} | settings,
         results=results,
         costs=costs,
         command=_command(script),
@@ -218,11 +218,6 @@ def usage(folder: str, results: dict, ladder: Sequence[Size]) -> str:
         f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
         f'    embeddings = model.encode(["a text"], dim={size.dim})'
     )
-
-
-def public_name(model: str) -> str:
-    """The Hub name of a model, or the last part of its path."""
-    return os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model
 
 
 def push(trainer: TwoDMSETrainer) -> None:

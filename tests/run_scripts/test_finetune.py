@@ -265,7 +265,7 @@ def wrong_inputs():
             {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--max_eval_samples": ["0"]},
             "batch_sampler: no_duplicates is impossible: one text appears in 8 rows, but there are 2 batches of 4",
         ),
-        "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
+        "flag": ({"--speed": ["9"]}, "flags: --speed is unknown; did you mean --seed?"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
         "no plain file": ({"--unlabeled_file": ["absent.txt"]}, "unlabeled_file: absent.txt is not a file"),
         "plain columns": (
