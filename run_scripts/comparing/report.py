@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 
 from modeling_2dmse import Size
-
 from run_scripts.shared import plots
 
 from .methods import METHODS

@@ -17,6 +17,7 @@ from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import models, output, plots, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
+from trainer.base_card import BaseFacts, read_base_facts
 from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
 from trainer.evaluation import (
     RetrievalData,
@@ -194,16 +195,20 @@ def save_card(
 ) -> None:
     """Write the card of a run of `script`, which shows the settings, results and costs; `data_names` are Hub names."""
     backbone, folder = model_args.model_name_or_path, str(trainer.args.output_dir)
-    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
+    facts = BaseFacts("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0", ("en",))
+    if backbone != MODEL_NAME:
+        facts = read_base_facts(backbone, os.path.exists(backbone))
     run = model_card.Run(
         name=os.path.basename(os.path.normpath(folder)),
         settings={"backbone": plots.public_name(backbone)} | settings,
         results=results,
         costs=costs,
         command=_command(script),
-        base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
+        base_model=facts.base_model,
         datasets=data_names,
-        license=model_args.license or ("apache-2.0" if is_minilm else None),
+        license=model_args.license or facts.license,
+        languages=facts.languages,
+        repo_id=trainer.args.hub_model_id,
     )
     card = model_card.build_card(encoder, trainer.objective, run)
     card.content = secrets.hide(card.content)
