@@ -138,7 +138,8 @@ def test_the_bar_of_plan(tiny_model, monkeypatch):
     assert settings["disable"] is None
 
 
-def test_lines_warnings_and_bars_of_other_libraries(capsys):
+def test_lines_warnings_and_bars_of_other_libraries(capsys, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # off for scripts without a terminal
     screen.hide_noise()
     screen.hide_noise()
     records = [
