@@ -158,7 +158,8 @@ def _versions() -> str:
 
 def _task_lines(results: dict, similarity: str) -> str:
     """What each task is: its metric and its rows."""
-    lines, compared = [], "dot product" if similarity == "dot" else "cosine"
+    lines: list[str] = []
+    compared = "dot product" if similarity == "dot" else "cosine"
     for name, task in results.get("sts", {}).items():
         rows = f" ({task['n']} rows)" if "n" in task else ""
         lines.append(
@@ -174,7 +175,8 @@ def _task_lines(results: dict, similarity: str) -> str:
 
 def _score_columns(results: dict) -> dict[str, dict[str, float]]:
     """The scores of each size by the title of their column; of a training, also those before it."""
-    columns, before = {}, main_scores(results.get("before") or {})
+    columns: dict[str, dict[str, float]] = {}
+    before = main_scores(results.get("before") or {})
     for task, scores in main_scores(results).items():
         title = f"{task}, {metric_name(task, results)}"
         if task in before:
