@@ -22,8 +22,9 @@ class PushArguments:
     )
     dry_run: str | None = field(
         default=None,
-        metadata={"help": "Write what would be uploaded to this folder, list it, and upload nothing."},
-    )
+        metadata={"help": "List what would be uploaded, and upload nothing; with a folder, also write it there.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
 
 
 def main(argv=None) -> None:
@@ -33,10 +34,8 @@ def main(argv=None) -> None:
         check_model_folder(args.model_name_or_path)
         check_repo_id(args.repo_id)
         check_loads(args.model_name_or_path)
-        if args.dry_run is not None:
-            files = stage(args.model_name_or_path, args.repo_id, args.dry_run)
-            print("\n".join(files))
-            print(f"{len(files)} files, written to {args.dry_run}; nothing was uploaded")
+        if args.dry_run is not None and args.dry_run.lower() != "false":
+            show(args)
             return
         token = find_token(args.token)
     with tempfile.TemporaryDirectory() as folder, cli.user_errors():
@@ -46,6 +45,16 @@ def main(argv=None) -> None:
         except HfHubHTTPError as error:
             raise ValueError(f"repo_id: the Hub refused: {error}") from error
     print(f"{len(files)} files: {address}")
+
+
+def show(args: PushArguments) -> None:
+    """List the files that would be uploaded; `dry_run` is the folder that gets them, or `true`."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = folder if str(args.dry_run).lower() == "true" else str(args.dry_run)
+        files = stage(args.model_name_or_path, args.repo_id, target)
+    print("\n".join(files))
+    written = "" if target == folder else f", written to {target}"
+    print(f"{len(files)} files{written}; nothing was uploaded")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`; without a query, it prompts."""
+"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`.
+
+Without a query, it asks for one after another, until `exit`, `quit` or the end of the input.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,10 @@ class SearchArguments:
     """How an index is searched."""
 
     k: int | None = field(
-        default=None, metadata={"help": "Results per query. Default: 10, or all if the index has fewer."}
-    )
+        default=None,
+        metadata={"help": "Results per query. Default: what the last of --stages keeps; without stages 10, or all if "
+                  "the index has fewer."},
+    )  # fmt: skip
     stages: str | None = field(
         default=None,
         metadata={"help": "DIM:KEEP[:PRECISION],... Default: one exact stage at the full width."},
@@ -52,8 +57,10 @@ def main(argv=None) -> None:
         if not made:
             raise ValueError(f"index: {index.path} does not name the model that made it; build it with build_index.py")
         check_fields(made, {"name": str, "weights": int, "num_layers": int, "max_length": int}, f"{index.path}, model")
-        args.k = min(10, len(index)) if args.k is None else args.k
-        stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
+        stages = parse_stages(args.stages) if args.stages else None
+        if args.k is None:
+            args.k = min(stages[-1].keep if stages else 10, len(index))
+        stages = stages or [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
         name = args.model_name_or_path or made["name"]
         checks.check_model(name)
@@ -72,11 +79,15 @@ def main(argv=None) -> None:
 
 
 def ask():
-    """Yield the lines that the user types, until there are no more."""
+    """Yield the lines that the user types, until `exit`, `quit` or the end of the input."""
+    if sys.stdin.isatty():
+        print("Type a query, or exit to end.", flush=True)
     while True:
         try:
             line = input("query> " if sys.stdin.isatty() else "")
         except EOFError:
+            return
+        if line.strip().lower() in ("exit", "quit"):
             return
         if line.strip():
             yield line

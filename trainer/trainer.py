@@ -357,6 +357,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             for name, value, default in (
                 ("alignment weight", args.alignment_weight, None),
                 ("teacher", args.teacher, "largest"),
+                ("cross size weight", args.cross_size_weight, 0),
                 ("embedding weight", args.embedding_weight, 0),
                 ("shallow steps", args.shallow_steps, 0),
                 ("exit projections", args.exit_projections, False),
@@ -382,8 +383,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         can_evaluate = self.eval_dataset and not self.is_fsdp_enabled
         results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
         name = model_name or os.path.basename(os.path.normpath(folder))
-        run = Run(name, self.describe(), results, base_model=finetuned_from, license=license)
-        write_card(folder, build_card(self.encoder, self.objective, run))
+        facts = {"base_model": finetuned_from, "license": license, "repo_id": self.args.hub_model_id}
+        write_card(folder, build_card(self.encoder, self.objective, Run(name, self.describe(), results, **facts)))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

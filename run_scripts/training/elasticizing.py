@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, plots
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -184,7 +184,8 @@ class Work:
         run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
         finetuning.save_card(*run)
         print(report(results, costs, self.ladder))
-        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n\n{usage(folder, self.ladder)}")
+        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n")
+        print(finetuning.usage(folder, results, self.ladder))
 
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
@@ -192,7 +193,7 @@ class Work:
         settings: dict[str, object] = {"corpus": data, "documents": len(self.documents)}
         settings["effort"] = self.data_args.effort
         if self.teacher is not None:
-            settings["teacher model"] = finetuning.public_name(str(self.model_args.teacher_model_name_or_path))
+            settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))
         return settings | (self.trainer.describe() if self.pairs else {})
 
 
@@ -297,13 +298,3 @@ def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
         for name, task in results.get(kind, {}).items():
             found[f"{shown}, {name}"] = (before[kind][name][metric], task[metric])
     return found
-
-
-def usage(folder: str, ladder: list[Size]) -> str:
-    """The lines that load the model and encode at a size from the middle of the ladder."""
-    size = ladder[len(ladder) // 2]
-    return (
-        "    from twodmse import TwoDMSEModel\n"
-        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
-        f'    embeddings = model.encode(["a text"], dim={size.dim})'
-    )

@@ -20,6 +20,7 @@ from modeling_2dmse import TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared import cli
 from run_scripts.training import elasticizing
+from trainer.evaluation import best_for_cost
 
 TEXTS = [f"{a}. {b}." for i, a in enumerate(SENTENCES) for b in SENTENCES[i + 1 : i + 4]]
 ROWS = {"text": TEXTS, "title": [" ".join(text.split()[:3]) for text in TEXTS]}
@@ -118,7 +119,8 @@ def test_fit_keeps_the_full_size_and_brings_the_others_nearer(start, tmp_path, c
     code = "\n".join(line.strip() for line in printed.split("Use it:")[1].strip().splitlines())
     scope: dict = {}
     exec(code, scope)
-    assert scope["embeddings"].shape == (1, 16)
+    best = best_for_cost(json.loads((folder / "results.json").read_text()), scope["model"].config.ladder)
+    assert scope["embeddings"].shape == (1, best.dim)
 
 
 def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsys, backbone_path):

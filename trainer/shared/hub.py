@@ -12,6 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 
+# In the snippets of a card, the owner of a model that is not on the Hub yet.
+OWNER = "your-name"
 # Files of a training run that users of the model do not need.
 LEFT_OUT = ("checkpoint-*", "runs", "*.partial", "training_args.bin", "_*", ".*", "*.log")
 
@@ -90,7 +92,9 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
         if old:
-            card.content = card.content.replace(f'"{old}"', f'"{repo_id}"').replace(f"# {old}\n", f"# {repo_id}\n")
+            for quoted in (f'"{old}"', f'"{OWNER}/{old}"'):
+                card.content = card.content.replace(quoted, f'"{repo_id}"')
+            card.content = card.content.replace(f"# {old}\n", f"# {repo_id}\n")
             card.content = card.content.replace(f"- name: {old}\n", f"- name: {repo_id}\n")
         card.save(card_path)
     found = [os.path.join(root, name) for root, _, names in os.walk(target) for name in names]
