@@ -181,8 +181,9 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
                     "exit_projections: fit them before adding adapters, with fit_exit_projections(encoder, texts)"
                 )
             self.encoder.add_exit_projections()
-        if self.encoder.exit_projections is not None and args.ddp_find_unused_parameters is None:
-            # A step may leave some of them out, but with gradient checkpointing transformers tells DDP that none is.
+        projected = self.encoder.exit_projections is not None
+        if (projected or args.shallow_steps) and args.ddp_find_unused_parameters is None:
+            # A step may leave some parameters out, but with gradient checkpointing transformers tells DDP that none is.
             args.ddp_find_unused_parameters = True
 
     def _check_launch(self) -> None:
