@@ -117,7 +117,7 @@ def _write_onnx(model, folder: str, dtype: str) -> None:
     config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     with open(os.path.join(folder, "special_tokens_map.json"), "w", encoding="utf-8") as file:
-        json.dump(model.tokenizer.special_tokens_map, file, indent=2)  # fastembed before 0.8 needs it
+        json.dump(model.tokenizer.special_tokens_map, file, indent=2)  # older versions of fastembed need it
     write_onnx_modules(folder, model.config, model.max_length)
     with open(os.path.join(folder, "export.json"), "w", encoding="utf-8") as file:
         size = {"num_layers": model.num_layers, "dim": model.config.dim, "max_length": model.max_length, "dtype": dtype}

@@ -59,8 +59,8 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         "\n".join(["---", *head, *(f"- {tag}" for tag in tags), "---"]),
         f"# {name}",
         f"A sentence encoder of size {model.num_layers}x{config.dim} ({model.num_layers} layers, {config.dim} "
-        f"dimensions), cut out of {source}; {format}, {dtype}. Texts are cut to {model.max_length} tokens, token states "
-        f"are pooled by `{config.pooling}`, and vectors {length}.",
+        f"dimensions), cut out of {source}; {format}, {dtype}. Texts are cut to {model.max_length} tokens, token "
+        f"states are pooled by `{config.pooling}`, and vectors {length}.",
         f"## Use\n\n{_usage(name, config.dim, format, dtype)}",
         *([f"Prompts (`prompt_name`):\n\n{prompts.rstrip()}"] if prompts else []),
         f"## Other clients\n\n{_clients(model, format)}",
@@ -86,13 +86,13 @@ def _clients(model, format: str) -> str:
     if format == "onnx":
         return (
             f"`last_hidden_state` is projected and cut to {config.dim} dimensions already. Clients that pool it "
-            f"themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are told to pool "
-            f"by `{config.pooling}` and to normalise. `config.json` has the width of the layers, {config.hidden_size}."
+            "themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are set to pool by "
+            f"`{config.pooling}` and to normalise. `config.json` has the width of the layers, {config.hidden_size}."
         )
     if model.exit_projections is None and config.dim == config.hidden_size:
         return (
-            "Clients that read only the backbone and pool its states themselves get the same vectors if they are told to "
-            f"pool by `{config.pooling}` and to normalise."
+            "Clients that read only the backbone and pool its states themselves get the same vectors if they are set "
+            f"to pool by `{config.pooling}` and to normalise."
         )
     kept = f"the first {config.dim}, normalised, are this model's"
     if model.exit_projections is not None:
