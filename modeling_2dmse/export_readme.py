@@ -86,8 +86,8 @@ def _clients(model, format: str) -> str:
     if format == "onnx":
         return (
             f"`last_hidden_state` is projected and cut to {config.dim} dimensions already. Clients that pool it "
-            "themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are set to pool by "
-            f"`{config.pooling}` and to normalise. `config.json` has the width of the layers, {config.hidden_size}."
+            "themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are set to pool "
+            f"by `{config.pooling}` and to normalise. `config.json` has the width of the layers, {config.hidden_size}."
         )
     if model.exit_projections is None and config.dim == config.hidden_size:
         return (

@@ -1,5 +1,5 @@
-"""Make the folders that the other files read: `python make_folders.py MODEL OUT` writes OUT/plain, OUT/onnx, OUT/cut and
-OUT/whole at 2 layers and 64 dimensions, and OUT/reference.npy, the vectors of `model.encode`."""
+"""Make the folders that the other files read: `python make_folders.py MODEL OUT` writes OUT/plain, OUT/onnx and OUT/cut
+of 2 layers and 64 dimensions, OUT/whole, and OUT/reference.npy, the vectors of `model.encode`."""
 
 import sys
 from pathlib import Path

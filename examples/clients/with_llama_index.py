@@ -1,4 +1,4 @@
-"""llama-index: `python with_llama_index.py FOLDER` with a plain export. pip install llama-index-embeddings-huggingface"""
+"""llama-index: `python with_llama_index.py FOLDER` with a plain export; package llama-index-embeddings-huggingface."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""txtai: `python with_txtai.py FOLDER` with a plain export, first by its default, then through sentence-transformers."""
+"""txtai: `python with_txtai.py FOLDER` with a plain export, by its default and through sentence-transformers."""
 
 import sys
 
