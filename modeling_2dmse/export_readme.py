@@ -112,21 +112,25 @@ def _source(model) -> str:
 
 def _license(model) -> str | None:
     """The licence in the head of the model's own README.md, if it has one."""
-    name = str(model.config.name_or_path)
-    path: str | None = os.path.join(name, "README.md")
-    try:
-        if name and not os.path.isdir(name):
-            path = cached_file(
-                name,
-                "README.md",
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        if not name or path is None or not os.path.isfile(path):
-            return None
-    except (OSError, ValueError):  # the folder has been moved
+    path = _card(str(model.config.name_or_path))
+    if path is None or not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as file:
         head = re.match(r"---\n(.*?)\n---", file.read(), re.DOTALL)
     found = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.MULTILINE) if head else None
     return found[1] if found else None
+
+
+def _card(name: str) -> str | None:
+    """Where the README.md of a folder or repository is on this machine."""
+    if not name or os.path.isdir(name):
+        return os.path.join(name, "README.md") if name else None
+    try:
+        return cached_file(
+            name,
+            "README.md",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # the folder has been moved
+        return None

@@ -29,7 +29,9 @@ def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_le
     _write_companions(folder, config, max_length, config.hidden_size)
 
 
-def write_exported_modules(folder: str, config: TwoDMSEConfig, max_length: int | None, dense: torch.Tensor | None):
+def write_exported_modules(
+    folder: str, config: TwoDMSEConfig, max_length: int | None, dense: torch.Tensor | None
+) -> None:
     """The same for a plain backbone.
 
     Args:

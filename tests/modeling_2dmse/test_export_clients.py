@@ -11,6 +11,7 @@ from conftest import LADDER, SENTENCES
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts import export
+from run_scripts.shared import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [*SENTENCES[:6], " ".join(SENTENCES)]  # the last is longer than the 48 tokens that the tokenizer keeps
@@ -66,6 +67,11 @@ def test_the_onnx_folder_has_what_clients_look_for(elastic, onnx_folder):
     settings = json.loads((onnx_folder / "config_sentence_transformers.json").read_text())
     assert settings["prompts"] == elastic.config.prompts
     assert json.loads((onnx_folder / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 8
+
+
+def test_commands_refuse_an_onnx_folder_as_a_model(onnx_folder):
+    with pytest.raises(ValueError, match="small is an ONNX export; use the model that it was cut out of"):
+        checks.check_model(str(onnx_folder))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean"])
