@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = ORTModelForFeatureExtraction.from_pretrained(folder, file_name="onnx/model.onnx")
+model = ORTModelForFeatureExtraction.from_pretrained(folder, subfolder="onnx", file_name="model.onnx")
 batch = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
 states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
 pooled = (states * mask).sum(1) / mask.sum(1)
