@@ -1,8 +1,6 @@
 """The demo: what it computes, the page in a real browser, and the Space."""
 
 import json
-import subprocess
-import sys
 
 import browser
 import numpy as np
@@ -16,6 +14,7 @@ from run_scripts.demonstration.engine import Document, Result, SizedCorpus
 from run_scripts.push_to_hub import main as push
 
 SIZES = ["1x8", "2x16", "4x32"]
+TIMES = "\u00d7"  # as it is shown
 needs_gradio = pytest.mark.skipif("gradio" in browser.missing("gradio"), reason="needs gradio")
 
 
@@ -51,21 +50,24 @@ def test_a_size_of_the_corpus_is_what_the_model_embeds_at_that_size(sized):
     assert not np.allclose(sized.vectors(1, 8), sized.vectors(4, 8), atol=1e-2)
 
 
-def test_the_corpus_is_embedded_once(sized, monkeypatch):
-    monkeypatch.setattr(sized.model, "encode_states", None)
-    encoded = []
-    encode = sized.model.encode
-    monkeypatch.setattr(sized.model, "encode", lambda query, *size, **rest: encoded.append(query) or encode_one(query))
+def test_the_corpus_is_embedded_in_one_pass(folder, texts, monkeypatch):
+    from modeling_2dmse import TwoDMSEModel
 
-    def encode_one(query):
-        monkeypatch.undo()
-        vector = encode(query, 2, 16)
-        monkeypatch.setattr(sized.model, "encode", lambda text, *size, **rest: encoded.append(text) or vector)
-        return vector
+    model = TwoDMSEModel.from_pretrained(folder)
+    documents = corpus.file_documents(str(texts), "text", None, 9)
+    real, passes = model.encode_states, []
 
-    found = sized.search("a man", 2, 16)
-    assert set(encoded) == {"a man"}
-    assert sorted(found.rows) == list(range(len(sized.documents)))
+    def encode_states(batch, layers, *rest, **options):
+        passes.append((len(batch), list(layers)))
+        return real(batch, layers, *rest, **options)
+
+    monkeypatch.setattr(model, "encode_states", encode_states)
+    sized = SizedCorpus(model, documents, [1, 2, 4], [8, 32])
+    sized.agreement()
+    found = sized.search("a man", 2, 8)
+    assert [seen for seen in passes if seen[0] > 1] == [(9, [1, 2, 4])]
+    assert {tuple(layers) for count, layers in passes if count == 1} == {(2,)}, "a query runs only its layers"
+    assert sorted(found.rows) == list(range(9))
 
 
 def test_search_ranks_by_similarity_and_agreement_is_that_of_neighbours(sized):
@@ -135,7 +137,7 @@ def test_docstrings_of_the_standard_library(tmp_path, monkeypatch):
     (tmp_path / "heapq.py").write_text(
         'def push(x):\n    """Push an item onto the heap, which stays a heap after it."""\n'
         'def _hidden():\n    """Nobody should see this one, because its name is private."""\n'
-        'class Heap:\n    def pop(self):\n        """Pop the smallest item off the heap, and return it to the caller."""\n'
+        'class Heap:\n    def pop(self):\n        """Pop the smallest item off the heap, and return it to you."""\n'
     )
     (tmp_path / "json.py").write_text("not python at all")
     monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -192,8 +194,8 @@ def test_the_page_in_a_browser(folder, texts):
                 "text => document.querySelector('#found section:last-child p').textContent.startsWith(text)",
                 arg=SENTENCES[3],
             )
-            assert "2 layers &times; 16 dims" in tab.locator("#found").inner_html().replace("×", "&times;")
-            for name, size in (("layers", "1 layer × 16 dims"), ("dim", "1 layer × 8 dims")):
+            tab.get_by_text(f"2 layers {TIMES} 16 dims").wait_for()
+            for name, size in (("layers", f"1 layer {TIMES} 16 dims"), ("dim", f"1 layer {TIMES} 8 dims")):
                 slider = tab.locator(f"#picker input[name={name}]")
                 slider.focus()
                 slider.press("ArrowLeft")
@@ -201,7 +203,7 @@ def test_the_page_in_a_browser(folder, texts):
             pressed = tab.locator("#picker [data-shown='0'] button[aria-pressed=true]")
             assert pressed.get_attribute("aria-label").startswith("1 layers, 8 dimensions")
             tab.click("#picker [data-shown='0'] button[data-layers='4'][data-dim='32']")
-            tab.locator("#found section:first-child").get_by_text("4 layers × 32 dims").wait_for()
+            tab.locator("#found section:first-child").get_by_text(f"4 layers {TIMES} 32 dims").wait_for()
             assert tab.locator("#found .move.same").count() == 5
             assert tab.locator("#picker output").all_inner_texts() == ["4", "32"]
             tab.click("#picker [data-map='2']")
