@@ -144,9 +144,10 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def site(exported, tmp_path):
     """The address of a server of the page, the libraries and the model."""
-    modules = Path(os.environ.get("NODE_MODULES", SERVING / "browser" / "node_modules"))
-    if not (modules / "@huggingface" / "transformers").is_dir():
-        pytest.skip("needs transformers.js: npm install --ignore-scripts in examples/serving/browser")
+    folders = (SERVING / "browser" / "node_modules", SERVING.parents[1] / "out" / "js" / "node_modules")
+    modules = next((path for path in folders if (path / "@huggingface" / "transformers").is_dir()), None)
+    if modules is None:
+        pytest.skip("needs transformers.js: npm install --prefix out/js @huggingface/transformers")
     for name, path in {"index.html": SERVING / "browser" / "index.html", "node_modules": modules}.items():
         (tmp_path / name).symlink_to(path)
     (tmp_path / "model").symlink_to(exported)
