@@ -15,6 +15,7 @@ from .engine import NEIGHBOURS, PROBES, SizedCorpus
 from .heat_map import Map, table
 
 _FOLDER = Path(__file__).parent
+_QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 TITLE = "One encoder, any size"
 SENTENCES = ("Return the largest item of a list.", "Find the maximum in a sequence.")
 
@@ -50,6 +51,18 @@ def build(corpus: SizedCorpus, name: str, source: str, examples: list[str], k: i
         examples: queries to try; the first one is shown at the start.
         k: results per query.
     """
+    num_layers, dim = corpus.full
+    about = f"{name}: {num_layers} layers, {dim} dimensions. {len(corpus.documents):,} documents from {source}."
+    with gr.Blocks(title=f"{TITLE}: {name}", analytics_enabled=False) as page:
+        gr.HTML(f'<header class="top"><h1>{TITLE}</h1><p>{escape(about)}</p></header>', js_on_load=None)
+        with gr.Tab("Search"):
+            _search_tab(corpus, examples, k)
+        with gr.Tab("Two sentences"):
+            _sentences_tab(corpus)
+    return page
+
+
+def _search_tab(corpus: SizedCorpus, examples: list[str], k: int) -> None:
     layers, dims = corpus.layers, corpus.dims
     start = (layers[(len(layers) - 1) // 2], dims[(len(dims) - 1) // 2])
 
@@ -66,39 +79,33 @@ def build(corpus: SizedCorpus, name: str, source: str, examples: list[str], k: i
             raise gr.Error(f"{size[0]}x{size[1]} is not a size of this model")
         return size, search(query, size)
 
+    size = gr.State(start)
+    query = gr.Textbox(
+        examples[0], placeholder="Describe what you look for", show_label=False, submit_btn="Search",
+        elem_id="query", max_lines=1,
+    )  # fmt: skip
+    with gr.Row(elem_id="workspace"):
+        script = (_FOLDER / "picker.js").read_text(encoding="utf-8")
+        picker = gr.HTML(_picker(corpus, start), js_on_load=script, elem_id="picker")
+        found = gr.HTML(search(examples[0], start), js_on_load=None, elem_id="found")
+    gr.Examples(examples, query, label="Try")
+    gr.on([query.submit, query.change], search, [query, size], found, trigger_mode="always_last", **_QUIET)
+    picker.select(choose, query, [size, found], trigger_mode="always_last", **_QUIET)
+
+
+def _sentences_tab(corpus: SizedCorpus) -> None:
     def compare(first: str, second: str) -> str:
         if not (first.strip() and second.strip()):
             return views.message("Type two sentences to compare them.")
-        return views.similarities(_similarity_map(corpus.similarities(first, second)), layers, dims)
+        map_ = _similarity_map(corpus.similarities(first, second))
+        return views.similarities(map_, corpus.layers, corpus.dims)
 
-    about = f"{name}: {layers[-1]} layers, {dims[-1]} dimensions. {len(corpus.documents):,} documents from {source}."
-    with gr.Blocks(title=f"{TITLE}: {name}", analytics_enabled=False) as page:
-        gr.HTML(f'<header class="top"><h1>{TITLE}</h1><p>{escape(about)}</p></header>', js_on_load=None)
-        with gr.Tab("Search"):
-            size = gr.State(start)
-            query = gr.Textbox(
-                examples[0], placeholder="Describe what you look for", show_label=False, submit_btn="Search",
-                elem_id="query", max_lines=1,
-            )  # fmt: skip
-            with gr.Row(elem_id="workspace"):
-                picker = gr.HTML(
-                    _picker(corpus, start),
-                    js_on_load=(_FOLDER / "picker.js").read_text(encoding="utf-8"),
-                    elem_id="picker",
-                )
-                found = gr.HTML(search(examples[0], start), js_on_load=None, elem_id="found")
-            gr.Examples(examples, query, label="Try")
-        with gr.Tab("Two sentences"):
-            with gr.Row():
-                first = gr.Textbox(SENTENCES[0], label="First sentence", elem_id="first", max_lines=2)
-                second = gr.Textbox(SENTENCES[1], label="Second sentence", elem_id="second", max_lines=2)
-            button = gr.Button("Compare", variant="primary", elem_id="compare")
-            compared = gr.HTML(compare(*SENTENCES), js_on_load=None, elem_id="compared")
-        quiet = {"show_progress": "hidden", "api_name": False}
-        gr.on([query.submit, query.change], search, [query, size], found, trigger_mode="always_last", **quiet)
-        picker.select(choose, query, [size, found], trigger_mode="always_last", **quiet)
-        gr.on([button.click, first.submit, second.submit], compare, [first, second], compared, **quiet)
-    return page
+    with gr.Row():
+        first = gr.Textbox(SENTENCES[0], label="First sentence", elem_id="first", max_lines=2)
+        second = gr.Textbox(SENTENCES[1], label="Second sentence", elem_id="second", max_lines=2)
+    button = gr.Button("Compare", variant="primary", elem_id="compare")
+    compared = gr.HTML(compare(*SENTENCES), js_on_load=None, elem_id="compared")
+    gr.on([button.click, first.submit, second.submit], compare, [first, second], compared, **_QUIET)
 
 
 def _similarity_map(values) -> Map:

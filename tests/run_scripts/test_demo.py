@@ -123,6 +123,13 @@ def test_shades_of_a_heat_map_follow_its_values():
     assert same.shade(1) == 0
 
 
+@pytest.mark.parametrize("module", [corpus, views])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
+
+
 def test_documents_of_a_file_and_of_python(texts, tmp_path):
     assert len(corpus.file_documents(str(texts), "text", None, 7)) == 7
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
@@ -188,11 +195,12 @@ def test_the_page_in_a_browser(folder, texts):
             titles = tab.locator("#found section:first-child li b")
             titles.first.wait_for()
             shown = tab.locator("#found").inner_html()
-            tab.fill("#query textarea, #query input", SENTENCES[3])
+            query = f"{SENTENCES[3]} {SENTENCES[1]}"  # one of the documents
+            tab.fill("#query textarea, #query input", query)
             tab.wait_for_function("html => document.querySelector('#found').innerHTML !== html", arg=shown)
             tab.wait_for_function(
-                "text => document.querySelector('#found section:last-child p').textContent.startsWith(text)",
-                arg=SENTENCES[3],
+                "text => document.querySelector('#found section:last-child p').textContent === text",
+                arg=query,
             )
             tab.get_by_text(f"2 layers {TIMES} 16 dims").wait_for()
             for name, size in (("layers", f"1 layer {TIMES} 16 dims"), ("dim", f"1 layer {TIMES} 8 dims")):
