@@ -1,5 +1,6 @@
 """The demo: what it computes, the page in a real browser, and the Space."""
 
+import doctest
 import json
 
 import browser
