@@ -10,6 +10,8 @@ from pathlib import Path
 # Screenshots are kept here for a person to look at.
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# For a machine with other work; an idle one needs a second for what is waited for.
+_PATIENCE_MS = 240_000
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 
 
@@ -30,8 +32,9 @@ def open_page(**options) -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program(), args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=program(), args=list(_FLAGS), timeout=_PATIENCE_MS)
         page = chromium.new_page(**options)
+        page.set_default_timeout(_PATIENCE_MS)
         page.errors, page.outside = [], []
         page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.errors.append(str(error)))
