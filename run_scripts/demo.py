@@ -97,7 +97,9 @@ def prepare(args: DemoArguments, corpus: CorpusArguments):
     print(f"Embedding {len(documents)} documents at {len(layers)} depths in one pass", flush=True)
     sized = SizedCorpus(model, documents, layers, dims, args.batch_size)
     name = os.path.basename(os.path.normpath(args.model_name_or_path))
-    return page.build(sized, name, source, example_queries(documents, source), args.k), page.launch_options()
+    note = "" if model.config.sizes else "It was not trained for smaller sizes than its full one."
+    examples = example_queries(documents, source)
+    return page.build(sized, name, source, examples, args.k, note), page.launch_options()
 
 
 def read_documents(args: CorpusArguments) -> tuple[list[Document], str]:

@@ -16,8 +16,8 @@ PYTHON_QUERIES = (
     "compress data before sending it",
     "round a number to two decimals",
 )
-# Words of a docstring that are read, and words of a text that are its title or an example query.
-_READ, _TITLE = 60, 8
+# Words of a docstring that are read, at least and at most; of a text that are its title; of an example query.
+_FEWEST, _READ, _TITLE, _QUERY = 8, 60, 6, 10
 _Item = TypeVar("_Item")
 
 
@@ -29,7 +29,7 @@ def python_documents(limit: int) -> list[Document]:
     for name, docstring in standard_docstrings():
         words = docstring.split()
         text = " ".join(words[:_READ])
-        if len(words) >= _TITLE:
+        if len(words) >= _FEWEST:
             seen.setdefault(text, Document(name, f"{name}: {text}"))
     return spaced(list(seen.values()), limit)
 
@@ -44,7 +44,7 @@ def file_documents(path: str, text_column: str, id_column: str | None, limit: in
         texts = list(itertools.islice(_usable(read_texts(path, text_column, id_column)), limit))
     except ValueError as error:
         raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
-    documents = [Document(text.title or _title(text.text), text.text) for text in texts if text.text.strip()]
+    documents = [Document(text.title or _first(text.text, _TITLE), text.text) for text in texts if text.text.strip()]
     if not documents:
         raise ValueError(f"corpus_file: {path} has no text")
     return documents
@@ -54,7 +54,7 @@ def example_queries(documents: Sequence[Document], source: str) -> list[str]:
     """A few queries to try: for other corpora than Python's documentation, the first words of documents."""
     if source == PYTHON_DOCS:
         return list(PYTHON_QUERIES)
-    return list(dict.fromkeys(_title(document.text) for document in spaced(documents, len(PYTHON_QUERIES))))
+    return list(dict.fromkeys(_first(document.text, _QUERY) for document in spaced(documents, len(PYTHON_QUERIES))))
 
 
 def spaced(items: Sequence[_Item], limit: int) -> list[_Item]:
@@ -74,5 +74,5 @@ def _usable(texts: Iterable):
         yield text
 
 
-def _title(text: str) -> str:
-    return " ".join(text.split()[:_TITLE])
+def _first(text: str, words: int) -> str:
+    return " ".join(text.split()[:words])

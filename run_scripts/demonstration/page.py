@@ -41,7 +41,7 @@ def launch_options() -> dict:
     }
 
 
-def build(corpus: SizedCorpus, name: str, source: str, examples: list[str], k: int = 10) -> gr.Blocks:
+def build(corpus: SizedCorpus, name: str, source: str, examples: list[str], k: int = 10, note: str = "") -> gr.Blocks:
     """The page.
 
     Args:
@@ -50,9 +50,10 @@ def build(corpus: SizedCorpus, name: str, source: str, examples: list[str], k: i
         source: what the documents are.
         examples: queries to try; the first one is shown at the start.
         k: results per query.
+        note: a sentence on the model.
     """
     num_layers, dim = corpus.full
-    about = f"{name}: {num_layers} layers, {dim} dimensions. {len(corpus.documents):,} documents from {source}."
+    about = f"{name}: {num_layers} layers, {dim} dimensions. {len(corpus.documents):,} documents from {source}. {note}"
     with gr.Blocks(title=f"{TITLE}: {name}", analytics_enabled=False) as page:
         gr.HTML(f'<header class="top"><h1>{TITLE}</h1><p>{escape(about)}</p></header>', js_on_load=None)
         with gr.Tab("Search"):
@@ -81,7 +82,7 @@ def _search_tab(corpus: SizedCorpus, examples: list[str], k: int) -> None:
 
     size = gr.State(start)
     query = gr.Textbox(
-        examples[0], placeholder="Describe what you look for", show_label=False, submit_btn="Search",
+        examples[0], placeholder="Describe what you look for", label="Query", show_label=False, container=False,
         elem_id="query", max_lines=1,
     )  # fmt: skip
     with gr.Row(elem_id="workspace"):
@@ -139,7 +140,7 @@ def _picker(corpus: SizedCorpus, start: tuple[int, int]) -> str:
         for i, map_ in enumerate(maps)
     )
     return (
-        f'<div class="picker">{sliders}<div class="tabs" role="group" aria-label="Heat map">{tabs}</div>{tables}</div>'
+        f'<div class="picker">{sliders}<div class="kinds" role="group" aria-label="Heat map">{tabs}</div>{tables}</div>'
     )
 
 

@@ -51,7 +51,7 @@ def _side(name: str, result: Result, items: list[str]) -> str:
 
 
 def _item(document: Document, score: float, move: str) -> str:
-    text = " ".join(document.text.split())
+    text = " ".join(document.text.split()).removeprefix(document.title).lstrip(" :")
     shown = text if len(text) <= _SHOWN else text[:_SHOWN].rsplit(" ", 1)[0] + " ..."
     return (
         f'<li><div class="line"><b title="{escape(document.title)}">{escape(document.title)}</b>{move}'

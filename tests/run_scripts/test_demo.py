@@ -200,7 +200,8 @@ def test_the_page_in_a_browser(folder, texts):
             tab.fill("#query textarea, #query input", query)
             tab.wait_for_function("html => document.querySelector('#found').innerHTML !== html", arg=shown)
             tab.wait_for_function(
-                "text => document.querySelector('#found section:last-child p').textContent === text",
+                "text => `${document.querySelector('#found section:last-child b').title} "
+                "${document.querySelector('#found section:last-child p').textContent}` === text",
                 arg=query,
             )
             tab.get_by_text(f"2 layers {TIMES} 16 dims").wait_for()
