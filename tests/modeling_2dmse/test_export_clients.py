@@ -28,6 +28,9 @@ def elastic(backbone_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elastic") / "my-model"
     model.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\n# my-model\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return TwoDMSEModel.from_pretrained(folder)
 
 
@@ -161,10 +164,10 @@ def test_transformers_js(elastic, onnx_folder, tmp_path):
     shutil.copy(ROOT / "examples" / "clients" / "transformers_js.mjs", script)
     (tmp_path / "node_modules").symlink_to(modules)
     done = subprocess.run(
-        [node, str(script), str(onnx_folder), *TEXTS], capture_output=True, text=True, check=False, timeout=120
+        [node, str(script), str(onnx_folder), *TEXTS[:6]], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    got, expected = json.loads(done.stdout), elastic.encode(TEXTS, num_layers=2, dim=8)
+    got, expected = json.loads(done.stdout), elastic.encode(TEXTS[:6], num_layers=2, dim=8)
     assert set(got) == {"AutoModel", "pipeline"}
     for vectors in got.values():
         assert np.allclose(np.array(vectors), expected, atol=1e-5)
