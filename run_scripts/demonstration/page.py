@@ -102,8 +102,8 @@ def _sentences_tab(corpus: SizedCorpus) -> None:
         return views.similarities(map_, corpus.layers, corpus.dims)
 
     with gr.Row():
-        first = gr.Textbox(SENTENCES[0], label="First sentence", elem_id="first", max_lines=2)
-        second = gr.Textbox(SENTENCES[1], label="Second sentence", elem_id="second", max_lines=2)
+        first = gr.Textbox(SENTENCES[0], label="First sentence", elem_id="first", max_lines=2, min_width=280)
+        second = gr.Textbox(SENTENCES[1], label="Second sentence", elem_id="second", max_lines=2, min_width=280)
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     compared = gr.HTML(compare(*SENTENCES), js_on_load=None, elem_id="compared")
     gr.on([button.click, first.submit, second.submit], compare, [first, second], compared, **_QUIET)

@@ -112,6 +112,7 @@ def exported(model, tmp_path_factory):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"needs {name}")
     path = tmp_path_factory.mktemp("exported") / "model"
+    model.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's
     model.export(str(path), num_layers=2, dim=16, format="onnx")
     return path
 
