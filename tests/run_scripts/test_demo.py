@@ -2,6 +2,8 @@
 
 import doctest
 import json
+import os
+import types
 
 import browser
 import numpy as np
@@ -13,6 +15,7 @@ from run_scripts import demo
 from run_scripts.demonstration import corpus, heat_map, space, views
 from run_scripts.demonstration.engine import Document, Result, SizedCorpus
 from run_scripts.push_to_hub import main as push
+from trainer.shared import hub
 
 SIZES = ["1x8", "2x16", "4x32"]
 TIMES = "\u00d7"  # as it is shown
@@ -271,3 +274,29 @@ def test_a_space_of_a_model_on_the_hub_does_not_copy_it(tmp_path):
     assert (settings["model"], settings["layers"], settings["dims"]) == ("org/elastic", [1, 4], [8, 32])
     head = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
     assert head["models"] == ["org/elastic"]
+
+
+@needs_gradio
+def test_a_space_is_uploaded_as_one(folder, texts, monkeypatch, capsys):
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            calls["created"] = (repo_id, options)
+
+        def upload_folder(self, folder_path, **options):
+            calls["uploaded"] = (set(os.listdir(folder_path)), options["repo_id"], options["repo_type"])
+            return types.SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    flags = ["--model_name_or_path", str(folder), "--repo_id", "org/demo", "--space", "true", "--token", "hf_test"]
+    push([*flags, "--corpus_file", str(texts), "--private", "true"])
+    assert calls["token"] == "hf_test"
+    space_options = {"repo_type": "space", "space_sdk": "gradio", "private": True, "exist_ok": True}
+    assert calls["created"] == ("org/demo", space_options)
+    assert calls["uploaded"][0] >= {"app.py", "demo", "model", "README.md", "requirements.txt"}
+    assert calls["uploaded"][1:] == ("org/demo", "space")
+    assert "https://hub/commit" in capsys.readouterr().out
