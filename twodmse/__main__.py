@@ -12,6 +12,7 @@ COMMANDS = {
     "encode": "embed a corpus at one or several sizes",
     "build_index": "build a search index in stages",
     "search": "search an index",
+    "demo": "search and compare at any size in a web page; without arguments, on Python's documentation",
     "plan": "choose sizes and stages for a budget",
     "mine_negatives": "find hard negatives with the model itself",
     "export": "write one size as a plain model or ONNX",

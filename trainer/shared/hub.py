@@ -76,8 +76,7 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
         ValueError: `target` is not allowed, or `folder` has a link that leads out of it, a link to a folder, or
             something that is neither a file nor a folder.
     """
-    if os.path.isdir(target) and os.listdir(target):
-        raise ValueError(f"dry_run: {target} is not empty; choose another folder")
+    check_target(target)
     if _is_inside(target, folder):
         raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
     _check_real(folder)
@@ -101,6 +100,12 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
     return sorted(os.path.relpath(path, target) for path in found)
 
 
+def check_target(target: str) -> None:
+    """ValueError if the folder to write to has files already."""
+    if os.path.isdir(target) and os.listdir(target):
+        raise ValueError(f"dry_run: {target} is not empty; choose another folder")
+
+
 def upload(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:
     """Upload a staged folder in one commit, after creating the repository and the branch if they do not exist.
 
@@ -115,6 +120,18 @@ def upload(folder: str, repo_id: str, token: str, private: bool, revision: str |
         depth = json.load(file)["num_layers"]
     message = f"Upload an elastic encoder of {depth} layers"
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).commit_url
+
+
+def upload_space(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:
+    """As `upload`, for the folder of a Space (see `run_scripts/demonstration/space.py`)."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, repo_type="space", exist_ok=True)
+    message = "Upload the demo of an elastic encoder"
+    return api.upload_folder(
+        repo_id=repo_id, repo_type="space", folder_path=folder, revision=revision, commit_message=message
+    ).commit_url
 
 
 def _check_real(folder: str) -> None:
