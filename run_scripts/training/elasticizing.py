@@ -125,8 +125,10 @@ class Work:
         return states
 
     def _fill_targets(self, teacher: TwoDMSEModel, name: str) -> None:
+        """The targets of the training texts, in the precision of training."""
         if self.pairs:
-            vectors = self._embed(teacher, name, self.targets.texts, self.args.max_length)
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+                vectors = self._embed(teacher, f"{name} {self.args.bf16}", self.targets.texts, self.args.max_length)
             if self.directions is not None:
                 vectors = (vectors.double() @ self.directions).float()
             self.targets.vectors[:] = vectors.numpy()
