@@ -356,6 +356,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             name: value
             for name, value, default in (
                 ("alignment weight", args.alignment_weight, None),
+                ("feature_kl form", self.objective.kind == "feature_kl" and args.feature_kl_form, False),
                 ("teacher", args.teacher, "largest"),
                 ("embedding weight", args.embedding_weight, 0),
                 ("exit projections", args.exit_projections, False),
