@@ -150,7 +150,7 @@ def test_boxes_take_their_fraction_of_the_image():
 WRONG = {
     "mask ratios": (
         {"max_mask_ratio": 0.4},
-        "max_mask_ratio: 0.4 is not allowed; use a number from mask_ratio (0.5) to below 1",
+        "max_mask_ratio: 0.4 is not allowed; use a number from mask_ratio",
     ),
     "mask ratio": ({"mask_ratio": 1.0}, "mask_ratio: 1.0 is not allowed; use a number from 0 to below 1"),
     "mask fraction": ({"mask_probability": 1.5}, "mask_probability: .* numbers from 0 to 1"),
