@@ -69,6 +69,9 @@ def check(args: ComparisonArguments, budget: Budget) -> None:
         check_pretraining(budget)
     if BEST in args.methods or SAME_RECIPE in args.methods:
         checks.check_files("best_recipe", budget.best_recipe)
+        flags = cli.recipe_flags(budget.best_recipe)
+        if "--model_name_or_path" in flags:  # the folder of an earlier stage, for example
+            checks.check_model(flags[flags.index("--model_name_or_path") + 1], "best_recipe: model_name_or_path")
     for name in ("unlabeled_file", "train_file"):
         checks.check_files(name, getattr(budget, name))
     checks.check_files("eval_file", args.eval_file)
