@@ -1,6 +1,7 @@
 """Train with prototypes of ideas: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
 
-It also takes finetune.py's arguments and writes the same folder; docs/lab-notes.md reports the effect of each idea that was tried.
+It also takes finetune.py's arguments and writes the same folder; docs/lab-notes.md reports the effect of those
+that were tried.
 """
 
 import argparse
@@ -22,8 +23,8 @@ IDEAS = {
     "weakened_directions": "shallow exits are fitted to targets whose directions are divided by their variance to this "
     "power",
     "final_phase": "the share of the steps, at the end, in which only the exits' projections are trained",
-    "chain": "the share of the weight of score_kl with which each size learns the similarities of the next larger size, "
-    "instead of the teacher's",
+    "chain": "the share of the weight of score_kl with which each size learns the similarities of the next larger "
+    "size, instead of the teacher's",
     "bank": "the number of vectors of earlier steps that score_kl compares each row with as well",
     "balanced_gradients": "the power of a factor, mean norm over its norm, on the gradient of each exit; 1 makes the "
     "norms equal",

@@ -1,4 +1,4 @@
-"""bert-full.yaml, then bert-best.yaml, on a tiny random backbone: stage 1's folder is the start and teacher of stage 2."""
+"""bert-full.yaml, then bert-best.yaml, on a tiny random backbone: stage 1 writes the start and teacher of stage 2."""
 
 import numpy as np
 import torch
