@@ -59,8 +59,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     feature_kl_form: str = field(
         default="raw",
-        metadata={"help": "Vectors of feature_kl, cut to the smaller size: raw (pooled states; the teacher gets a "
-                  "gradient: the authors' form), raw_detached, normalized, normalized_detached."},
+        metadata={"help": "What feature_kl compares: raw (states, teacher with gradient, as the authors), "
+                  "raw_detached, normalized or normalized_detached."},
     )  # fmt: skip
     draw_full_dim: bool = field(
         default=False,

@@ -177,8 +177,8 @@ def plan_2dmse(spec: Objective, rng: random.Random) -> Plan:
     """loss(N,H) + loss(k,H)/k + T ln(2+k) KL(k, N) + loss(N,d) + loss(k,d)/k, with T = 1.
 
     The weights are those of the authors' code, not of the paper. 1/k is in the releases 0.3.8 to 0.3.10 of angle-emb,
-    ln(2+k) only in the repository between 2024-02-29 and 2024-03-02; in the first release with 2DMSE, 0.3.4, and in
-    the paper, the weights do not depend on k. The code draws d from 8, 16, 32, ... below H.
+    ln(2+k) only in the repository between 2024-02-29 and 2024-03-02; in the first release with 2DMSE, 0.3.4, all
+    weights are 1. All of them draw d from 8, 16, 32, ... below H.
     """
     n, h = spec.num_layers, spec.hidden_size
     dims = geometric_dims(h)
