@@ -156,7 +156,7 @@ def test_in_the_final_phase_only_projections_are_trained(make, share, frozen_fro
 @pytest.mark.parametrize("teacher", ["largest", "start"])
 def test_a_chain_moves_weight_to_the_next_larger_size(make, teacher):
     settings = {"teacher": teacher, "alignment_weight": 2.0}
-    usual, chained = make({}, **settings), make({"chain": 0.25}, **settings)
+    usual, chained = make({}, **settings), make({"chain": 0.75}, **settings)
     for trainer in (usual, chained):
         trainer._before_training()
     (loss, _), (found, gradients) = loss_and_gradients(usual), loss_and_gradients(chained)
@@ -165,7 +165,7 @@ def test_a_chain_moves_weight_to_the_next_larger_size(make, teacher):
     expected = loss
     for size, larger in ((Size(1, 8), Size(2, 16)), (Size(2, 16), LARGEST)):
         own, other = (score_kl(vectors[size], vectors_of) for vectors_of in (target, vectors[larger]))
-        expected += 2.0 * 0.25 * (other - own).item()
+        expected += 2.0 * 0.75 * (other - own).item()
     assert found == pytest.approx(expected, rel=1e-4)
     assert found != pytest.approx(loss, rel=1e-3)
     assert gradients
