@@ -93,7 +93,7 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
     Args:
         start: folder of the model that `write_start` writes.
     """
-    _, _, args = _arguments(budget.best_recipe, seed, budget)
+    model_args, _, args = _arguments(budget.best_recipe, seed, budget)
     flags = [budget.best_recipe, *budget.data_flags, *QUIET, *budget.flags, "--learning_rate", str(rate)]
     flags += ["--seed", str(seed), "--objective", "separate", "--sizes", unit.size, "--model_name_or_path", start]
     if args.teacher != "start":
@@ -103,25 +103,29 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
         flags += ["--unlabeled_file", budget.unlabeled_file]
 
     def make_trainer(**given) -> TwoDMSETrainer:
-        teacher = _teacher(start, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
+        full = models.to_device(models.load_encoder(start, trust_remote_code=model_args.trust_remote_code))
+        teacher = _teacher(full, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
         return TwoDMSETrainer(**given, teacher_embeddings=teacher)
 
     finetune.main([*flags, "--teacher", "embeddings", "--output_dir", folder], make_trainer)
 
 
 def _teacher(
-    start: str, model: TwoDMSEModel, args: TwoDMSETrainingArguments, tables: list[Dataset], unlabeled: list[str] | None
+    full: TwoDMSEModel,
+    model: TwoDMSEModel,
+    args: TwoDMSETrainingArguments,
+    tables: list[Dataset],
+    unlabeled: list[str] | None,
 ) -> TeacherEmbeddings:
-    """The embeddings of all training texts at the full size of the start."""
+    """The embeddings of all texts that `model` is trained on, at the full size of the start."""
     set_comparison(model, args)
     columns = text_columns(tables[0])
     prompts = query_document_prompts([*columns, UNLABELED], model.config.prompts)
     pairs = [(name, text) for table in tables for name in text_columns(table) for text in table[name] if text]
     pairs += [(UNLABELED, text) for text in unlabeled or []]
     texts = list(dict.fromkeys(prompts.get(name, "") + text for name, text in pairs))
-    encoder = models.to_device(models.load_encoder(start))
-    options = {"max_length": args.max_length, "dim": encoder.config.hidden_size, "show_progress_bar": False}
-    return TeacherEmbeddings(texts, encoder.encode(texts, prompt="", **options))
+    options = {"max_length": args.max_length, "dim": full.config.hidden_size, "show_progress_bar": False}
+    return TeacherEmbeddings(texts, full.encode(texts, prompt="", **options))
 
 
 def _arguments(recipe: str, seed: int, budget: Budget):
