@@ -1,5 +1,6 @@
 """compare.py: the methods that fit exits, separate models with the best recipe, search, and what was tried."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -98,9 +99,10 @@ def test_a_separate_model_has_the_start_as_its_teacher(folder, monkeypatch):  # 
             seen.update(teacher=teacher_embeddings, plan=self.objective.plan(None), model=self.encoder)
 
     monkeypatch.setattr(fitting, "TwoDMSETrainer", Watched)
-    fitting.write_start(0, make_budget(), "start")
+    budget = dataclasses.replace(make_budget(), unlabeled_file="plain.txt")
+    fitting.write_start(0, budget, "start")
     unit = methods.Unit(methods.SAME_RECIPE, "1x8")
-    fitting.train_same_recipe(unit, 1e-2, 0, make_budget(), "small", "start")
+    fitting.train_same_recipe(unit, 1e-2, 0, budget, "small", "start")
     start = TwoDMSEModel.from_pretrained("start")
     found = seen["teacher"](seen["teacher"].texts[:5])
     expected = start.encode(seen["teacher"].texts[:5], num_layers=4, dim=32)
@@ -109,10 +111,24 @@ def test_a_separate_model_has_the_start_as_its_teacher(folder, monkeypatch):  # 
     assert (alignment.kind, str(alignment.student), str(alignment.teacher), alignment.weight) == (
         "score_kl", "1x8", "1x32", 3
     )  # fmt: skip
+    assert seen["plan"].unlabeled == (alignment._replace(weight=1.0),)
+    assert set(SENTENCES) == set(seen["teacher"].texts)
     small = TwoDMSEModel.from_pretrained("small")
     assert (small.num_layers, small.config.dim) == (1, 8)
     moved = (small.exit_projections[0].weight - start.exit_projections[0].weight).abs().max()
     assert 0 < moved < 0.1, "it starts from the projection that is fitted to the full size"
+
+
+def test_a_separate_model_has_no_teacher_if_that_of_best_is_the_largest_size(folder):  # noqa: F811
+    recipe = (folder / "best.yaml").read_text().replace("teacher: start", "teacher: largest\ninitial_share: 0.6")
+    (folder / "best.yaml").write_text(recipe)
+    fitting.write_start(0, make_budget(), "start")
+    fitting.train_same_recipe(methods.Unit(methods.SAME_RECIPE, "4x32"), 1e-2, 0, make_budget(), "small", "start")
+    card = (folder / "small" / "README.md").read_text()
+    assert "initial share" in card
+    assert "| teacher |" not in card
+    small, start = (TwoDMSEModel.from_pretrained(name) for name in ("small", "start"))
+    assert not torch.equal(small.exit_projections[3].weight, start.exit_projections[3].weight)
 
 
 def test_pca_is_that_of_each_exit(tiny_model):
