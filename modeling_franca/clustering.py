@@ -14,7 +14,8 @@ class NestedClusteringHead(nn.Module):
     """A clustering head for each nesting size (Franca, section 3.1).
 
     The head of size m maps its m inputs to a unit vector with an MLP. The scores are the cosines between this vector
-    and the head's own prototypes.
+    and the head's own prototypes. With `head_output` `gelu` they are the products of the MLP's output and the
+    normalised prototypes.
 
     Args:
         hidden_size: dimensions D of an embedding z.
@@ -25,6 +26,8 @@ class NestedClusteringHead(nn.Module):
         num_layers: layers of the MLP; one layer is a linear map.
         inner_size: dimensions between the layers of the MLP.
         bottleneck_size: dimensions of the MLP's output.
+        head_output: `unit`: the MLP's output is normalised; `gelu`: it passes a GELU and is not normalised, as in the
+            released code (a single layer has no GELU).
     """
 
     def __init__(
@@ -36,33 +39,38 @@ class NestedClusteringHead(nn.Module):
         num_layers: int = 3,
         inner_size: int = 2048,
         bottleneck_size: int = 256,
+        head_output: str = "unit",
     ):
         super().__init__()
         self.sizes = tuple(sizes)
         self.projections = nn.ModuleList()
         if head_input == "projection":
             self.projections.extend(nn.Linear(hidden_size, size) for size in sizes)
-        self.mlps = nn.ModuleList(_mlp(size, num_layers, inner_size, bottleneck_size) for size in sizes)
+        self.normalizes = head_output == "unit"
+        ends = not self.normalizes and num_layers > 1
+        self.mlps = nn.ModuleList(_mlp(size, num_layers, inner_size, bottleneck_size, ends) for size in sizes)
         self.prototypes = nn.ModuleList(nn.Linear(bottleneck_size, count, bias=False) for count in prototypes)
 
     def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """From (rows, D) embeddings to one (rows, prototypes) tensor of cosines per size, in float32."""
+        """From (rows, D) embeddings to one (rows, prototypes) tensor of scores per size, in float32."""
         scores = []
         for level, size in enumerate(self.sizes):
             inputs = self.projections[level](embeddings) if self.projections else embeddings[:, :size]
-            points = F.normalize(self.mlps[level](inputs).float(), dim=-1)
+            points = self.mlps[level](inputs).float()
+            if self.normalizes:
+                points = F.normalize(points, dim=-1)
             with torch.autocast(points.device.type, enabled=False):
                 prototypes = cast(nn.Linear, self.prototypes[level]).weight.float()
                 scores.append(points @ F.normalize(prototypes, dim=-1).T)
         return scores
 
 
-def _mlp(inputs: int, num_layers: int, inner: int, outputs: int) -> nn.Sequential:
+def _mlp(inputs: int, num_layers: int, inner: int, outputs: int, ends_in_gelu: bool) -> nn.Sequential:
     widths = [inputs, *[inner] * (num_layers - 1), outputs]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*(layers if ends_in_gelu else layers[:-1]))
 
 
 @torch.no_grad()

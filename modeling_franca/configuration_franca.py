@@ -5,6 +5,8 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 
 HEAD_INPUTS = ("slice", "projection")
+HEAD_OUTPUTS = ("unit", "gelu")
+KOLEO_REDUCTIONS = ("mean", "sum")
 
 
 class FrancaConfig(PreTrainedConfig):
@@ -16,6 +18,8 @@ class FrancaConfig(PreTrainedConfig):
             hidden size D. Default: D/16, D/8, D/4, D/2, D. `[D]` is flat clustering.
         head_input (str): `slice`: the head of size m sees the first m dimensions (the paper's nesting); `projection`:
             it sees a linear map from all D dimensions to m, as in the released code, so prefixes are not trained.
+        head_output (str): `unit`: a head's MLP ends in a unit vector; `gelu`: it ends in a GELU, without normalisation,
+            as in the released code.
         num_prototypes (int): of size D; size m gets round(num_prototypes * m / D).
         head_num_layers (int): layers of each head's MLP.
         head_hidden_size (int): dimensions between the layers of each head's MLP.
@@ -30,6 +34,7 @@ class FrancaConfig(PreTrainedConfig):
         sinkhorn_iterations (int): of the teacher's assignments.
         patch_weight (float): factor of the loss at masked patches; with 0, no head is built for them.
         koleo_weight (float): factor of the KoLeo regulariser.
+        koleo_reduction (str): over the global crops: `mean`, or `sum` as in the released code.
         rasa (bool): whether a `RasaProjector` is folded into the `FrancaModel`.
         kwargs: those of `PreTrainedConfig`.
 
@@ -45,6 +50,7 @@ class FrancaConfig(PreTrainedConfig):
         backbone_config=None,
         nesting_sizes=None,
         head_input="slice",
+        head_output="unit",
         num_prototypes=65536,
         head_num_layers=3,
         head_hidden_size=2048,
@@ -58,6 +64,7 @@ class FrancaConfig(PreTrainedConfig):
         sinkhorn_iterations=3,
         patch_weight=1.0,
         koleo_weight=0.1,
+        koleo_reduction="mean",
         rasa=False,
         **kwargs,
     ):
@@ -76,6 +83,7 @@ class FrancaConfig(PreTrainedConfig):
         self.backbone_config = backbone_config
         self.nesting_sizes = sorted(nesting_sizes)
         self.head_input = head_input
+        self.head_output = head_output
         self.num_prototypes = num_prototypes
         self.head_num_layers = head_num_layers
         self.head_hidden_size = head_hidden_size
@@ -89,6 +97,7 @@ class FrancaConfig(PreTrainedConfig):
         self.sinkhorn_iterations = sinkhorn_iterations
         self.patch_weight = patch_weight
         self.koleo_weight = koleo_weight
+        self.koleo_reduction = koleo_reduction
         self.rasa = rasa
         problems = [*self._size_problems(), *self._number_problems()]
         if problems:
@@ -135,8 +144,10 @@ class FrancaConfig(PreTrainedConfig):
 
     def _size_problems(self) -> list[str]:
         sizes, width = self.nesting_sizes, self.hidden_size
-        if self.head_input not in HEAD_INPUTS:
-            return [f"head_input: {self.head_input!r} is unknown; choose one of {', '.join(HEAD_INPUTS)}"]
+        choices = {"head_input": HEAD_INPUTS, "head_output": HEAD_OUTPUTS, "koleo_reduction": KOLEO_REDUCTIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                return [f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"]
         wrong = [size for size in sizes if not isinstance(size, int) or not 1 <= size <= width]
         if wrong or not sizes or len(set(sizes)) < len(sizes):
             return [f"nesting_sizes: {sizes} is not allowed; name each size once, whole numbers from 1 to {width}"]

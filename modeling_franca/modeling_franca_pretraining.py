@@ -196,7 +196,8 @@ class FrancaForPretraining(FrancaPreTrainedModel):
             loss_patch = self._loss_of_patches(seen.patch_tokens, target.patch_tokens, hidden, temperature)
         koleo = loss_cls.new_zeros(())
         if self.config.koleo_weight:
-            koleo = torch.stack([koleo_loss(crop) for crop in crops[0].unbind(1)]).mean()
+            each = torch.stack([koleo_loss(crop) for crop in crops[0].unbind(1)])
+            koleo = each.sum() if self.config.koleo_reduction == "sum" else each.mean()
         loss = loss_cls.mean() + self.config.patch_weight * loss_patch.mean() + self.config.koleo_weight * koleo
         return FrancaPretrainingOutput(loss, loss_cls.detach(), loss_patch.detach(), koleo.detach())
 
@@ -272,7 +273,7 @@ def _build_heads(config: FrancaConfig) -> nn.ModuleDict:
     names = ["cls", "patch"] if config.patch_weight else ["cls"]
     shape = (config.hidden_size, config.nesting_sizes, config.level_prototypes, config.head_input)
     inner = (config.head_num_layers, config.head_hidden_size, config.head_bottleneck_size)
-    return nn.ModuleDict({name: NestedClusteringHead(*shape, *inner) for name in names})
+    return nn.ModuleDict({name: NestedClusteringHead(*shape, *inner, config.head_output) for name in names})
 
 
 FrancaForPretraining.register_for_auto_class("AutoModelForPreTraining")

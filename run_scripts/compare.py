@@ -6,7 +6,7 @@ Run again, or in several processes at once, it continues with what is not finish
 
 from dataclasses import dataclass, field
 
-from run_scripts.comparing.methods import BEST, METHODS, SMAE, Budget
+from run_scripts.comparing.methods import BEST, METHODS, SAME_RECIPE, SMAE, Budget
 from run_scripts.shared import checks, cli
 
 
@@ -16,6 +16,9 @@ class ComparisonArguments:
 
     eval_file: str = field(metadata={"help": "Scored sentence pairs that learning rates are chosen on."})
     sts_files: list[str] = field(metadata={"help": "Scored sentence pairs that are reported."})
+    beir_dirs: list[str] | None = field(
+        default=None, metadata={"help": "Folders in BEIR layout, whose nDCG@10 is reported as well."}
+    )
     train: str = field(default="nli", metadata={"help": "Name of the training data in the results."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Which of {', '.join(METHODS)}. Default: all."}
@@ -27,6 +30,10 @@ class ComparisonArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4],
         metadata={"help": "Rates from which each method's is chosen, climbing from the middle."},
+    )
+    rates_per_method: int = field(
+        default=5,
+        metadata={"help": "How many of these rates are tried, the same number for every method and separate model."},
     )
     output_dir: str = field(default="out/compare", metadata={"help": "Folder for the models."})
     results_file: str = field(
@@ -53,18 +60,23 @@ def check(args: ComparisonArguments, budget: Budget) -> None:
         checks.check_choice("methods", method, METHODS)
     if not args.learning_rates or min(args.learning_rates) <= 0:
         raise ValueError(f"learning_rates: {args.learning_rates} is not allowed; name numbers above 0")
+    checks.check_at_least("rates_per_method", args.rates_per_method, 2)
     if not args.seeds:
         raise ValueError("seeds: name at least one")
     cli.exactly_one(budget, "train_file", "dataset_name", "the training data")
     checks.check_files("recipe", budget.recipe)
     if SMAE in args.methods:
         check_pretraining(budget)
-    if BEST in args.methods:
+    if BEST in args.methods or SAME_RECIPE in args.methods:
         checks.check_files("best_recipe", budget.best_recipe)
+        flags = cli.recipe_flags(budget.best_recipe)
+        if "--model_name_or_path" in flags:  # the folder of an earlier stage, for example
+            checks.check_model(flags[flags.index("--model_name_or_path") + 1], "best_recipe: model_name_or_path")
     for name in ("unlabeled_file", "train_file"):
         checks.check_files(name, getattr(budget, name))
     checks.check_files("eval_file", args.eval_file)
     checks.check_files("sts_files", *args.sts_files)
+    checks.check_beir_dirs("beir_dirs", args.beir_dirs or [], "test")
 
 
 def check_pretraining(budget: Budget) -> None:

@@ -41,6 +41,9 @@ class FrancaSettings:
     head_input: str | None = field(
         default=None, metadata={"help": "What a head sees: slice (default) or projection, as in the released code."}
     )
+    head_output: str | None = field(
+        default=None, metadata={"help": "End of a head's MLP: unit (default), or gelu, as in the released code."}
+    )
     num_prototypes: int | None = field(default=None, metadata={"help": "Prototypes of size D; others in proportion."})
     head_num_layers: int | None = field(default=None, metadata={"help": "Layers of each head's MLP."})
     head_hidden_size: int | None = field(default=None, metadata={"help": "Inner width of that MLP."})
@@ -60,6 +63,9 @@ class FrancaSettings:
     sinkhorn_iterations: int | None = field(default=None, metadata={"help": "Sinkhorn iterations per assignment."})
     patch_weight: float | None = field(default=None, metadata={"help": "Factor of the loss at masked patches."})
     koleo_weight: float | None = field(default=None, metadata={"help": "Factor of the KoLeo regularizer."})
+    koleo_reduction: str | None = field(
+        default=None, metadata={"help": "KoLeo over the large crops: mean (default), or sum, as in the released code."}
+    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Train with ideas that were tried and dropped: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
+"""Train with prototypes of ideas: `python run_scripts/try_idea.py RECIPE.yaml --idea NAME=NUMBER ...`.
 
-It also takes finetune.py's arguments and writes the same folder; docs/lab-notes.md reports the effect of each idea.
+It also takes finetune.py's arguments and writes the same folder; docs/lab-notes.md reports the effect of those
+that were tried.
 """
 
 import argparse
@@ -21,6 +22,12 @@ IDEAS = {
     "angle_beside": "the weight of AnglE's loss, added to CoSENT",
     "weakened_directions": "shallow exits are fitted to targets whose directions are divided by their variance to this "
     "power",
+    "final_phase": "the share of the steps, at the end, in which only the exits' projections are trained",
+    "chain": "the share of the weight of score_kl with which each size learns the similarities of the next larger "
+    "size, instead of the teacher's",
+    "bank": "the number of vectors of earlier steps that score_kl compares each row with as well",
+    "balanced_gradients": "the power of a factor, mean norm over its norm, on the gradient of each exit; 1 makes the "
+    "norms equal",
 }
 
 

@@ -1,4 +1,7 @@
-"""Alignment losses: a smaller size (the student) learns from a larger one (the teacher), which is always detached."""
+"""Alignment losses: a smaller size (the student) learns from a larger one (the teacher).
+
+The teacher is detached, except in the forms of `feature_kl` in which the authors do not detach it.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +13,17 @@ from .losses import ABSENT, SCALE
 _BLOCK_SCORES = 2**18
 
 
-def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def feature_kl(student: torch.Tensor, teacher: torch.Tensor, detach: bool = True) -> torch.Tensor:
     """KL(teacher || student) between the softmaxes over the dimensions of each vector, mean over rows.
 
-    2DMSE (eq. 4) applies it to raw pooled states. Starbucks' STS code takes the softmax of raw pooled states that are
-    cut to the student's dimensions, without normalizing them, and does not detach the teacher. The objectives of this
-    project differ from that code: they cut and normalize both sides, and the teacher is detached.
+    2DMSE (eq. 4) applies it to raw pooled states of the full width. Starbucks' STS code (sts/starbucks_loss.py) takes
+    the softmax of raw pooled states that are cut to the student's dimensions, without normalizing them. Neither
+    detaches the teacher. The setting `feature_kl_form` chooses what the objectives pass to this function.
 
     Args:
         student: (rows, dim).
         teacher: (rows, dim).
+        detach: whether the teacher gets no gradient.
 
     Returns:
         the divergence, a scalar.
@@ -29,7 +33,7 @@ def feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         >>> feature_kl(x, x).item()
         0.0
     """
-    return _kl(student, teacher.detach())
+    return _kl(student, teacher.detach() if detach else teacher)
 
 
 def score_kl(student: torch.Tensor, teacher: torch.Tensor, scale: float = SCALE) -> torch.Tensor:

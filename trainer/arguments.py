@@ -12,6 +12,7 @@ from .shared.limits import COUNT, POSITIVE, WEIGHT, Range, find_problems
 # The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
 OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
 ALIGNMENTS = ("none", "feature_kl", "score_kl", "query_kl")
+FEATURE_KL_FORMS = ("raw", "raw_detached", "normalized", "normalized_detached")
 TEACHERS = ("largest", "start", "embeddings")
 # modeling_2dmse.configuration_2dmse.SIMILARITIES.
 SIMILARITIES = ("cosine", "dot")
@@ -56,6 +57,20 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     alignment_weight: float | None = field(
         default=None, metadata={"help": "Weight of the alignment. Default: 1; 0.3 for starbucks with feature_kl."}
     )
+    feature_kl_form: str = field(
+        default="raw",
+        metadata={"help": "What feature_kl compares: raw (states, teacher with gradient, as the authors), "
+                  "raw_detached, normalized or normalized_detached."},
+    )  # fmt: skip
+    draw_full_dim: bool = field(
+        default=False,
+        metadata={"help": "For 2dmse, draw the dim from the hidden size too; the released code draws only below it."},
+    )
+    separate_full_width: bool = field(
+        default=False,
+        metadata={"help": "For separate, train all dimensions and cut when evaluating (Starbucks' code), instead of "
+                  "training at the size."},
+    )  # fmt: skip
     unlabeled_weight: float = field(
         default=1.0, metadata={"help": "Weight of the alignment on texts without labels, if there are any."}
     )
@@ -157,6 +172,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             for name, value, allowed in (
                 ("objective", self.objective, OBJECTIVES),
                 ("alignment", self.alignment or "none", ALIGNMENTS),
+                ("feature_kl_form", self.feature_kl_form, FEATURE_KL_FORMS),
                 ("teacher", self.teacher, TEACHERS),
                 ("loss", self.loss or "infonce", LOSSES),
                 ("similarity", self.similarity or "cosine", SIMILARITIES),

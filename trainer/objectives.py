@@ -22,8 +22,8 @@ class Term(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `raw_feature_kl`, `score_kl`, `query_kl`,
-    `pca` or `embedding`."""
+    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `score_kl`, `query_kl`, `pca` or
+    `embedding`."""
 
     kind: str
     student: Size
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
         unlabeled: the alignments on the rows without labels.
         similarity: how embeddings are compared, `cosine` or `dot`.
         teacher_given: the teacher's states are given, so that the step needs no exit of its own for them.
+        feature_kl_form: the vectors of `feature_kl`, and whether its teacher is detached: see `Objective`.
     """
 
     terms: tuple[Term, ...]
@@ -60,6 +61,7 @@ class Plan(NamedTuple):
     unlabeled: tuple[Alignment, ...] = ()
     similarity: str = "cosine"
     teacher_given: bool = False
+    feature_kl_form: str = "raw"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -95,6 +97,12 @@ class Objective:
         embedding_weight: factor of the distance of each size's embedding to the teacher's first dimensions.
         shallow_steps: share of the steps that train only the sizes of at most a third of the layers. Such a step costs
             a third or less. It needs a teacher that is not a size of the step.
+        feature_kl_form: what `feature_kl` compares, cut to the student's dimensions: `raw` pooled states, whose teacher
+            is not detached (the form of the authors of Starbucks and 2DMSE); `raw_detached`; or `normalized` or
+            `normalized_detached` vectors.
+        draw_full_dim: whether `2dmse` draws its dim from H too; the released code draws only dims below H.
+        separate_full_width: whether `separate` trains all dimensions and is cut only when it is evaluated, as in
+            Starbucks' code.
     """
 
     name: str
@@ -110,6 +118,9 @@ class Objective:
     similarity: str = "cosine"
     embedding_weight: float = 0.0
     shallow_steps: float = 0.0
+    feature_kl_form: str = "raw"
+    draw_full_dim: bool = False
+    separate_full_width: bool = False
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
@@ -123,8 +134,10 @@ class Objective:
             spec = replace(spec, unlabeled_weight=0.0, embedding_weight=0.0)
             unlabeled = spec.plan(rng).alignments
             rng.setstate(state)  # so that both have the same sizes
-        plan = OBJECTIVES[self.name](self, rng)._replace(unlabeled=unlabeled, similarity=self.similarity)
-        if self.teacher != "largest":
+        plan = OBJECTIVES[self.name](self, rng)._replace(
+            unlabeled=unlabeled, similarity=self.similarity, feature_kl_form=self.feature_kl_form
+        )
+        if self.teacher != "largest" and self.name != "separate":
             taught = {a.teacher: a.weight for a in plan.alignments}
             alignments = (Alignment(self.kind, size, size, weight) for size, weight in taught.items())
             plan = plan._replace(alignments=plan.alignments + tuple(alignments))
@@ -174,7 +187,7 @@ class Objective:
 
 
 def geometric_dims(hidden_size: int, smallest: int = 8) -> list[int]:
-    """The dims that `2dmse` draws from: 8, 16, 32, ... below H, and H.
+    """8, 16, 32, ... below H, and H.
 
     Examples:
         >>> geometric_dims(384)
@@ -188,17 +201,22 @@ def geometric_dims(hidden_size: int, smallest: int = 8) -> list[int]:
 
 
 def plan_2dmse(spec: Objective, rng: random.Random) -> Plan:
-    """loss(N,H) + loss(k,H)/k + T ln(2+k) KL(k, N) + loss(N,d) + loss(k,d)/k (2DMSE, section 3.2; T = 1)."""
+    """loss(N,H) + loss(k,H)/k + T ln(2+k) KL(k, N) + loss(N,d) + loss(k,d)/k, with T = 1.
+
+    The weights are those of the authors' code, not of the paper. 1/k is in the releases 0.3.8 to 0.3.10 of angle-emb,
+    ln(2+k) only in the repository between 2024-02-29 and 2024-03-02; in the first release with 2DMSE, 0.3.4, all
+    weights are 1. All of them draw d from 8, 16, 32, ... below H.
+    """
     n, h = spec.num_layers, spec.hidden_size
-    dim = rng.choice(geometric_dims(h))
+    dims = geometric_dims(h)
+    dim = rng.choice(dims if spec.draw_full_dim else dims[:-1] or dims)
     if n == 1:
         return Plan((Term(Size(1, h), 1.0), Term(Size(1, dim), 1.0)))
     k = rng.randint(1, n - 1)
     full, shallow = Size(n, h), Size(k, h)
     terms = (Term(full, 1.0), Term(shallow, 1 / k), Term(Size(n, dim), 1.0), Term(Size(k, dim), 1 / k))
     weight = math.log(2 + k) * _weight(spec, 1.0)
-    kind = "raw_feature_kl" if spec.kind == "feature_kl" else spec.kind
-    return Plan(terms, () if kind == "none" else (Alignment(kind, shallow, full, weight),))
+    return Plan(terms, () if spec.kind == "none" else (Alignment(spec.kind, shallow, full, weight),))
 
 
 def plan_starbucks(spec: Objective, rng: random.Random) -> Plan:
@@ -219,14 +237,26 @@ def plan_matryoshka(spec: Objective, rng: random.Random) -> Plan:
 
 
 def plan_separate(spec: Objective, rng: random.Random) -> Plan:
-    """loss at the largest size of the ladder only, as for a small model that is trained alone (Starbucks, table A1)."""
-    return Plan((Term(spec.ladder[-1], 1.0),))
+    """loss at the largest size of the ladder only, as for a small model that is trained alone (Starbucks, table A1).
+
+    The authors' code trains all dimensions of the cut model and cuts the embeddings when it evaluates
+    (`separate_full_width`). With a teacher's embeddings, the size also learns their similarities.
+    """
+    size = spec.ladder[-1]
+    full = Size(size.num_layers, spec.hidden_size)
+    student = full if spec.separate_full_width else size
+    aligned = spec.teacher == "embeddings" and spec.kind != "none"
+    alignments = (Alignment(spec.kind, student, full, _weight(spec, 1.0)),) if aligned else ()
+    return Plan((Term(student, 1.0),), alignments)
 
 
 def plan_espresso(spec: Objective, rng: random.Random) -> Plan:
-    """loss(N,H) + sum over layers n of w_n (loss(n,k) + PCA alignment at n), w_n = 1 / (1 + ln n), w_N = 1 (ESE)."""
+    """loss(N,H) + sum over layers n of w_n (loss(n,k) + PCA alignment at n) (ESE).
+
+    w_n = 1 / ((1 + ln n) (N - 1)) below the last layer, as in the authors' code, and w_N = 1.
+    """
     n, k = spec.num_layers, min(spec.compression_dim, spec.hidden_size)
-    weights = {layer: 1 / (1 + math.log(layer)) for layer in range(1, n)} | {n: 1.0}
+    weights = {layer: 1 / ((1 + math.log(layer)) * (n - 1)) for layer in range(1, n)} | {n: 1.0}
     terms = [Term(Size(n, spec.hidden_size), 1.0)]
     terms += [Term(Size(layer, k), weight) for layer, weight in weights.items()]
     factor = _weight(spec, 1.0)

@@ -151,6 +151,9 @@ def make_objective(
         similarity=encoder.config.similarity,
         embedding_weight=args.embedding_weight,
         shallow_steps=args.shallow_steps,
+        feature_kl_form=args.feature_kl_form,
+        draw_full_dim=args.draw_full_dim,
+        separate_full_width=args.separate_full_width,
     )
     if args.shallow_steps:
         _check_shallow_steps(objective)
@@ -161,6 +164,10 @@ def make_objective(
     if args.teacher != "largest" and objective.kind not in ("score_kl", "query_kl"):
         raise ValueError(
             f"teacher: {args.teacher} needs the alignment score_kl or query_kl, but the alignment is {objective.kind}"
+        )
+    if args.teacher == "start" and args.objective == "separate":
+        raise ValueError(
+            "teacher: start would be the cut model itself for separate; use embeddings, or largest for none"
         )
     if with_unlabeled and not objective.plan(random.Random(0)).unlabeled:
         raise ValueError(

@@ -126,13 +126,13 @@ def feature_kl(students: torch.Tensor, teachers: torch.Tensor, dims: Sequence[in
 
     Args:
         students: (S, rows, largest dim).
-        teachers: as `students`; they are detached.
+        teachers: as `students`; they get a gradient, unless the caller has detached them.
         dims: the dim of each size.
     """
     outside = (torch.arange(students.shape[-1], device=students.device) >= _numbers(dims, students)[:, None])[:, None]
     student, teacher = (
         F.log_softmax(side.masked_fill(outside, -torch.inf), dim=-1).masked_fill(outside, 0.0)
-        for side in (students, teachers.detach())
+        for side in (students, teachers)
     )
     share = teacher.exp().masked_fill(outside, 0.0)
     return (share * (teacher - student)).sum(dim=(-2, -1)) / students.shape[1]

@@ -66,7 +66,7 @@ def plan_parts(
         given = start if alignment.kind in _OF_START else None
         above = state(alignment.teacher.num_layers) if given is None else given
         sides = part(state(alignment.student.num_layers)), part(above)
-        return _distance(alignment, *sides, plan.similarity, rows.counts[0], scale)
+        return _distance(alignment, *sides, plan, rows.counts[0], scale)
 
     # No tensor has a name here: it would stay in memory during the caller's backward pass and the next parts.
     for size, weight in plan.terms:
@@ -107,49 +107,68 @@ def plan_groups(
     sides = {"alignment": slice(0, labeled), "unlabeled": slice(labeled, None)}
 
     @functools.cache  # losses and alignments are of the same vectors
-    def vectors(sizes: tuple[Size, ...], side: str) -> torch.Tensor:
+    def vectors(sizes: tuple[Size, ...], side: str, similarity: str) -> torch.Tensor:
         index = [plan.layers.index(size.num_layers) for size in sizes]
         exits = states
         if index != list(range(len(states))):
             exits = states.index_select(0, to_device(np.asarray(index), states.device))
-        return stacked.to_embeddings(exits[:, sides[side]], [size.dim for size in sizes], plan.similarity)
+        return stacked.to_embeddings(exits[:, sides[side]], [size.dim for size in sizes], similarity)
 
     if plan.terms:
         sizes = tuple(term.size for term in plan.terms)
-        embeddings = vectors(sizes, "alignment")
+        embeddings = vectors(sizes, "alignment", plan.similarity)
         values = stacked.base_loss(loss, embeddings, [size.dim for size in sizes], rows, scale)
         yield [f"loss/{size}" for size in sizes], [term.weight for term in plan.terms], values
     for name, alignments in (("alignment", plan.alignments), ("unlabeled", plan.unlabeled)):
         for (kind, teacher), found in itertools.groupby(_stackable(alignments), lambda a: (a.kind, a.teacher)):
             group = list(found)
-            students, weights = (
-                tuple(alignment.student for alignment in group),
-                [alignment.weight for alignment in group],
-            )
-            embeddings, dims = vectors(students, name), [size.dim for size in students]
+            students = tuple(alignment.student for alignment in group)
+            embeddings, dims = vectors(students, name, _compared_as(plan, kind)), [size.dim for size in students]
             given = start if kind in _OF_START else None
             above = states[plan.layers.index(teacher.num_layers)] if given is None else given
-            above = above.detach()[sides[name]]
-            if kind in _OF_SCORES:
-                target = to_embeddings(above, teacher.dim, plan.similarity)
-                values = (
-                    stacked.score_kl(embeddings, target, scale)
-                    if kind == "score_kl"
-                    else stacked.query_kl(embeddings, target, rows.counts[0], scale)
-                )
-            else:
-                targets = stacked.to_embeddings(above.expand(len(dims), *above.shape), dims, plan.similarity)
-                values = (
-                    stacked.embedding_distance(embeddings, targets)
-                    if kind == "embedding"
-                    else stacked.feature_kl(embeddings, targets, dims)
-                )
-            yield [_name(name, alignment) for alignment in group], weights, values
+            values = _distances(plan, kind, teacher, embeddings, dims, above[sides[name]], rows.counts[0], scale)
+            yield [_name(name, alignment) for alignment in group], [alignment.weight for alignment in group], values
     others = [tuple(a for a in kept if a.kind not in _STACKED) for kept in (plan.alignments, plan.unlabeled)]
     alone = plan._replace(terms=(), alignments=others[0], unlabeled=others[1])
     exits = [states[plan.layers.index(num_layers)] for num_layers in alone.layers]
     for part, weight, value in plan_parts(alone, exits, rows, loss, scale):
         yield [part], [weight], value[None]
+
+
+def _distances(
+    plan: Plan,
+    kind: str,
+    teacher: Size,
+    students: torch.Tensor,
+    dims: Sequence[int],
+    above: torch.Tensor,
+    queries: int,
+    scale: float,
+) -> torch.Tensor:
+    """(S,), the distance of each size's vectors, (S, rows, largest dim), to the teacher's states, (rows, H)."""
+    if kind != "feature_kl" or _detaches(plan):
+        above = above.detach()
+    if kind in _OF_SCORES:
+        target = to_embeddings(above, teacher.dim, plan.similarity)
+        if kind == "score_kl":
+            return stacked.score_kl(students, target, scale)
+        return stacked.query_kl(students, target, queries, scale)
+    targets = stacked.to_embeddings(above.expand(len(dims), *above.shape), dims, _compared_as(plan, kind))
+    if kind == "embedding":
+        return stacked.embedding_distance(students, targets)
+    return stacked.feature_kl(students, targets, dims)
+
+
+def _compared_as(plan: Plan, kind: str) -> str:
+    """The similarity whose vectors an alignment compares: those of `dot` are not normalised."""
+    if kind != "feature_kl":
+        return plan.similarity
+    return "dot" if plan.feature_kl_form.startswith("raw") else "cosine"
+
+
+def _detaches(plan: Plan) -> bool:
+    """Whether the teacher of `feature_kl` is detached."""
+    return plan.feature_kl_form.endswith("_detached")
 
 
 def _name(side: str, alignment: Alignment) -> str:
@@ -231,17 +250,17 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _distance(
-    alignment: Alignment, state: torch.Tensor, teacher: torch.Tensor, similarity: str, queries: int, scale: float
+    alignment: Alignment, state: torch.Tensor, teacher: torch.Tensor, plan: Plan, queries: int, scale: float
 ) -> torch.Tensor:
     """The distance of one exit's states (rows, H) to the teacher's states (rows, H)."""
     kind, dim = alignment.kind, alignment.student.dim
     if kind == "pca":
         return pca_distance(state, dim)
-    if kind == "raw_feature_kl":
-        return feature_kl(state, teacher)
+    similarity = _compared_as(plan, kind)
     student = to_embeddings(state, dim, similarity)
-    if kind in ("feature_kl", "embedding"):
-        distance = feature_kl if kind == "feature_kl" else embedding_distance
-        return distance(student, to_embeddings(teacher, dim, similarity))
+    if kind == "feature_kl":
+        return feature_kl(student, to_embeddings(teacher, dim, similarity), _detaches(plan))
+    if kind == "embedding":
+        return embedding_distance(student, to_embeddings(teacher, dim, similarity))
     target = to_embeddings(teacher, alignment.teacher.dim, similarity)
     return score_kl(student, target, scale) if kind == "score_kl" else query_kl(student, target, queries, scale)

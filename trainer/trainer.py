@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import SchedulerType, set_seed
+from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from modeling_2dmse import TwoDMSEModel
@@ -21,11 +21,12 @@ from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
 from .compiling import compile_layers
 from .data import texts_to_fit
+from .description import describe_run
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
-from .losses import SCALES, Rows
+from .losses import Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
@@ -342,38 +343,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
 
     def describe(self) -> dict[str, object]:
         """The settings that a model card shows."""
-        args, config = self.args, self.encoder.config
-        return {
-            "rows": len(self.train_dataset),
-            "sizes": " ".join(map(str, self.ladder)),
-            "loss": args.loss,
-            "alignment": self.objective.kind,
-            "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "steps": self.state.max_steps,
-            "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
-            "max_length": args.max_length,
-            "seed": args.seed,
-        } | {
-            name: value
-            for name, value, default in (
-                ("alignment weight", args.alignment_weight, None),
-                ("teacher", args.teacher, "largest"),
-                ("cross size weight", args.cross_size_weight, 0),
-                ("embedding weight", args.embedding_weight, 0),
-                ("shallow steps", args.shallow_steps, 0),
-                ("exit projections", args.exit_projections, False),
-                ("initial share", args.initial_share, 0),
-                ("similarity", config.similarity, "cosine"),
-                ("query prompt", config.prompts.get("query", ""), ""),
-                ("document prompt", config.prompts.get("document", ""), ""),
-                ("max_query_length", args.max_query_length, None),
-                ("guide", self.guide and self.guide.name, None),
-                ("loss scale", args.loss_scale, SCALES[config.similarity]),
-                ("dropout", args.dropout, True),
-                ("weight on unlabeled texts", self.objective.unlabeled_weight, 0),
-            )
-            if value != default
-        }
+        return describe_run(self)
 
     def create_model_card(self, *args, model_name=None, license=None, finetuned_from=None, **kwargs):
         """Write the model card of this project, unless a script has already written a more complete one."""

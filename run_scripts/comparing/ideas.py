@@ -1,12 +1,16 @@
-"""Trainers of the ideas that were tried for our recipe and dropped; docs/lab-notes.md reports the effect of each.
+"""Trainers of the ideas that were tried for our recipe, or are still to be tried; docs/lab-notes.md reports effects.
 
 Each is a TwoDMSETrainer that changes one thing. The attribute with the idea's name, a number, sets how much.
 """
 
 import random
 
+import torch
+
 from modeling_2dmse import Size
+from modeling_2dmse.encoding import to_embeddings
 from trainer import TwoDMSETrainer
+from trainer.alignment import query_kl, score_kl
 from trainer.averaging import initial_shares
 from trainer.data import texts_to_fit
 from trainer.losses import SCORE_LOSSES, angle, cosent
@@ -114,6 +118,117 @@ class WeakenedDirections(TwoDMSETrainer):
             projection.weight.data.mul_(factor[:, None])
 
 
+class FinalPhase(TwoDMSETrainer):
+    """In the last share of the steps, only the exits' projections are trained; all other weights are frozen."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.encoder.exit_projections is None:
+            raise ValueError("idea: final_phase needs exits with projections (--exit_projections true)")
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step >= (1 - self.final_phase) * self.state.max_steps:
+            for name, parameter in self.encoder.named_parameters():
+                parameter.requires_grad_(name.startswith("exit_projections."))
+        return super().training_step(*args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.encoder.requires_grad_(True)
+
+
+class StateIdea(PlanIdea):
+    """An idea that adds to the loss of a step, or to its gradient, from the pooled states."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.gradient_cache_chunk_size is not None or self.args.world_size > 1:
+            raise ValueError("idea: it needs one process and no gradient_cache_chunk_size")
+
+    def change(self, plan):
+        self.step_plan = super().change(plan)
+        return self.step_plan
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + self.more_loss(outputs.layer_embeddings, sum(inputs["counts"]))
+        return (loss, outputs) if return_outputs else loss
+
+    def more_loss(self, states: torch.Tensor, labeled: int) -> torch.Tensor | float:
+        """What is added to the loss, from the states (L, rows, H), whose first `labeled` rows have labels."""
+        return 0.0
+
+    def embedding(self, states: torch.Tensor, size: Size, labeled: int) -> torch.Tensor:
+        """(labeled, dim), the embeddings of a size."""
+        state = states[self.step_plan.layers.index(size.num_layers)][:labeled]
+        return to_embeddings(state, size.dim, self.encoder.config.similarity)
+
+
+class Chain(StateIdea):
+    """A share of the weight of score_kl goes to the similarities of the next larger size of the same step."""
+
+    def change(self, plan):
+        self.chained = [a for a in plan.alignments if a.kind == "score_kl" and a.student != self.ladder[-1]]
+        less = [a._replace(weight=a.weight * (1 - self.chain)) if a in self.chained else a for a in plan.alignments]
+        return super().change(plan._replace(alignments=tuple(less)))
+
+    def more_loss(self, states, labeled):
+        total = super().more_loss(states, labeled)
+        for alignment in self.chained:
+            larger = self.ladder[self.ladder.index(alignment.student) + 1]
+            student, teacher = (self.embedding(states, size, labeled) for size in (alignment.student, larger))
+            total = total + alignment.weight * self.chain * score_kl(student, teacher, self.loss_scale)
+        return total
+
+
+class Bank(StateIdea):
+    """score_kl also compares each row with the vectors of earlier steps (cross-batch memory, Wang et al. 2020)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.teacher == "embeddings":
+            raise ValueError("idea: bank needs the teacher largest or start")
+        self.banks: dict[Size, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.start_state: torch.Tensor | None = None
+
+    def _start_state(self, *args, **kwargs):
+        self.start_state = super()._start_state(*args, **kwargs)
+        return self.start_state
+
+    def more_loss(self, states, labeled):
+        total = super().more_loss(states, labeled)
+        for alignment in self.step_plan.alignments:
+            if alignment.kind != "score_kl":
+                continue
+            student = self.embedding(states, alignment.student, labeled)
+            teacher = self.embedding(states, alignment.teacher, labeled).detach()
+            if self.start_state is not None:
+                state = self.start_state[:labeled]
+                teacher = to_embeddings(state, alignment.teacher.dim, self.encoder.config.similarity)
+            now, kept = (student, teacher), self.banks.get(alignment.student)
+            if kept is not None:
+                sides = [torch.cat(pair) for pair in zip(now, kept, strict=True)]
+                total = total + alignment.weight * query_kl(*sides, len(student), self.loss_scale)
+            joined = now if kept is None else [torch.cat(pair) for pair in zip(kept, now, strict=True)]
+            self.banks[alignment.student] = tuple(side.detach()[-int(self.bank) :] for side in joined)
+        return total
+
+
+class BalancedGradients(StateIdea):
+    """Each exit's gradient is multiplied by (mean norm / its norm) to a power: 1 makes the norms of all exits equal."""
+
+    def more_loss(self, states, labeled):
+        if states.requires_grad:
+            states.register_hook(self._balance)
+        return super().more_loss(states, labeled)
+
+    def _balance(self, gradient: torch.Tensor) -> torch.Tensor:
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return gradient * ((norms.mean() / norms) ** self.balanced_gradients)[:, None, None]
+
+
 TRAINERS = {
     "own_alignment": OwnAlignment,
     "largest_loss": LargestLoss,
@@ -122,6 +237,10 @@ TRAINERS = {
     "layerwise_rates": LayerwiseRates,
     "angle_beside": AngleBeside,
     "weakened_directions": WeakenedDirections,
+    "final_phase": FinalPhase,
+    "chain": Chain,
+    "bank": Bank,
+    "balanced_gradients": BalancedGradients,
 }
 
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from run_scripts.finetune import ModelArguments
     from trainer import TwoDMSETrainingArguments
 
-UNTRAINED, SEPARATE, PEER, SMAE, BEST = "untrained", "separate", "sentence-transformers-2d", "smae-starbucks", "best"
+UNTRAINED, PROJECTIONS, PCA = "untrained", "projections", "pca"
+SEPARATE, SAME_RECIPE = "separate", "separate-same-recipe"
+PEER, PEER_ALL = "sentence-transformers-2d", "sentence-transformers-2d-all"
+SMAE, BEST = "smae-starbucks", "best"
 # The flags of finetune.py that make a method; they come after those of the shared recipe.
 FLAGS = {
     SEPARATE: ("--objective", "separate", "--alignment", "none"),
@@ -24,7 +27,11 @@ FLAGS = {
     "starbucks-score_kl": ("--objective", "starbucks", "--alignment", "score_kl"),
     SMAE: ("--objective", "starbucks", "--alignment", "score_kl"),
 }
-METHODS = (UNTRAINED, *FLAGS, PEER, BEST)
+# Without training: nothing, exit projections fitted to the full size, or to each exit's own principal components.
+WITHOUT_TRAINING = (UNTRAINED, PROJECTIONS, PCA)
+# A model for each size.
+PER_SIZE = (SEPARATE, SAME_RECIPE)
+METHODS = (*WITHOUT_TRAINING, *FLAGS, PEER, PEER_ALL, SAME_RECIPE, BEST)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Budget:
     )  # fmt: skip
     best_recipe: str = field(
         default=str(cli.RECIPES / "minilm-best.yaml"),
-        metadata={"help": "Recipe of finetune.py for `best`. Default: minilm-best.yaml."},
+        metadata={"help": "Recipe of finetune.py for `best` and `separate-same-recipe`. Default: minilm-best.yaml."},
     )
     pretrain_recipe: str = field(
         default=str(cli.RECIPES / "smae-quick.yaml"),
@@ -54,8 +61,10 @@ class Budget:
         default=None, metadata={"help": "Plain text for SMAE, if its recipe does not name a dataset."}
     )
     unlabeled_file: str | None = field(
-        default=None, metadata={"help": "Texts without labels for `best`, in a format that finetune.py reads."}
-    )
+        default=None,
+        metadata={"help": "Texts without labels for `best` and `separate-same-recipe`, in a format that finetune.py "
+                  "reads."},
+    )  # fmt: skip
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of every method. Default: the recipes' value."}
     )
@@ -113,7 +122,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Unit:
-    """One method, or `separate` at one size: what a learning rate is chosen for."""
+    """One method, or a separate model of one size: what a learning rate is chosen for."""
 
     method: str
     size: str | None = None
@@ -123,9 +132,9 @@ class Unit:
 
 
 def units(methods: list[str], ladder: list[Size]) -> list[Unit]:
-    """One unit per method, and for `separate` one per size."""
+    """One unit per method, and one per size for the methods with a model for each size."""
     return [
         unit
         for method in methods
-        for unit in ([Unit(method, str(size)) for size in ladder] if method == SEPARATE else [Unit(method)])
+        for unit in ([Unit(method, str(size)) for size in ladder] if method in PER_SIZE else [Unit(method)])
     ]

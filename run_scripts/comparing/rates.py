@@ -3,16 +3,19 @@
 from collections.abc import Callable, Sequence
 
 
-def choose_rate(rates: Sequence[float], score: Callable[[float], float]) -> float:
+def choose_rate(rates: Sequence[float], score: Callable[[float], float], count: int | None = None) -> float:
     """
-    The rate with the highest score, found by climbing from the middle of the set towards the better side.
+    The best of a number of rates that is the same for every method, found by climbing from the middle of the set.
+
+    The two middle rates are tried first, and then always the untried rate that is nearest to the best one so far.
 
     Args:
-        rates: ascending. All on one side are tried only if the score keeps rising.
-        score: gives a rate's score; it is called at most once per rate.
+        rates: ascending.
+        score: gives a rate's score; it is called once for each rate that is tried.
+        count: how many rates are tried, at least 2; default: all.
 
     >>> tried = []
-    >>> choose_rate([1, 2, 4, 8, 16], lambda rate: tried.append(rate) or -abs(rate - 8))
+    >>> choose_rate([1, 2, 4, 8, 16], lambda rate: tried.append(rate) or -abs(rate - 8), 3)
     8
     >>> tried
     [4, 8, 16]
@@ -20,13 +23,10 @@ def choose_rate(rates: Sequence[float], score: Callable[[float], float]) -> floa
     if len(rates) == 1:
         return rates[0]
     left = (len(rates) - 1) // 2
-    best, other = left, left + 1
-    scores = {index: score(rates[index]) for index in (best, other)}
-    step = 1 if scores[other] > scores[best] else -1
-    best = max(scores, key=scores.get)
-    while 0 <= best + step < len(rates):
-        scores[best + step] = score(rates[best + step])
-        if scores[best + step] <= scores[best]:
-            break
-        best += step
-    return rates[best]
+    scores = {index: score(rates[index]) for index in (left, left + 1)}
+    while len(scores) < min(count or len(rates), len(rates)):
+        best = max(scores, key=scores.get)
+        untried = (index for index in range(len(rates)) if index not in scores)
+        index = min(untried, key=lambda index: abs(index - best))
+        scores[index] = score(rates[index])
+    return rates[max(scores, key=scores.get)]

@@ -9,21 +9,24 @@ from run_scripts.shared import plots
 from .methods import METHODS
 
 
-def means(rows: list[dict], train: str, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+def means(
+    rows: list[dict], train: str, tasks: Sequence[str], kind: str = "scores"
+) -> dict[str, dict[str, dict[int, float]]]:
     """
     Mean over tasks of the scores, as {method: {size: {seed: score}}}, methods in the order of METHODS.
 
     Args:
-        rows: `rows` of the results file; a row of `separate` holds one size.
+        rows: `rows` of the results file; a row of a separate model has one size.
         train: name of the training data whose rows are taken.
         tasks: names of the tasks that are averaged.
+        kind: `scores` for sentence pairs, `retrieval` for search.
     """
     found: dict[str, dict[str, dict[int, float]]] = {method: {} for method in METHODS}
     for row in rows:
-        if row["train"] != train:
+        if row["train"] != train or kind not in row:
             continue
-        for size in row["scores"][tasks[0]]:
-            value = statistics.fmean(row["scores"][task][size] for task in tasks)
+        for size in row[kind][tasks[0]]:
+            value = statistics.fmean(row[kind][task][size] for task in tasks)
             found[row["method"]].setdefault(size, {})[row["seed"]] = value
     return {method: sizes for method, sizes in found.items() if sizes}
 
@@ -43,6 +46,47 @@ def ladder_means(sizes: dict[str, dict[int, float]], names: Sequence[str]) -> di
     """{seed: mean over the ladder}, for the seeds that have a score at every size."""
     seeds = set.intersection(*(set(sizes.get(name, {})) for name in names))
     return {seed: statistics.fmean(sizes[name][seed] for name in names) for seed in sorted(seeds)}
+
+
+def tried(search: list[dict], rows: list[dict], train: str) -> list[dict]:
+    """
+    What was tried for whom: the learning rates of each method, or of each of its separate models, and the chosen one.
+
+    Args:
+        search: `search` of the results file.
+        rows: `rows` of the results file.
+        train: name of the training data.
+
+    Returns:
+        per method and size: `settings`, the number of rates that were tried, `rates` with their mean score on the held
+        out data, and `chosen`; a method without training has no rates.
+    """
+    entries: dict[tuple, dict] = {}
+    for row in [row for row in rows if row["train"] == train]:
+        key = {name: row[name] for name in ("method", "size") if name in row}
+        mine = [run for run in search if run["train"] == train and all(run.get(k) == v for k, v in key.items())]
+        scores = {run["learning_rate"]: _only_mean(run["scores"]) for run in mine}
+        rates = {f"{rate:g}": scores[rate] for rate in sorted(scores)}
+        chosen = row["learning_rate"]
+        entries[tuple(key.values())] = key | {"settings": len(rates), "rates": rates, "chosen": chosen}
+    return sorted(entries.values(), key=lambda entry: METHODS.index(entry["method"]))
+
+
+def tried_table(entries: list[dict]) -> str:
+    """Markdown: a line per method, or per separate model."""
+    lines = ["| method | settings tried | learning rates, with the score they are chosen by | chosen |"]
+    lines.append("|---|---:|---|---:|")
+    for entry in entries:
+        rates = ", ".join(f"{rate}: {100 * score:.2f}" for rate, score in entry["rates"].items())
+        name = " ".join(entry[part] for part in ("method", "size") if part in entry)
+        chosen = "" if entry["chosen"] is None else f"{entry['chosen']:g}"
+        lines.append(f"| {name} | {entry['settings']} | {rates} | {chosen} |")
+    return "\n".join(lines)
+
+
+def _only_mean(scores: dict[str, dict[str, float]]) -> float:
+    (sizes,) = scores.values()  # rates are chosen by one task
+    return statistics.fmean(sizes.values())
 
 
 def _cell(values: list[float]) -> str:

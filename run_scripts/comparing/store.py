@@ -19,7 +19,7 @@ KEYS = ("train", "method", "size", "learning_rate", "seed")
 
 class Store:
     """
-    `{"settings": {...}, "search": [...], "rows": [...]}` in a file.
+    `{"settings": {...}, "search": [...], "rows": [...], "tried": [...]}` in a file.
 
     Args:
         path: of the file.
@@ -64,16 +64,29 @@ class Store:
             content[kind].append(row)
             self._write(content)
 
+    def search(self) -> list[dict]:
+        """The finished runs from which learning rates are chosen, of all training data."""
+        return self._read()["search"]
+
+    def note_tried(self, entries: list[dict]) -> None:
+        """Write which settings were tried for each method on this training data; it replaces what was there."""
+        with claim(self.lock, wait=True):
+            content = self._read()
+            others = [old for old in content["tried"] if old["train"] != self.train]
+            content["tried"] = others + [{"train": self.train, **entry} for entry in entries]
+            self._write(content)
+
     @staticmethod
     def _key(row: dict, names: Sequence[str] = KEYS) -> tuple:
         return tuple(row.get(name) for name in names)
 
     def _read(self) -> dict:
         if not self.path.is_file():
-            return {"settings": {}, "search": [], "rows": []}
+            return {"settings": {}, "search": [], "rows": [], "tried": []}
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            return {"settings": content["settings"], "search": content["search"], "rows": content["rows"]}
+            parts = {name: content[name] for name in ("settings", "search", "rows")}
+            return parts | {"tried": content.get("tried", [])}
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"results_file: {self.path} is not a file of this script: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import set_seed
@@ -11,28 +12,31 @@ from run_scripts import finetune, pretrain
 from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 
-from .methods import BEST, FLAGS, PEER, SMAE, Budget, Unit
+from . import fitting
+from .methods import BEST, FLAGS, PCA, PEER, PEER_ALL, PROJECTIONS, SAME_RECIPE, SMAE, Budget, Unit
 from .store import claim
 
-# A run of the comparison is evaluated afterwards, on all tasks at once.
-QUIET = ("--max_eval_samples", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
-QUIET += ("--report_to", "none")
 
-
-def train(unit: Unit, rate: float, seed: int, budget: Budget, folder: Path) -> str:
+def train(unit: Unit, rate: float | None, seed: int, budget: Budget, folder: Path) -> str:
     """
     The folder of a trained model. A finished run is not repeated; a run that was stopped starts again.
 
     Args:
-        folder: holds the models of this training data; the model that SMAE pre-trains is written next to it.
+        rate: learning rate; None for a method without training.
+        folder: has the models of this training data; the model that SMAE pre-trains is written next to it.
     """
-    target = folder / f"{unit}-{rate:g}-{seed}"
+    target = folder / (f"{unit}-{seed}" if rate is None else f"{unit}-{rate:g}-{seed}")
     if target.is_dir():
         return str(target)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if unit.method == PEER:
-        _train_peer(rate, seed, budget, str(partial))
+    if unit.method in (PROJECTIONS, PCA):
+        fitting.fit(unit.method, budget.recipe, seed, budget, str(partial))
+    elif unit.method in (PEER, PEER_ALL):
+        _train_peer(rate, seed, budget, str(partial), every=unit.method == PEER_ALL)
+    elif unit.method == SAME_RECIPE:
+        start = _once(folder / f"start-{seed}", lambda path: fitting.write_start(seed, budget, path))
+        fitting.train_same_recipe(unit, rate, seed, budget, str(partial), str(start))
     else:
         pretrained = _pretrained(budget, folder.with_name("smae")) if unit.method == SMAE else None
         _finetune(unit, rate, seed, budget, str(partial), pretrained)
@@ -42,7 +46,8 @@ def train(unit: Unit, rate: float, seed: int, budget: Budget, folder: Path) -> s
 
 def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str, pretrained: str | None) -> None:
     flags = [budget.best_recipe if unit.method == BEST else budget.recipe, *budget.data_flags]
-    flags += [*FLAGS.get(unit.method, ()), *QUIET, *budget.flags, "--learning_rate", str(rate), "--seed", str(seed)]
+    flags += [*FLAGS.get(unit.method, ()), *fitting.QUIET, *budget.flags]
+    flags += ["--learning_rate", str(rate), "--seed", str(seed)]
     if unit.size is not None:
         flags += ["--sizes", unit.size]
     if unit.method == BEST and budget.unlabeled_file is not None:
@@ -54,19 +59,34 @@ def _finetune(unit: Unit, rate: float, seed: int, budget: Budget, folder: str, p
 
 def _pretrained(budget: Budget, folder: Path) -> str:
     """The encoder that SMAE pre-trains, once for all seeds and training data."""
-    with claim(folder.with_name("smae.lock"), wait=True):
+
+    def run(partial: str) -> None:
+        flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
+        flags += [*budget.precision, "--save_strategy", "no", "--disable_tqdm", "true"]
+        pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", partial])
+
+    return str(_once(folder, run) / "encoder")
+
+
+def _once(folder: Path, make: Callable[[str], None]) -> Path:
+    """A folder that several runs use, made by the first of them; `make` writes it."""
+    with claim(folder.with_name(f"{folder.name}.lock"), wait=True):
         if not folder.is_dir():
-            partial = folder.with_name("smae.partial")
+            partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            flags = ["--train_file", budget.pretrain_file] if budget.pretrain_file else []
-            flags += [*budget.precision, "--save_strategy", "no", "--disable_tqdm", "true"]
-            pretrain.main([budget.pretrain_recipe, *flags, "--report_to", "none", "--output_dir", str(partial)])
+            make(str(partial))
             os.replace(partial, folder)
-    return str(folder / "encoder")
+    return folder
 
 
-def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
-    """Train with sentence-transformers' Matryoshka2dLoss, its default sampling and its own trainer."""
+def _train_peer(rate: float, seed: int, budget: Budget, folder: str, every: bool) -> None:
+    """
+    Train with sentence-transformers' Matryoshka2dLoss and its own trainer.
+
+    Args:
+        every: train every layer and dim in each step, instead of the last layer, one other layer and one dim (the
+            loss's default).
+    """
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer import losses
 
@@ -91,6 +111,7 @@ def _train_peer(rate: float, seed: int, budget: Budget, folder: str) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    loss = losses.Matryoshka2dLoss(peer, inner, dims)
+    sampling = {"n_layers_per_step": -1, "n_dims_per_step": -1} if every else {}
+    loss = losses.Matryoshka2dLoss(peer, inner, dims, **sampling)
     SentenceTransformerTrainer(model=peer, args=arguments, train_dataset=rows, loss=loss).train()
     peer.save(folder)

@@ -53,7 +53,7 @@ def make_trainer(
     train, evaluation = load_tables(data_args, args)
     rows = sum(map(len, train))
     _check_batches(args, rows)
-    encoder = _load_model(model_args, args)
+    encoder = load_model(model_args, args)
     models.check_training_length(args, encoder.max_length)
     unlabeled = None
     if data_args.unlabeled_file is not None:
@@ -240,7 +240,8 @@ def _load_guide(model_args: ModelArguments) -> TwoDMSEModel | None:
     return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
 
 
-def _load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+def load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+    """The model to train, cut to the sizes that are trained."""
     encoder = models.load_encoder(
         model_args.model_name_or_path,
         args.sizes,

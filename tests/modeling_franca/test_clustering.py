@@ -37,6 +37,25 @@ def cosines(rows: int, prototypes: int, seed: int = 0) -> torch.Tensor:
     return torch.rand((rows, prototypes), generator=generator) * 2 - 1
 
 
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("output", ["unit", "gelu"])
+def test_a_head_ends_in_a_unit_vector_or_as_the_released_one_in_a_gelu(output, num_layers):
+    head = NestedClusteringHead(8, (4, 8), (3, 6), "slice", num_layers, 12, 5, output).double()
+    rows = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for level, (size, found) in enumerate(zip((4, 8), head(rows), strict=True)):
+        linears = [module for module in head.mlps[level] if isinstance(module, torch.nn.Linear)]
+        for row in range(7):
+            x = rows[row, :size]
+            for place, linear in enumerate(linears):
+                x = torch.stack([(w * x).sum() + b for w, b in zip(linear.weight, linear.bias, strict=True)])
+                if place < num_layers - 1 or (output == "gelu" and num_layers > 1):
+                    x = torch.stack([0.5 * v * (1 + torch.erf(v / math.sqrt(2))) for v in x])
+            if output == "unit":
+                x = x / x.norm()
+            expected = [(x * p / p.norm()).sum().item() for p in head.prototypes[level].weight]
+            assert found[row].tolist() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 def test_sinkhorn_is_the_plain_loop(iterations):
     scores = cosines(13, 5)

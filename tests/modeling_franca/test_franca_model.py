@@ -93,6 +93,13 @@ def test_the_loss_equals_the_plain_loops(family):
     assert model(**batch, teacher_temperature=0.5).loss.item() != pytest.approx(output.loss.item(), rel=1e-3)
 
 
+def test_koleo_is_the_mean_or_as_released_the_sum_over_crops():
+    batch = tiny_batch()
+    mean, total = (tiny_model(koleo_reduction=name).eval()(**batch) for name in ("mean", "sum"))
+    assert total.koleo.item() == pytest.approx(2 * mean.koleo.item(), rel=1e-5)
+    assert (total.loss - mean.loss).item() == pytest.approx(0.1 * mean.koleo.item(), rel=1e-3)
+
+
 def test_masks_hide_patches_and_change_the_loss():
     model, batch = tiny_model().eval(), tiny_batch()
     views, mask = batch["global_crops"][:, 0], batch["mask"][:, 0]
@@ -263,6 +270,8 @@ WRONG = {
     "a size twice": ({"nesting_sizes": [16, 16]}, "nesting_sizes: .* name each size once"),
     "a largest size below D": ({"nesting_sizes": [4, 8]}, "nesting_sizes: .* the largest must be the hidden size 16"),
     "head input": ({"head_input": "all"}, "head_input: 'all' is unknown; choose one of slice, projection"),
+    "head output": ({"head_output": "relu"}, "head_output: 'relu' is unknown; choose one of unit, gelu"),
+    "reduction": ({"koleo_reduction": "max"}, "koleo_reduction: 'max' is unknown; choose one of mean, sum"),
     "weight": ({"koleo_weight": -1}, "koleo_weight: -1 is not allowed; use a number of at least 0"),
     "iterations": ({"sinkhorn_iterations": 0}, "sinkhorn_iterations: 0 is not allowed"),
 }

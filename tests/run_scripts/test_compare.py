@@ -33,7 +33,8 @@ def folder(tmp_path, backbone_path, monkeypatch):
     sizes = f"model_name_or_path: {backbone_path('bert')}\nsizes: [{', '.join(LADDER)}]\n"
     shared = "max_length: 16\nper_device_train_batch_size: 4\nuse_cpu: true\nbf16: false\n"
     (tmp_path / "recipe.yaml").write_text(f"{sizes}{shared}num_train_epochs: 1\n")
-    (tmp_path / "best.yaml").write_text(f"{sizes}{shared}num_train_epochs: 1\nloss_scale: 5\n")
+    best = "loss_scale: 5\nexit_projections: true\nteacher: start\nalignment: score_kl\nalignment_weight: 3\n"
+    (tmp_path / "best.yaml").write_text(f"{sizes}{shared}num_train_epochs: 1\n{best}")
     (tmp_path / "smae.yaml").write_text(f'{sizes}{shared}max_steps: 2\neval_strategy: "no"\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -115,6 +116,16 @@ def test_all_methods_train_on_the_rows_that_finetune_draws(folder):
         drawn.append(ours["anchor"][:])
     assert drawn[0] != drawn[1]
     assert len(drawn[0]) == 8
+
+
+@pytest.mark.parametrize("top", [0, 3, 6])
+@pytest.mark.parametrize("count", [2, 4, 5, 7, 9])
+def test_every_method_gets_the_same_number_of_rates(count, top):
+    asked = []
+    found = choose_rate(list(range(7)), lambda rate: asked.append(rate) or -abs(rate - top), count)
+    assert len(asked) == len(set(asked)) == min(count, 7)
+    assert found == min(asked, key=lambda rate: abs(rate - top))
+    assert (found == top) or count < 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import LADDER, SENTENCES
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from modeling_2dmse import Size
 from run_scripts import try_idea
 from run_scripts.comparing.ideas import TRAINERS, idea_trainer
 from run_scripts.try_idea import IDEAS
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.alignment import score_kl
 from trainer.losses import SCORE_LOSSES
 
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
@@ -131,6 +133,90 @@ def test_weakened_directions(make):
     assert expected[0] < 0.9 < 1.1 < expected[7]
 
 
+def moved(trainer, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, p in trainer.encoder.named_parameters() if not torch.equal(before[n], p.detach())}
+
+
+@pytest.mark.parametrize(("share", "frozen_from"), [(1.0, 0), (0.5, 2)])
+def test_in_the_final_phase_only_projections_are_trained(make, share, frozen_from):
+    trainer, kept = make({"final_phase": share}), []
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            kept.append({n: p.detach().clone() for n, p in trainer.encoder.named_parameters()})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    late = moved(trainer, kept[frozen_from])
+    assert late == {n for n in kept[0] if n.startswith("exit_projections.") and n[len("exit_projections.")] in "013"}
+    assert (len(moved(trainer, kept[0])) > 20) == (share < 1)
+    assert all(p.requires_grad for p in trainer.encoder.parameters())
+
+
+@pytest.mark.parametrize("teacher", ["largest", "start"])
+def test_a_chain_moves_weight_to_the_next_larger_size(make, teacher):
+    settings = {"teacher": teacher, "alignment_weight": 2.0}
+    usual, chained = make({}, **settings), make({"chain": 0.75}, **settings)
+    for trainer in (usual, chained):
+        trainer._before_training()
+    (loss, _), (found, gradients) = loss_and_gradients(usual), loss_and_gradients(chained)
+    vectors = embeddings(usual)
+    target = embeddings(usual)[LARGEST]  # the start is the present model
+    expected = loss
+    for size, larger in ((Size(1, 8), Size(2, 16)), (Size(2, 16), LARGEST)):
+        own, other = (score_kl(vectors[size], vectors_of) for vectors_of in (target, vectors[larger]))
+        expected += 2.0 * 0.75 * (other - own).item()
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found != pytest.approx(loss, rel=1e-3)
+    assert gradients
+
+
+def embeddings(trainer) -> dict[Size, torch.Tensor]:
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = trainer.encoder(**inputs, layers=(1, 2, 4)).layer_embeddings
+    sizes = zip((Size(1, 8), Size(2, 16), LARGEST), states, strict=True)
+    return {size: torch.nn.functional.normalize(state[:, : size.dim].double(), dim=-1) for size, state in sizes}
+
+
+def test_a_bank_adds_the_vectors_of_earlier_steps(make):
+    settings = {"teacher": "start", "alignment_weight": 2.0}
+    usual, trainer = make({}, **settings), make({"bank": 10}, **settings)
+    for each in (usual, trainer):
+        each._before_training()
+    loss = loss_and_gradients(usual)[0]
+    assert loss_and_gradients(trainer)[0] == pytest.approx(loss, rel=1e-6), "nothing is kept before the first step"
+    vectors, expected = embeddings(usual), loss
+    for own in vectors.values():
+        shares = [
+            torch.log_softmax(20 * side @ side[-10:].T, dim=1) for side in (vectors[LARGEST], own)
+        ]  # the last ten of 16 rows are kept
+        expected += 2.0 * (shares[0].exp() * (shares[0] - shares[1])).sum().item() / 16
+    assert loss_and_gradients(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    assert {len(side) for pair in trainer.banks.values() for side in pair} == {10}
+    trainer.train()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_gradients_of_exits_are_balanced(make, power):
+    found = {}
+    for strength in ({}, {"balanced_gradients": power}):
+        gradients = loss_and_gradients(make(strength))[1]
+        found[bool(strength)] = [gradients[f"exit_projections.{index}.weight"] for index in (0, 1, 3)]
+    ratios = [(new / old).flatten() for old, new in zip(found[False], found[True], strict=True)]
+    for ratio in ratios:  # one factor for each exit
+        assert torch.allclose(ratio.nanmedian(), ratio[ratio.isfinite()], rtol=0.05)
+    assert ratios[0].nanmedian() != pytest.approx(ratios[2].nanmedian().item(), rel=0.05)
+
+
+def test_balanced_gradients_have_the_mean_norm(make):
+    trainer = make({"balanced_gradients": 1.0})
+    gradient = torch.randn(3, 16, 32) * torch.tensor([1.0, 5.0, 20.0])[:, None, None]
+    norms = gradient.flatten(1).norm(dim=1)
+    assert torch.allclose(trainer._balance(gradient).flatten(1).norm(dim=1), norms.mean().expand(3))
+
+
 def test_a_run_writes_what_finetune_writes(backbone_path, tmp_path):
     (tmp_path / "t.csv").write_text(
         "\n".join(["anchor,positive", *(f"{a},{b}" for a, b in zip(ROWS["anchor"], ROWS["positive"], strict=True))])
@@ -166,5 +252,9 @@ def test_every_idea_is_described_and_has_a_trainer():
 def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match="shallow_gradient needs exits with projections"):
         make({"shallow_gradient": 0.5}, projected=False)
+    with pytest.raises(ValueError, match="final_phase needs exits with projections"):
+        make({"final_phase": 0.5}, projected=False)
+    with pytest.raises(ValueError, match="needs one process and no gradient_cache_chunk_size"):
+        make({"chain": 0.5}, gradient_cache_chunk_size=4)
     with pytest.raises(ValueError, match="angle_beside needs the loss cosent, not infonce"):
         make({"angle_beside": 1.0})

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from modeling_2dmse import Size, parse_ladder
-from trainer.alignment import feature_kl, pca_distance, score_kl
+from trainer import step_loss
+from trainer.alignment import pca_distance, score_kl
+from trainer.arguments import FEATURE_KL_FORMS
 from trainer.losses import Rows, base_loss
 from trainer.objectives import OBJECTIVES, Alignment, Objective, Term, geometric_dims
 from trainer.step_loss import plan_loss
@@ -32,6 +34,15 @@ def emb(n, d, states=STATES):
     return torch.nn.functional.normalize(states[n - 1].double()[:, :d], dim=-1)
 
 
+def plain_feature_kl(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """KL(teacher || student) over the dimensions, mean over rows, one number at a time."""
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        shares = [[math.exp(x) / sum(math.exp(y) for y in side) for x in side] for side in (s, t)]
+        total += sum(b * math.log(b / a) for a, b in zip(*shares, strict=True))
+    return total / len(student)
+
+
 def loss(n, d):
     return base_loss("infonce", emb(n, d), TRIPLETS).item()
 
@@ -41,7 +52,7 @@ def test_starbucks(alignment):
     expected = loss(1, 8) + loss(2, 16) + loss(4, 32)
     for n, d in ((1, 8), (2, 16)):
         if alignment == "feature_kl":
-            expected += 0.3 * feature_kl(emb(n, d), emb(4, d)).item()
+            expected += 0.3 * plain_feature_kl(STATES[n - 1, :, :d], STATES[3, :, :d])
         if alignment == "score_kl":
             expected += score_kl(emb(n, d), emb(4, 32)).item()
     total, parts = compute(objective("starbucks", alignment=alignment))
@@ -49,6 +60,37 @@ def test_starbucks(alignment):
     assert parts["loss/2x16"].item() == pytest.approx(loss(2, 16), rel=1e-5)
     assert ("alignment/1x8" in parts) == (alignment != "none")
     assert "alignment/4x32" not in parts
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("form", FEATURE_KL_FORMS)
+def test_forms_of_feature_kl(form, stacked, monkeypatch):
+    """Starbucks' STS code, by default: softmax of raw states cut to d, teacher not detached; and the other forms."""
+    monkeypatch.setattr(step_loss, "fits_stacked", lambda *_: stacked)
+    spec = objective("starbucks", alignment="feature_kl", alignment_weight=1.0, feature_kl_form=form)
+    plan = spec.plan(random.Random(0))._replace(terms=())
+    states = STATES[[0, 1, 3]].clone().requires_grad_()
+    total, parts = plan_loss(plan, states, TRIPLETS, "infonce")
+    total.backward()
+    sides = STATES.clone().requires_grad_()
+    for n, d in ((1, 8), (2, 16)):
+        student, teacher = sides[n - 1, :, :d], sides[3, :, :d]
+        if form.startswith("normalized"):
+            student, teacher = (side / side.norm(dim=1, keepdim=True) for side in (student, teacher))
+        assert parts[f"alignment/{n}x{d}"].item() == pytest.approx(plain_feature_kl(student, teacher), abs=1e-6)
+        p, q = torch.softmax(teacher.detach() if "detached" in form else teacher, 1), torch.softmax(student, 1)
+        (p * (p.log() - q.log())).sum().div(12).backward()
+    torch.testing.assert_close(states.grad, sides.grad[[0, 1, 3]], atol=1e-6, rtol=1e-4)
+    assert (states.grad[2].abs().max() > 1e-4) == ("detached" not in form)
+
+
+def test_the_raw_form_is_the_default_and_stronger_than_the_normalized_one():
+    values = {}
+    for form in (None, "raw", "normalized_detached"):
+        kwargs = {} if form is None else {"feature_kl_form": form}
+        _, parts = compute(objective("starbucks", alignment="feature_kl", **kwargs))
+        values[form] = parts["alignment/1x8"].item()
+    assert values[None] == values["raw"] > 2 * values["normalized_detached"]
 
 
 def test_the_start_teaches_every_size_the_largest_included():
@@ -81,18 +123,19 @@ def test_2dmse(seed):
     k, d = shallow.num_layers, full_cut.dim
     assert (full, shallow, full_cut, shallow_cut) == (Size(N, H), Size(k, H), Size(N, d), Size(k, d))
     expected = loss(N, H) + loss(k, H) / k + loss(N, d) + loss(k, d) / k
-    expected += math.log(2 + k) * feature_kl(STATES[k - 1], STATES[N - 1]).item()
+    expected += math.log(2 + k) * plain_feature_kl(STATES[k - 1], STATES[N - 1])
     total, _ = compute(objective("2dmse"), random.Random(seed))
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_2dmse_draws_every_layer_but_the_last_and_every_geometric_dim():
-    draws = [objective("2dmse").plan(random.Random(seed)).terms for seed in range(400)]
+@pytest.mark.parametrize("full", [False, True])
+def test_2dmse_draws_every_layer_but_the_last_and_every_geometric_dim(full):
+    draws = [objective("2dmse", draw_full_dim=full).plan(random.Random(seed)).terms for seed in range(400)]
     layers = [terms[1].size.num_layers for terms in draws]
     dims = [terms[2].size.dim for terms in draws]
     assert set(layers) == {1, 2, 3}  # not the embedding output, and not the last layer
-    assert set(dims) == set(geometric_dims(H)) == {8, 16, 32}
-    for values, choices in ((layers, 3), (dims, 3)):
+    assert set(dims) == ({8, 16, 32} if full else {8, 16})  # the released code's dims are below H
+    for values, choices in ((layers, 3), (dims, len(set(dims)))):
         assert min(values.count(v) for v in set(values)) > 400 / choices * 0.75
     assert geometric_dims(768) == [8, 16, 32, 64, 128, 256, 512, 768]
 
@@ -115,10 +158,34 @@ def test_separate():
     assert compute(small)[0].item() == pytest.approx(loss(2, 16), rel=1e-6)
 
 
+def test_separate_at_full_width_trains_all_dimensions():
+    small = Objective("separate", parse_ladder(["2x16"]), N, H, separate_full_width=True)
+    total, parts = compute(small)
+    assert total.item() == pytest.approx(loss(2, H), rel=1e-6)
+    assert list(parts) == ["loss/2x32"]
+
+
+def test_separate_learns_from_embeddings_cut_nowhere():
+    """One size, and the similarities of a teacher's whole vectors, also on texts without labels."""
+    settings = {"teacher": "embeddings", "alignment": "score_kl", "alignment_weight": 3.0, "unlabeled_weight": 0.5}
+    plan = Objective("separate", parse_ladder(["2x16"]), N, H, **settings).plan(random.Random(0))
+    states = torch.cat((STATES, STATES[:, :5] + 0.5), dim=1)
+    vectors = torch.randn(17, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = Rows((4, 4, 4), unlabeled=5)
+    assert plan.layers == (2,)
+    total, parts = plan_loss(plan, states[[1]], rows, "infonce", start=vectors)
+    unit = torch.nn.functional.normalize(vectors, dim=-1)
+    expected = [score_kl(emb(2, 16, states)[side], unit[side]).item() for side in (slice(12), slice(12, 17))]
+    assert parts["alignment/2x16"].item() == pytest.approx(expected[0], rel=1e-5)
+    assert parts["unlabeled/2x16"].item() == pytest.approx(expected[1], rel=1e-5)
+    assert total.item() == pytest.approx(loss(2, 16) + 3 * expected[0] + 0.5 * expected[1], rel=1e-5)
+
+
 def test_espresso():
+    """The released code divides the sum over the layers below the last by N - 1."""
     expected = loss(N, H)
     for n in range(1, N + 1):
-        weight = 1.0 if n == N else 1 / (1 + math.log(n))
+        weight = 1.0 if n == N else 1 / (1 + math.log(n)) / (N - 1)
         expected += weight * (loss(n, 16) + pca_distance(STATES[n - 1].float(), 16).item())
     total, _ = compute(objective("espresso", compression_dim=16))
     assert total.item() == pytest.approx(expected, rel=1e-5)
@@ -127,7 +194,7 @@ def test_espresso():
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("alignment", ["feature_kl", "score_kl"])
 def test_the_teacher_gets_no_gradient_from_the_alignment(name, alignment):
-    spec = objective(name, alignment=alignment, compression_dim=16)
+    spec = objective(name, alignment=alignment, compression_dim=16, feature_kl_form="raw_detached")
     plan = spec.plan(random.Random(1))
     aligned = plan._replace(terms=())
     if not aligned.alignments:

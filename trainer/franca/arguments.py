@@ -31,6 +31,11 @@ class FrancaTrainingArguments(BaseTrainingArguments):
         metadata={"help": "Lowest and highest fraction of the image's area in a small crop."},
     )
     mask_ratio: float = field(default=0.5, metadata={"help": "Fraction of patches hidden in a masked crop."})
+    max_mask_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Draw each masked crop's fraction between mask_ratio and this; the released code draws from "
+                  "0.1 to 0.65. Default: always mask_ratio."},
+    )  # fmt: skip
     mask_probability: float = field(default=0.5, metadata={"help": "Fraction of large crops that are masked."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
@@ -58,6 +63,11 @@ class FrancaTrainingArguments(BaseTrainingArguments):
                 problems.append(f"{name}: {getattr(self, name)} is not allowed; give two numbers")
         if not 0 <= self.mask_ratio < 1:
             problems.append(f"mask_ratio: {self.mask_ratio} is not allowed; use a number from 0 to below 1")
+        if self.max_mask_ratio is not None and not self.mask_ratio <= self.max_mask_ratio < 1:
+            problems.append(
+                f"max_mask_ratio: {self.max_mask_ratio} is not allowed; use a number from mask_ratio "
+                f"({self.mask_ratio}) to below 1"
+            )
         if self.global_crops_number < 1 or self.local_crops_number < 0:
             problems.append("global_crops_number: use at least 1; local_crops_number: use at least 0")
         elif self.global_crops_number + self.local_crops_number < 2:

@@ -36,6 +36,7 @@ class MultiCrop:
         mask_ratio: fraction of the patches that are hidden in a masked crop.
         mask_probability: fraction of the global crops that are masked; 0 for no masks.
         seed: seed of the run.
+        max_mask_ratio: if given, the fraction of each masked crop is drawn uniformly between `mask_ratio` and this.
 
     Attributes:
         epoch: set by a callback of the trainer.
@@ -58,6 +59,7 @@ class MultiCrop:
         mask_ratio: float = 0.5,
         mask_probability: float = 0.5,
         seed: int = 0,
+        max_mask_ratio: float | None = None,
     ):
         for name, size, count in (
             ("global_crop_size", global_size, global_crops),
@@ -67,7 +69,9 @@ class MultiCrop:
                 raise ValueError(
                     f"{name}: {size} is not allowed; use a multiple of the patch size {patch_size[0]}x{patch_size[1]}"
                 )
-        self.mask = CyclicMask(global_size // patch_size[0], global_size // patch_size[1], mask_ratio)
+        self.grid = (global_size // patch_size[0], global_size // patch_size[1])
+        self.mask = CyclicMask(*self.grid, mask_ratio)
+        self.mask_ratios = None if max_mask_ratio is None else (mask_ratio, max_mask_ratio)
         self.mask_probability = mask_probability
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
@@ -92,7 +96,10 @@ class MultiCrop:
         return batch
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:
-        mask = self.mask(rng)
+        maker = self.mask
+        if self.mask_ratios is not None:
+            maker = CyclicMask(*self.grid, rng.uniform(*self.mask_ratios))
+        mask = maker(rng)
         return mask if rng.random() < self.mask_probability else np.zeros_like(mask)
 
     def _view(self, image: Image.Image, size: int, scale: tuple, kind: int, rng: np.random.Generator) -> np.ndarray:

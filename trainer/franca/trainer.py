@@ -119,4 +119,5 @@ def make_collator(model: FrancaForPretraining, args: FrancaTrainingArguments) ->
         args.mask_ratio,
         args.mask_probability if model.config.patch_weight else 0.0,
         args.seed,
+        args.max_mask_ratio,
     )

@@ -29,6 +29,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 class WholeWordMasks:
     """Draws the words that the encoder and the decoder have to predict.
 
+    The rates are shares of a text's words. In Starbucks' code they are shares of its tokens, the special ones included.
+
     Args:
         encoder_rate: fraction of a text's words that are masked for the encoder.
         decoder_rate: fraction that is masked for the decoder, at least `encoder_rate`; it includes the encoder's words.

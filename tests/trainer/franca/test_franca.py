@@ -111,6 +111,14 @@ def test_views_have_their_shapes_masks_and_normalization():
     assert set(views(mask_probability=0.0, local_crops=0)(examples)) == {"global_crops"}
 
 
+def test_the_masked_fraction_is_drawn_between_two_ratios():
+    examples = [{"image": draw_picture(i % 2, i), "index": i} for i in range(40)]
+    counts = views(mask_ratio=0.1, max_mask_ratio=0.65, mask_probability=1.0)(examples)["mask"].sum(dim=2).flatten()
+    expected = {round(0.1 * 16) + step for step in range(round(0.65 * 16) - round(0.1 * 16) + 1)}
+    assert set(counts.tolist()) == expected
+    assert 0.3 < counts.float().mean() / 16 < 0.45
+
+
 def test_views_are_a_function_of_seed_epoch_and_index():
     examples = [{"image": draw_picture(i % 2, i), "index": i} for i in range(6)]
     maker = views()
@@ -140,6 +148,10 @@ def test_boxes_take_their_fraction_of_the_image():
 
 
 WRONG = {
+    "mask ratios": (
+        {"max_mask_ratio": 0.4},
+        "max_mask_ratio: 0.4 is not allowed; use a number from mask_ratio",
+    ),
     "mask ratio": ({"mask_ratio": 1.0}, "mask_ratio: 1.0 is not allowed; use a number from 0 to below 1"),
     "mask fraction": ({"mask_probability": 1.5}, "mask_probability: .* numbers from 0 to 1"),
     "scale": ({"global_crop_scale": [0.8, 0.2]}, "global_crop_scale: .* the lowest first"),
