@@ -290,6 +290,8 @@ class Server(Engine):
         known: set[str] = set()
         each = None if texts is None else iter(texts)
         for names, rows in blocks:
+            if len(names) != len(rows):
+                raise ValueError(f"ids: {len(names)} are given for {len(rows)} vectors")
             rows = unit(rows, self.layout.width, len(known), "embeddings")
             for start in range(0, len(names), size):
                 ids = names[start : start + size]

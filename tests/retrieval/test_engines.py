@@ -65,7 +65,8 @@ def blocks(vectors=VECTORS, ids=IDS, size: int = 50, end: int | None = None):
     for start in range(0, len(ids), size):
         if start == end:
             raise KeyboardInterrupt
-        yield ids[start : start + size], vectors[start : start + size]
+        names = ids[start : start + size]
+        yield names, vectors[start : start + len(names)]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,7 @@ def test_wrong_vectors_ids_texts_and_stages_are_named(place):
         (lambda e: e.add(blocks(ids=[*IDS[:-1], IDS[0]])), "distinct"),
         (lambda e: e.add(blocks(), iter(TEXTS[:-1])), "texts: "),
         (lambda e: e.add(blocks(), iter([*TEXTS, "more"])), "texts: "),
+        (lambda e: e.add([(IDS[:5], VECTORS[:6])]), "ids: 5 are given for 6 vectors"),
     ):
         engine = place()
         engine.create(LAYOUT, overwrite=place.engine != "local")
@@ -260,7 +262,7 @@ def test_columns_precisions_and_graphs(database):
     ):
         with pytest.raises(ValueError, match=message):
             engine.create(layout)
-    with pytest.raises(ValueError, match="collection: 'aaaa.* is not allowed; use a name of 1 to 48 bytes"):
+    with pytest.raises(ValueError, match=r"collection: 'aaaa.* is not allowed; use a name of 1 to 48 bytes"):
         open_engine("pgvector", "a" * 49, database)
     engine.close()
 

@@ -91,7 +91,7 @@ def test_wrong_flags_end_in_one_line(encoded, tmp_path, capsys, monkeypatch, qdr
     for words, message in (
         ([*base, "--engine", "mysql", "--output_dir", "x"], "engine: 'mysql' is unknown; choose one of local, qdrant"),
         ([*base, "--engine", "qdrant"], "output_dir: the engine qdrant needs a folder"),
-        ([*base, "--engine_url", "http://localhost", "--output_dir", "x"], "collection: the engine local needs a name"),
+        ([*base, "--engine_url", "http://localhost", "--output_dir", "x"], "engine_url: local has no URL here"),
         ([*server, "no url"], "engine_url: 'no url' is not a URL; write for example http://localhost:6333"),
         ([*server, "http://u:pw@localhost"], "engine_url: a user or password is not allowed in it"),
         ([*server, "http://localhost:99999"], "is not a URL"),
