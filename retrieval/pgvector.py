@@ -56,6 +56,8 @@ class PgVector(Server):
         self._name = table
         self._psycopg, self._sql = _driver()
         self._table = self._sql.Identifier(table)
+        # In a statement with parameters, psycopg takes a single % for one of them.
+        self._source = self._sql.Identifier(table.replace("%", "%%"))
         self._connection = self._connect(url)
 
     def _connect(self, url: str) -> Any:
@@ -205,7 +207,7 @@ class PgVector(Server):
     def _statement(self, stages: Sequence[Stage]) -> Any:
         """One SELECT for all stages, each around the one before it."""
         sql = self._sql
-        source = self._table
+        source = self._source
         for place, stage in enumerate(stages):
             dim, precision = self.layout.find(stage)
             names = {
@@ -245,7 +247,7 @@ class PgVector(Server):
         return Bit(row[:dim] > 0) if precision == "binary" else kinds[precision](row[:dim])
 
     def texts(self, ids: Sequence[str]) -> list[str]:
-        statement = self._sql.SQL("SELECT id, text FROM {} WHERE id = ANY(%s)").format(self._table)
+        statement = self._sql.SQL("SELECT id, text FROM {} WHERE id = ANY(%s)").format(self._source)
         with self._errors():
             found = dict(self._connection.execute(statement, [list(ids)]).fetchall())
         return [found.get(name) or "" for name in ids]

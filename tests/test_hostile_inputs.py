@@ -286,7 +286,7 @@ CASES = {
        for flags, message in (
            ("--engine mysql --output_dir {out}", "engine: 'mysql' is unknown"),
            ("--engine qdrant --collection c --engine_url ftp://a", "engine_url: 'ftp://a' is not a URL"),
-           ("--engine qdrant --collection c --engine_url http://a --engine_api_key_env NO", "engine_api_key_env: the env"),
+           ("--engine qdrant --collection c --engine_url http://a --engine_api_key_env NO", "engine_api_key_env: the"),
            ("--engine pgvector --collection c --engine_url_env NO", "engine_url_env: the environment variable 'NO'"))},
     # indexes and embeddings
     **{f"index: no {name}": bad_index("index.json is damaged", drop("index.json", name))

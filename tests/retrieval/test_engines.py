@@ -164,7 +164,7 @@ def test_another_index_is_refused_or_replaced(place):
 def test_wrong_vectors_ids_texts_and_stages_are_named(place):
     for wrong, message in (
         (lambda e: e.add(blocks(np.zeros_like(VECTORS))), "the vector in row 0 is zero"),
-        (lambda e: e.add(blocks(ids=[*IDS[:-1], IDS[0]])), "distinct"),
+        (lambda e: e.add(blocks(ids=[*IDS[:-1], IDS[0]])), "ids: .* appears twice"),
         (lambda e: e.add(blocks(), iter(TEXTS[:-1])), "texts: "),
         (lambda e: e.add(blocks(), iter([*TEXTS, "more"])), "texts: "),
         (lambda e: e.add([(IDS[:5], VECTORS[:6])]), "ids: 5 are given for 6 vectors"),
