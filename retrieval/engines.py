@@ -272,16 +272,17 @@ class Server(Engine):
     def check_same(self, stored: Layout, layout: Layout) -> None:
         """ValueError if the index that is there is not the one to be created."""
         before, now = stored.describe(), layout.describe()
-        for name in now:
-            if before[name] == now[name]:
-                continue
-            what = f"{name} {before[name]}, not {now[name]}"
-            if name == "model" and before[name] and now[name]:
-                fields = [field for field in now[name] if before[name].get(field) != now[name][field]]
-                what = f"another model or size (its {', '.join(fields) or 'description'} differ)"
-            raise ValueError(
-                f"engine: {self.place} was built with {what}; choose another name, or replace it by --overwrite true"
-            )
+        for part, made in now.items():
+            had = before[part]
+            if part == "model" and made and had:  # under another name, it may still be the same one
+                fields = [name for name in made if name != "name" and had.get(name) != made[name]]
+                what = f"another model or size (its {', '.join(fields)} differ)" if fields else None
+            else:
+                what = None if had == made else f"{part} {had}, not {made}"
+            if what is not None:
+                raise ValueError(
+                    f"engine: {self.place} was built with {what}; choose another name or pass --overwrite true"
+                )
 
     def parts(
         self, blocks: Iterable[Block], texts: Iterable[str] | None, size: int

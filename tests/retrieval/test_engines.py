@@ -153,6 +153,7 @@ def test_another_index_is_refused_or_replaced(place):
             place().create(other)
         with pytest.raises(ValueError, match="built with prefixes"):
             place().create(Layout(WIDTH, (), (), MODEL))
+        place().create(Layout(WIDTH, PREFIXES, (), MODEL | {"name": "the/same/moved"}))
     engine = place()
     engine.create(other, overwrite=True)
     assert engine.add(blocks(ids=IDS[:60]), iter(TEXTS[:60])) == 60
