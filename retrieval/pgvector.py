@@ -71,7 +71,8 @@ class PgVector(Server):
         try:
             connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
         except psycopg.Error as error:
-            reason = re.sub(r'"[^"]*"', '"..."', str(error)).splitlines()[0]
+            # What it quotes comes from the URL, and may be the end of a password with an @.
+            reason = re.sub(r"""(["']).*?\1""", '"..."', _line(error))
             raise ValueError(f"engine_url_env: PostgreSQL cannot be reached: {reason}") from None
         try:
             if connection.execute("SELECT to_regtype('vector')").fetchone() == (None,):
