@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .checking import check_fields
+from .checking import Kinds, check_fields
 from .contents import check_prefixes
 from .funnel import FunnelIndex
 from .stages import APPROXIMATE, Stage, check_stages
@@ -50,7 +50,7 @@ class Layout:
     @classmethod
     def read(cls, description: Any, what: str) -> "Layout":
         """The layout of a description; ValueError, which starts with `what`, if `describe` did not write it."""
-        kinds = {"width": int, "prefixes": list, "graphs": list, "model": (dict, type(None))}
+        kinds: Kinds = {"width": int, "prefixes": list, "graphs": list, "model": (dict, type(None))}
         fields = check_fields(description, kinds, what)
         for entry in fields["prefixes"] + fields["graphs"]:
             if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is str):

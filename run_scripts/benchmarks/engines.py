@@ -16,6 +16,7 @@ from run_scripts.benchmarks.funnel import SINGLE, K, exact_search, many
 from run_scripts.shared.measure import in_turn, row
 
 WIDTH, CENTRES, BLOCK = 384, 2000, 4096
+NAME = "benchmark_engines"
 PREFIXES, GRAPH = ((32, "float32"), (128, "float32")), (64, "HNSW32")
 STAGES = ("384:10", "32:200,128:50,384:10", "64:200:approximate,384:10")
 
@@ -26,6 +27,7 @@ class Side:
 
     engine: Engine
     folder: Path | None
+    url: str = ""
     server: object = None
     build_seconds: float = 0.0
     memory_gb: float | None = None
@@ -33,7 +35,13 @@ class Side:
     taken: dict[str, list[float]] = field(default_factory=dict)
 
     def disk_gb(self) -> float | None:
-        """What the index takes on disk, with the log of a server that was started for it; None if that is elsewhere."""
+        """What the index takes on disk; None if it is in a Qdrant server."""
+        if self.url:
+            import psycopg
+
+            with psycopg.connect(self.url) as connection:
+                size = "SELECT pg_total_relation_size(%s::regclass)"
+                return connection.execute(size, [NAME]).fetchone()[0] / 1e9
         if self.folder is None:
             return None
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e9
@@ -85,9 +93,9 @@ def _open(name: str, engine_url: str, stack: contextlib.ExitStack) -> Side | Non
             url, server = _database(folder)
             if server is not None:
                 stack.callback(server.cleanup)
-            side = Side(open_engine(name, "benchmark_engines", url), None if server is None else folder, server)
+            side = Side(open_engine(name, NAME, url), None if server is None else folder, url, server)
         elif name == "qdrant" and engine_url:
-            side = Side(open_engine(name, "benchmark_engines", engine_url), None)
+            side = Side(open_engine(name, NAME, engine_url), None)
         else:
             side = Side(open_engine(name, str(folder / "index")), folder)
     except ValueError as error:
