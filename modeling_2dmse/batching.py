@@ -100,6 +100,7 @@ def pooled_states(
     device: torch.device | str = "cpu",
     packed: bool = False,
     show_progress_bar: bool | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     """Run `forward` over the texts, longest first, and put the rows back in the order of the texts.
 
@@ -116,6 +117,7 @@ def pooled_states(
         device: where the batches go.
         packed: whether the batches are packed rows instead of padded ones.
         show_progress_bar: None shows one for long work, on a terminal.
+        progress: called after each batch with its number of texts.
 
     Returns:
         (exits, len(texts), hidden), float32, on the CPU.
@@ -135,6 +137,8 @@ def pooled_states(
             gathered.append(forward(batch.packed(device) if packed else batch.padded(device)).float())
             rows.append(index)
             bar.update(len(index))
+            if progress is not None:
+                progress(len(index))
         output.add(start, np.concatenate(rows), torch.cat(gathered, dim=1))
         gathered.clear()
     bar.close()

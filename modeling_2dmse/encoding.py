@@ -1,6 +1,6 @@
 """`encode` and what belongs to it: the tokenizer, prompts, and pooled states of several exits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -178,6 +178,7 @@ class EncodeMixin(_Model):
         prompt: str = "",
         max_length: int | None = None,
         show_progress_bar: bool | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Pooled states of texts at several exits; each text is read once, and every size is a slice of the result.
 
@@ -188,6 +189,7 @@ class EncodeMixin(_Model):
             prompt: text put in front of every text.
             max_length: as in `encode`.
             show_progress_bar: as in `encode`.
+            progress: called after each batch with its number of texts, for a bar over several calls.
 
         Returns:
             (len(layers), len(texts), hidden), float32, on the CPU, neither cut nor normalised.
@@ -211,6 +213,7 @@ class EncodeMixin(_Model):
                 device,
                 packed=packed,
                 show_progress_bar=show_progress_bar,
+                progress=progress,
             )
 
     @property

@@ -1,15 +1,14 @@
-"""One size of an elastic model as a small model that needs none of this code: a plain backbone, or one ONNX file."""
+"""One size of an elastic model as a small model that needs none of this code: a plain backbone, or ONNX."""
 
 import json
 import os
 import shutil
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from .encoding import to_embeddings
-from .sentence_transformers_files import write_exported_modules
+from .export_readme import write_export_readme
+from .onnx_export import check_onnxruntime, write_onnx
+from .sentence_transformers_files import cut_weight, share_mode, write_exported_modules, write_onnx_modules
 from .tokens import write_truncation
 
 FORMATS = ("transformers", "onnx")
@@ -23,8 +22,8 @@ def export(model, path: str, format: str, dtype: str) -> str:
         model: a `TwoDMSEModel` that was cut to the size to export; it is converted to `dtype`.
         path: the folder, which must not contain any files yet.
         format: `transformers` (with the files of sentence-transformers) or `onnx`.
-        dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8` (dynamic
-            quantisation).
+        dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`, a second file
+            (dynamic quantisation).
 
     Returns:
         `path`.
@@ -39,6 +38,9 @@ def export(model, path: str, format: str, dtype: str) -> str:
     try:
         writer = _write_transformers if format == "transformers" else _write_onnx
         writer(model, partial, dtype)
+        write_truncation(partial, model.tokenizer, model.max_length)
+        write_export_readme(partial, os.path.basename(os.path.abspath(path)), model, format, dtype)
+        share_mode(partial, "README.md")
         if os.path.isdir(path):
             os.rmdir(path)  # empty, as checked
         os.rename(partial, path)
@@ -80,7 +82,7 @@ def check_export(path: str, format: str, dtype: str) -> None:
     if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
         raise ValueError(f"output_dir: {path} is not empty; choose another folder")
     if format == "onnx":
-        _onnxruntime()
+        check_onnxruntime()
 
 
 def _write_transformers(model, folder: str, dtype: str) -> None:
@@ -94,98 +96,29 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
         state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
     backbone.save_pretrained(folder, state_dict=state)
     model.tokenizer.save_pretrained(folder)
-    write_truncation(folder, model.tokenizer, model.max_length)
-    write_exported_modules(folder, model.config, model.max_length, dense is not None)
-    if dense is not None:
-        save_file({"linear.weight": dense}, os.path.join(folder, "2_Dense", "model.safetensors"))
+    write_exported_modules(folder, model.config, model.max_length, dense)
 
 
 def _dense_weight(model) -> torch.Tensor | None:
     """(dim, hidden) matrix from the pooled state to the kept dimensions; None if the state is kept as it is."""
-    config = model.config
     if model.exit_projections is not None:
-        return model.exit_projections[-1].weight[: config.dim].detach().float().cpu().contiguous()
-    if config.dim < config.hidden_size:
-        return torch.eye(config.dim, config.hidden_size)  # the product with this matrix is exactly the slice
-    return None
+        return model.exit_projections[-1].weight[: model.config.dim].detach().float().cpu().contiguous()
+    return cut_weight(model.config)
 
 
 def _builds_a_pooler(backbone) -> bool:
     return hasattr(backbone, "pooler") and backbone.pooler is None
 
 
-class Embedder(nn.Module):
-    """Token ids to embeddings at the model's own size: the module that is exported to ONNX."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """From (batch, length) and (batch, length) to (batch, dim)."""
-        layers = (self.model.num_layers,)
-        state = self.model(input_ids, attention_mask, layers=layers).layer_embeddings[0]
-        return to_embeddings(state, self.model.config.dim, self.model.config.similarity)
-
-
 def _write_onnx(model, folder: str, dtype: str) -> None:
-    training = model.training
-    module = Embedder(model.float().cpu()).eval()
-    ids = torch.arange(14).reshape(2, 7) + 1
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    target = os.path.join(folder, "model.onnx")
-    with torch.inference_mode(False), torch.no_grad():
-        torch.onnx.export(
-            module,
-            (ids, mask),
-            target,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["sentence_embedding"],
-            dynamic_shapes=(axes, axes),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        expected = module(ids, mask).numpy()
-    _check_onnx(target, ids.numpy(), mask.numpy(), expected)
-    if dtype == "int8":
-        _quantize_onnx(target)
-    model.train(training)
+    write_onnx(model, os.path.join(folder, "onnx"), dtype)
+    config = model.backbone.config
+    config.architectures = [type(model.backbone).__name__]
+    config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    write_truncation(folder, model.tokenizer, model.max_length)
+    with open(os.path.join(folder, "special_tokens_map.json"), "w", encoding="utf-8") as file:
+        json.dump(model.tokenizer.special_tokens_map, file, indent=2)  # older versions of fastembed need it
+    write_onnx_modules(folder, model.config, model.max_length)
     with open(os.path.join(folder, "export.json"), "w", encoding="utf-8") as file:
         size = {"num_layers": model.num_layers, "dim": model.config.dim, "max_length": model.max_length, "dtype": dtype}
         json.dump(size, file, indent=2)
-
-
-def _check_onnx(path: str, ids, mask, expected) -> None:
-    session = _onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
-    difference = abs(got - expected).max() / max(1.0, abs(expected).max())
-    if not difference < 1e-4:
-        raise ValueError(
-            f"format: the ONNX file differs from the model by {difference:.1e}; this backbone cannot be exported"
-        )
-
-
-def _quantize_onnx(path: str) -> None:
-    _onnxruntime()
-    try:
-        from onnxruntime.quantization import quantize_dynamic
-    except ImportError as error:
-        raise ValueError('dtype: int8 needs onnx; pip install "twodmse[onnx]"') from error
-    # Weights of 7 bits, scaled per channel: on CPUs without VNNI, sums of 8-bit products overflow and saturate.
-    quantize_dynamic(path, f"{path}.int8", per_channel=True, reduce_range=True)
-    os.replace(f"{path}.int8", path)
-
-
-def _onnxruntime():
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f'format: onnx needs {error.name}; pip install "twodmse[onnx]"') from error
-    return onnxruntime

@@ -277,9 +277,10 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             path: a folder that does not exist yet, or an empty one.
             num_layers: layers to keep, 1 to N; default: all.
             dim: dimensions to keep, 1 to the hidden size; default: `config.dim`.
-            format: `transformers` (plain backbone and sentence-transformers files) or `onnx` (one file, from token
-                ids to unit vectors).
-            dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`.
+            format: `transformers` (plain backbone) or `onnx` (`onnx/model.onnx`, from token ids to token states and
+                unit vectors), both with a README.md and the files of sentence-transformers.
+            dtype: type of the weights: `float32`, `float16`, `bfloat16`; for onnx `float32` or `int8`, which adds
+                `onnx/model_quantized.onnx`.
 
         Returns:
             The folder.

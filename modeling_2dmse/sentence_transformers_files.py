@@ -3,6 +3,9 @@
 import json
 import os
 
+import torch
+from safetensors.torch import save_file
+
 from .configuration_2dmse import TwoDMSEConfig
 
 # The order is that in which sentence-transformers concatenates the vectors of several modes.
@@ -19,36 +22,49 @@ POOLING_FLAGS = {
 def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
     """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize.
 
-    Normalize is left out if embeddings are compared by dot product.
+    A model that keeps fewer dimensions than its backbone has also gets a Dense module, which cuts the vectors before
+    they are normalised. Normalize is left out if embeddings are compared by dot product.
     """
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if config.similarity == "cosine":
-        modules.append(("2_Normalize", "Normalize"))
-    _write_modules(folder, modules, {"kwargs": ["num_layers"]})
-    truncated = config.dim if config.dim < config.hidden_size else None
-    _write_companions(folder, config, max_length, {"truncate_dim": truncated})
+    _write_modules(folder, config, cut_weight(config), {"kwargs": ["num_layers"]})
+    _write_companions(folder, config, max_length, config.hidden_size)
 
 
-def write_exported_modules(folder: str, config: TwoDMSEConfig, max_length: int | None, dense: bool) -> None:
+def write_exported_modules(
+    folder: str, config: TwoDMSEConfig, max_length: int | None, dense: torch.Tensor | None
+) -> None:
     """The same for a plain backbone.
 
     Args:
-        dense: whether a Dense module comes before Normalize. It keeps the first dimensions (and applies the exit's
-            projection), so that the kept dimensions are the ones that are normalised.
+        folder: where the files go.
+        config: the configuration of the model that is exported.
+        max_length: longest input in tokens.
+        dense: (dim, hidden), from the pooled state to the embedding before it is normalised; None for the state itself.
     """
+    _write_modules(folder, config, dense, {})
+    _write_companions(folder, config, max_length, config.hidden_size)
+
+
+def write_onnx_modules(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
+    """The same for an ONNX file whose token states are projected and cut already."""
+    _write_modules(folder, config, None, {})
+    _write_companions(folder, config, max_length, config.dim)
+
+
+def cut_weight(config: TwoDMSEConfig) -> torch.Tensor | None:
+    """(dim, hidden) matrix whose product with a vector is exactly its first `dim` values; None if all are kept."""
+    return torch.eye(config.dim, config.hidden_size) if config.dim < config.hidden_size else None
+
+
+def _write_modules(folder: str, config: TwoDMSEConfig, dense: torch.Tensor | None, transformer_options: dict) -> None:
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if dense:
+    if dense is not None:
         modules.append(("2_Dense", "Dense"))
-        settings: dict = {"in_features": config.hidden_size, "out_features": config.dim, "bias": False}
+        settings: dict = {"in_features": dense.shape[1], "out_features": dense.shape[0], "bias": False}
         settings["activation_function"] = "torch.nn.modules.linear.Identity"
         _write_json(os.path.join(folder, "2_Dense", "config.json"), settings)
+        save_file({"linear.weight": dense}, os.path.join(folder, "2_Dense", "model.safetensors"))
     if config.similarity == "cosine":
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
-    _write_modules(folder, modules, {})
-    _write_companions(folder, config, max_length, {})
-
-
-def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_options: dict) -> None:
     entries: list[dict] = []
     for index, (path, name) in enumerate(modules):
         entries.append({"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"})
@@ -57,18 +73,26 @@ def _write_modules(folder: str, modules: list[tuple[str, str]], transformer_opti
     _write_json(os.path.join(folder, "modules.json"), entries)
 
 
-def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None, options: dict) -> None:
-    pooling: dict = {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
+def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None, width: int) -> None:
+    pooling: dict = {"word_embedding_dimension": width, "include_prompt": True}
     pooling |= {flag: mode == config.pooling for flag, mode in POOLING_FLAGS.items()}
     settings = {
         "prompts": config.prompts,
         "default_prompt_name": config.default_prompt_name,
         "similarity_fn_name": config.similarity,
     }
-    _write_json(os.path.join(folder, "config_sentence_transformers.json"), settings | options)
+    _write_json(os.path.join(folder, "config_sentence_transformers.json"), settings)
     transformer = {"max_seq_length": max_length, "do_lower_case": False}
     _write_json(os.path.join(folder, "sentence_bert_config.json"), transformer)
     _write_json(os.path.join(folder, "1_Pooling", "config.json"), pooling)
+
+
+def share_mode(folder: str, like: str) -> None:
+    """Give all files below a folder the mode of one of them: safetensors' are for their owner only."""
+    mode = os.stat(os.path.join(folder, like)).st_mode & 0o777
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(os.path.join(parent, name), mode)
 
 
 def _write_json(path: str, content) -> None:

@@ -171,21 +171,28 @@ def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def write_truncation(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Make a saved tokenizer.json truncate to `max_length`, for clients that read nothing else.
+    """Make a saved tokenizer truncate to `max_length`, for clients that read no more than its files.
 
-    transformers sets truncation in each call, and saves whatever the last call or the original file had.
+    transformers sets truncation in each call, and saves whatever the last call or the original file had: in
+    tokenizer.json, and as `max_length` in tokenizer_config.json, which fastembed reads.
     """
+    limited = max_length < _UNLIMITED
     path = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(path):
-        return
+    if os.path.isfile(path):
+        side = tokenizer.truncation_side.capitalize()
+        cut = {"direction": side, "max_length": max_length, "strategy": "LongestFirst", "stride": 0}
+        _update_json(path, {"truncation": cut if limited else None}, ensure_ascii=False)
+    path = os.path.join(folder, "tokenizer_config.json")
+    if os.path.isfile(path):
+        _update_json(path, {"model_max_length": max_length} if limited else {}, remove=("max_length",))
+
+
+def _update_json(path: str, values: dict, remove: Sequence[str] = (), **options) -> None:
     with open(path, encoding="utf-8") as file:
         state = json.load(file)
-    state["truncation"] = None
-    if max_length < _UNLIMITED:
-        side = tokenizer.truncation_side.capitalize()
-        state["truncation"] = {"direction": side, "max_length": max_length, "strategy": "LongestFirst", "stride": 0}
+    state = {name: value for name, value in state.items() if name not in remove} | values
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(state, file, ensure_ascii=False, indent=2)
+        json.dump(state, file, indent=2, **options)
 
 
 def _flatten(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int) -> Tokens:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from tqdm import tqdm
+
 # Number of texts that are embedded one by one for the latency, and together for the throughput.
 _ALONE, _TOGETHER = 16, 128
 BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
@@ -108,14 +110,18 @@ def plan(
     small = {n: model.truncate(n) for n in sorted({n for n, _ in sizes})}
     alone, together = list(texts[:_ALONE]), list(texts[:_TOGETHER])
     times: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in small}
+    total = (runs + 1) * len(small) * (len(alone) + len(together))
+    bar = tqdm(total=total, desc="Measuring", unit="text", leave=False, disable=None)  # on a terminal
     for run in range(runs + 1):  # depths take turns, so that a slow moment affects them all; the first run warms up
         for n, cut in small.items():
             encode = partial(cut.encode, **options)
             each = [_seconds(partial(encode, text), model.device) for text in alone]
             all_at_once = _seconds(partial(encode, together), model.device)
+            bar.update(len(alone) + len(together))
             if run:
                 times[n][0].extend(each)
                 times[n][1].append(all_at_once)
+    bar.close()
     cells = []
     for n, dim in sizes:
         parameters = list(small[n].parameters())

@@ -83,7 +83,7 @@ def main(argv=None) -> None:
         started = time.perf_counter()
         summary = encode_shards(
             texts,
-            lambda batch: embed(model, batch, sizes, prompt, args),
+            lambda batch: embed(model, batch, sizes, prompt, args, progress.bar.update),
             folder,
             settings["sizes"],
             args.shard_size,
@@ -112,7 +112,7 @@ def main(argv=None) -> None:
 
 class Progress:
     """
-    The bar of this process's share of the texts, and the number of texts that it has encoded.
+    The bar of this process's share of the texts, which moves with every batch, and the texts that it has encoded.
 
     Args:
         path: the file of texts.
@@ -129,8 +129,11 @@ class Progress:
         self.new = 0
 
     def __call__(self, rows: int, is_new: bool) -> None:
-        self.new += rows * is_new
-        self.bar.update(rows)
+        """A shard is finished; if it was encoded now, its batches have moved the bar."""
+        if is_new:
+            self.new += rows
+        else:
+            self.bar.update(rows)
 
 
 def check(args: EncodeArguments) -> None:
@@ -159,13 +162,15 @@ def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size], prom
     return settings | {"max_length": args.max_length or model.max_length, "version": __version__}
 
 
-def embed(model: TwoDMSEModel, texts: list[str], sizes: list[Size], prompt: str, args: EncodeArguments) -> dict:
-    """{size: (len(texts), dim) array in the precision asked for}, from one pass."""
+def embed(
+    model: TwoDMSEModel, texts: list[str], sizes: list[Size], prompt: str, args: EncodeArguments, progress=None
+) -> dict:
+    """{size: (len(texts), dim) array in the precision asked for}, from one pass; see `encode_states` for `progress`."""
     from modeling_2dmse.encoding import to_embeddings
     from modeling_2dmse.formats import quantize
 
     layers, similarity = sorted({size.num_layers for size in sizes}), model.config.similarity
-    states = model.encode_states(texts, layers, args.batch_size, prompt, args.max_length, show_progress_bar=False)
+    states = model.encode_states(texts, layers, args.batch_size, prompt, args.max_length, False, progress)
     exits = dict(zip(layers, states, strict=True))
     return {
         str(size): quantize(to_embeddings(exits[size.num_layers], size.dim, similarity), args.precision).numpy()

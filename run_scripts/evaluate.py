@@ -58,8 +58,16 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((EvaluationArguments,)).parse(argv)
         check(args)
 
-        from run_scripts.shared import models, output
-        from trainer.evaluation import evaluate_tasks, load_beir, load_sts, main_scores, mean_scores, name_apart
+        from run_scripts.shared import models, output, plots
+        from trainer.evaluation import (
+            evaluate_tasks,
+            load_beir,
+            load_sts,
+            main_scores,
+            mean_scores,
+            metric_name,
+            name_apart,
+        )
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
@@ -79,14 +87,19 @@ def main(argv=None) -> None:
     columns = main_scores(results)
     if len(columns) > 1:
         columns["mean"] = mean_scores(results)
-    print(output.score_table(columns, sizes, "size"))
+    if args.sizes == ["grid"]:
+        metrics = {task: f", {metric_name(task, results)}" for task in main_scores(results)}
+        tables = {name + metrics.get(name, ""): output.grid_table(scores, sizes) for name, scores in columns.items()}
+        print("\n\n".join(f"{title}\n{table}" for title, table in tables.items()))
+    else:
+        print(output.score_table(columns, sizes, "size"))
     for name, task in results.get("retrieval", {}).items() if args.cross_sizes else ():
         table = task["cross_ndcg@10"]
         columns = {f"d {d}": {str(q): table[str(q)][str(d)] for q in sizes} for d in sizes}
         print(f"\n{name}, nDCG@10: queries down, documents across\n{output.score_table(columns, sizes, 'queries')}")
     with cli.writing(args.output_dir):
         output.write_json(os.path.join(args.output_dir, "results.json"), results)
-        output.save_heatmap(results, sizes, os.path.join(args.output_dir, "heatmap.png"))
+        plots.save_heatmap(results, sizes, model.config.ladder, os.path.join(args.output_dir, "heatmap.png"))
     print(f"\n{time.perf_counter() - started:.1f} s; written to {args.output_dir}")
 
 

@@ -28,11 +28,11 @@ class ExportArguments:
     dim: int | None = field(default=None, metadata={"help": "Dimensions to keep. Default: all."})
     format: str = field(
         default="transformers",
-        metadata={"help": "transformers (a plain backbone, with the files of sentence-transformers) or onnx."},
+        metadata={"help": "transformers (a plain backbone) or onnx, both with the files of sentence-transformers."},
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "float32, float16 or bfloat16 weights; for onnx float32 or int8 (dynamic quantisation)."},
+        metadata={"help": "float32, float16 or bfloat16 weights; for onnx float32 or int8 (a second, quantised file)."},
     )
     sts_files: list[str] | None = field(
         default=None,
@@ -61,12 +61,18 @@ def main(argv=None) -> None:
     size = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     print(f"{small.num_layers}x{small.config.dim} as {args.format}, {args.dtype}: {args.output_dir}")
     print(f"{parameters / 1e6:.2f} M of {whole / 1e6:.2f} M parameters, {size / 1e6:.1f} MB on disk")
+    for path in sorted(Path(args.output_dir).rglob("*.onnx")):
+        print(f"{path.relative_to(args.output_dir)}: {path.stat().st_size / 1e6:.1f} MB")
     trusted = args.trust_remote_code
     encoder = onnx_encoder if args.format == "onnx" else plain_encoder
     written = encoder(args.output_dir, trust_remote_code=trusted) if tasks else None
+    rows = []
     for task in tasks:
         before, after = spearman(task, small.encode), spearman(task, written)
         print(f"{task.name}: Spearman {after:.4f}, in the model {before:.4f} ({after - before:+.4f})")
+        rows.append(f"| {task.name} | {after:.4f} | {before:.4f} |")
+    if rows:
+        add_scores(args.output_dir, rows)
 
 
 def check(args: ExportArguments) -> None:
@@ -79,6 +85,13 @@ def check(args: ExportArguments) -> None:
         raise ValueError(f"output_dir: {args.output_dir} is not empty; choose another folder")
     checks.check_files("sts_files", *(args.sts_files or []))
     checks.check_model(args.model_name_or_path)
+
+
+def add_scores(folder: str, rows: Sequence[str]) -> None:
+    """Add the measured scores to the README.md of an export."""
+    table = ["| Spearman | this folder | the model it was cut out of |", "|---|---:|---:|", *rows]
+    with open(os.path.join(folder, "README.md"), "a", encoding="utf-8") as file:
+        file.write("\n## Scores\n\n" + "\n".join(table) + "\n")
 
 
 def plain_encoder(
@@ -119,22 +132,23 @@ def plain_encoder(
 def onnx_encoder(
     folder: str, batch_size: int = 32, trust_remote_code: bool = False
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to the embeddings that stock onnxruntime and the saved tokenizer give."""
+    """A function from texts to the embeddings that stock onnxruntime and the saved tokenizer give, from the quantised
+    file if there is one."""
     import numpy as np
     import onnxruntime
     from transformers import AutoTokenizer
 
-    session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"), providers=["CPUExecutionProvider"])
+    files = [Path(folder, "onnx", name) for name in ("model_quantized.onnx", "model.onnx")]
+    path = next(file for file in files if file.is_file())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    names = [entry.name for entry in session.get_inputs()]
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         outputs = []
         for start in range(0, len(texts), batch_size):
-            batch = tokenizer(
-                list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="np"
-            )
-            outputs.append(session.run(None, {name: batch[name] for name in names})[0])
+            part = list(texts[start : start + batch_size])
+            batch = tokenizer(part, padding=True, truncation=True, return_tensors="np")
+            outputs.append(session.run(["sentence_embedding"], dict(batch))[0])
         return np.concatenate(outputs)
 
     return encode

@@ -114,7 +114,7 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] | None = None) -> None:
             finetuning.write_card(trainer, encoder, model_args, data_args, results)
             finetuning.push(trainer)
             print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
-            print(_usage(args.output_dir, trainer.ladder[0]))
+            print(finetuning.usage(args.output_dir, results, trainer.ladder))
 
 
 def check(model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -131,14 +131,6 @@ def check(model_args: ModelArguments, data_args: DataArguments) -> None:
     checks.check_at_least("lora_alpha", model_args.lora_alpha, 1)
     checks.check_at_least("max_eval_samples", data_args.max_eval_samples, 0)
     checks.check_at_least("max_train_samples", data_args.max_train_samples, 1)
-
-
-def _usage(folder: str, size) -> str:
-    return (
-        "    from twodmse import TwoDMSEModel\n"
-        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
-        f'    embeddings = model.encode(["sort a list in place"], dim={size.dim})'
-    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(argv=None) -> None:
         if args.output_dir:
             os.makedirs(args.output_dir, exist_ok=True)
             output.write_json(os.path.join(args.output_dir, "plan.json"), as_rows(cells))
-            draw(cells, os.path.join(args.output_dir, "plan.png"))
+            draw(cells, os.path.join(args.output_dir, "plan.png"), args.model_name_or_path)
         best, reason = choose(cells, limits)
     print(f"\n{best.size}: {reason}")
     num_layers, dim = best.size.split("x")
@@ -107,19 +107,26 @@ def table(cells: list[Cell], corpus_size: int | None) -> str:
     return "\n".join([*lines, "* no other size is as good in score, time and bytes"])
 
 
-def draw(cells: list[Cell], path: str) -> None:
+def draw(cells: list[Cell], path: str, model: str) -> None:
     """Plot score over milliseconds, a point per size with its area by bytes; a line joins the front."""
     from matplotlib.figure import Figure
+
+    from run_scripts.shared import plots
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     points = [cell for cell in cells if cell.score is not None]
-    for cell in points:
-        axis.scatter(cell.ms_per_text, cell.score, s=10 + cell.bytes_per_vector / 8, alpha=0.6, color="tab:blue")
-        axis.annotate(cell.size, (cell.ms_per_text, cell.score), fontsize=7, xytext=(4, 4), textcoords="offset points")
     front = sorted(pareto(points), key=lambda cell: cell.ms_per_text)
-    axis.plot([c.ms_per_text for c in front], [c.score for c in front], color="tab:orange", linewidth=1)
-    axis.set(xlabel="ms for one text", ylabel="score", title="area: bytes of a vector")
+    for cell in points:
+        color = plots.COLORS["front" if cell in front else "other"]
+        axis.scatter(cell.ms_per_text, cell.score, s=10 + cell.bytes_per_vector / 8, alpha=0.6, color=color)
+        axis.annotate(cell.size, (cell.ms_per_text, cell.score), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    line = {"color": plots.COLORS["front"], "linewidth": 1, "label": "no other size is as good"}
+    axis.plot([c.ms_per_text for c in front], [c.score for c in front], **line)
+    axis.set(xlabel="ms for one text (area: bytes of a vector)", ylabel="score")
+    axis.margins(x=0.12, y=0.08)  # room for the names
+    axis.legend(fontsize=8)
+    plots.set_title(axis, plots.public_name(model))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

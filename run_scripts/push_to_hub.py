@@ -1,19 +1,23 @@
 """Publish a model folder: `python run_scripts/push_to_hub.py --model_name_or_path OUT --repo_id owner/name`."""
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from run_scripts.shared import cli
-from trainer.shared.hub import check_loads, check_model_folder, check_repo_id, find_token, stage, upload
+from run_scripts.demo import CorpusArguments, check_corpus, offered, read_documents
+from run_scripts.shared import checks, cli
+from trainer.shared import hub
 
 
 @dataclass
 class PushArguments:
     """What is published where."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a saved elastic model."})
+    model_name_or_path: str = field(
+        metadata={"help": "Folder of a saved elastic model; with --space, also one on the Hub."}
+    )
     repo_id: str = field(metadata={"help": "Name on the Hub, owner/name."})
     private: bool = field(default=False, metadata={"help": "Create a private repository."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; created if it is missing."})
@@ -22,30 +26,67 @@ class PushArguments:
     )
     dry_run: str | None = field(
         default=None,
-        metadata={"help": "Write what would be uploaded to this folder, list it, and upload nothing."},
-    )
+        metadata={"help": "List what would be uploaded, and upload nothing; with a folder, also write it there.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
+    space: bool = field(
+        default=False,
+        metadata={"help": "Publish the demo of the model as a Space that searches the documents of --corpus_file. A "
+                  "model folder is copied into it; a model on the Hub is loaded when the Space starts."},
+    )  # fmt: skip
 
 
 def main(argv=None) -> None:
     """Parse, check, stage, upload."""
     with cli.user_errors():
-        (args,) = cli.Parser((PushArguments,)).parse(argv)
-        check_model_folder(args.model_name_or_path)
-        check_repo_id(args.repo_id)
-        check_loads(args.model_name_or_path)
-        if args.dry_run is not None:
-            files = stage(args.model_name_or_path, args.repo_id, args.dry_run)
-            print("\n".join(files))
-            print(f"{len(files)} files, written to {args.dry_run}; nothing was uploaded")
+        args, corpus = cli.Parser((PushArguments, CorpusArguments)).parse(argv)
+        on_hub = args.space and not os.path.isdir(args.model_name_or_path)
+        if on_hub:
+            checks.check_model(args.model_name_or_path)
+        else:
+            hub.check_model_folder(args.model_name_or_path)
+        hub.check_repo_id(args.repo_id)
+        if args.space:
+            check_corpus(corpus)
+        if not on_hub:
+            hub.check_loads(args.model_name_or_path)
+        if args.dry_run is not None and args.dry_run.lower() != "false":
+            show(args, corpus)
             return
-        token = find_token(args.token)
+        token = hub.find_token(args.token)
     with tempfile.TemporaryDirectory() as folder, cli.user_errors():
-        files = stage(args.model_name_or_path, args.repo_id, folder)
+        files = stage(args, corpus, folder)
+        upload = hub.upload_space if args.space else hub.upload
         try:
             address = upload(folder, args.repo_id, token, args.private, args.revision)
         except HfHubHTTPError as error:
             raise ValueError(f"repo_id: the Hub refused: {error}") from error
     print(f"{len(files)} files: {address}")
+
+
+def show(args: PushArguments, corpus: CorpusArguments) -> None:
+    """List the files that would be uploaded; `dry_run` is the folder that gets them, or `true`."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = folder if str(args.dry_run).lower() == "true" else str(args.dry_run)
+        files = stage(args, corpus, target)
+    print("\n".join(files))
+    written = "" if target == folder else f", written to {target}"
+    print(f"{len(files)} files{written}; nothing was uploaded")
+
+
+def stage(args: PushArguments, corpus: CorpusArguments, folder: str) -> list[str]:
+    """Write what is uploaded to a folder; the paths in it."""
+    if not args.space:
+        return hub.stage(args.model_name_or_path, args.repo_id, folder)
+
+    from modeling_2dmse import TwoDMSEConfig
+    from run_scripts.demonstration.corpus import example_queries
+    from run_scripts.demonstration.space import stage_space
+
+    config = TwoDMSEConfig.from_pretrained(args.model_name_or_path)
+    documents, source = read_documents(corpus)
+    examples = example_queries(documents, source)
+    return stage_space(folder, args.model_name_or_path, offered(config), documents, source, examples)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`; without a query, it prompts."""
+"""Search an index: `python run_scripts/search.py INDEX ["query" ...] [--flag value]`.
+
+Without a query, it asks for one after another, until `exit`, `quit` or the end of the input.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,10 @@ class SearchArguments:
     """How an index is searched."""
 
     k: int | None = field(
-        default=None, metadata={"help": "Results per query. Default: 10, or all if the index has fewer."}
-    )
+        default=None,
+        metadata={"help": "Results per query. Default: what the last of --stages keeps; without stages 10, or all if "
+                  "the index has fewer."},
+    )  # fmt: skip
     stages: str | None = field(
         default=None,
         metadata={"help": "DIM:KEEP[:PRECISION],... Default: one exact stage at the full width."},
@@ -76,12 +81,14 @@ def choose_stages(engine: Engine, args: SearchArguments) -> list[Stage]:
     if engine.size is None:
         raise ValueError(f"index: {engine.place} is not complete; run build_index.py again, which adds the rest")
     width = engine.layout.width
-    args.k = min(10, engine.size) if args.k is None else args.k
     dim = width if args.query_size is None else int(args.query_size.split("x")[1])
     if dim > width:
         raise ValueError(f"query_size: {args.query_size} is not allowed; the index has {width} dimensions")
-    stages = parse_stages(args.stages) if args.stages else [Stage(dim, args.k)]
-    if max((stage.dim for stage in stages), default=0) > dim:
+    stages = parse_stages(args.stages) if args.stages else None
+    if args.k is None:
+        args.k = min(stages[-1].keep if stages else 10, engine.size)
+    stages = stages or [Stage(dim, args.k)]
+    if args.query_size is not None and max(stage.dim for stage in stages) > dim:
         raise ValueError(f"stages: {args.stages} needs more dimensions than queries of --query_size {args.query_size}")
     engine.check_stages(stages, args.k)
     return stages
@@ -109,11 +116,15 @@ def load_model(engine: Engine, args: SearchArguments) -> TwoDMSEModel:
 
 
 def ask():
-    """Yield the lines that the user types, until there are no more."""
+    """Yield the lines that the user types, until `exit`, `quit` or the end of the input."""
+    if sys.stdin.isatty():
+        print("Type a query, or exit to end.", flush=True)
     while True:
         try:
             line = input("query> " if sys.stdin.isatty() else "")
         except EOFError:
+            return
+        if line.strip().lower() in ("exit", "quit"):
             return
         if line.strip():
             yield line

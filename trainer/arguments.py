@@ -68,6 +68,11 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=0.0,
         metadata={"help": "Weight of each size's distance (1 - cosine) to the teacher's first dimensions."},
     )
+    shallow_steps: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps that train only the sizes of at most a third of the layers; they are "
+                  "cheap. Needs teacher start or embeddings."},
+    )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(
         default=0.0,
@@ -163,6 +168,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         problems += find_problems(self, _RANGES)
         if not 0 <= self.initial_share <= 1:
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
+        if not 0 <= self.shallow_steps < 1:
+            problems.append(f"shallow_steps: {self.shallow_steps} is not allowed; use a number from 0 to below 1")
         if problems:
             raise ValueError("; ".join(problems))
         if self.loss_scale is None:

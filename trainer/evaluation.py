@@ -297,6 +297,26 @@ def mean_scores(results: dict) -> dict[str, float]:
     return {size: float(np.mean([task[size] for task in scores])) for size in scores[0]}
 
 
+def best_for_cost(results: dict, ladder: Sequence[Size]) -> Size:
+    """The size that a user is shown first: the cheapest one of the ladder with at least 95 % of its best score.
+
+    The score is the mean over the tasks of the main metric; without any, it is the size in the middle of the ladder.
+
+    Args:
+        results: of `evaluate_tasks`, with every size of the ladder; may have no tasks.
+        ladder: the sizes, small to large.
+
+    >>> results = {"sts": {"a": {"spearman": {"1x8": 0.7, "2x8": 0.77, "4x8": 0.8}}}}
+    >>> best_for_cost(results, [Size(1, 8), Size(2, 8), Size(4, 8)])
+    Size(num_layers=2, dim=8)
+    """
+    if not main_scores(results):
+        return ladder[len(ladder) // 2]
+    scores = mean_scores(results)
+    best = max(scores[str(size)] for size in ladder)
+    return next(size for size in ladder if scores[str(size)] >= best - 0.05 * abs(best))
+
+
 def grid_sizes(num_layers: int, dims: Sequence[int]) -> list[Size]:
     """Every number of layers with every dim; the dims of one depth come together."""
     return [Size(n, dim) for n in range(1, num_layers + 1) for dim in sorted(set(dims))]

@@ -1,5 +1,6 @@
 """The model card of a training run, made from the results and settings of the run."""
 
+import importlib.metadata
 import os
 import statistics
 import time
@@ -12,16 +13,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.backbone import layers_of
 
-from .evaluation import main_scores, metric_name
+from .citations import CITATIONS
+from .evaluation import best_for_cost, main_scores, metric_name
 from .objectives import Objective
+from .shared.hub import OWNER
 
-CITATIONS = {
-    "2dmse": "Li et al. 2024. 2D Matryoshka Sentence Embeddings. arXiv:2402.14776",
-    "starbucks": "Zhuang et al. 2024. Starbucks: Improved Training for 2D Matryoshka Embeddings. arXiv:2410.13230",
-    "matryoshka": "Kusupati et al. 2022. Matryoshka Representation Learning. arXiv:2205.13147",
-    "espresso": "Li et al. 2024. ESE: Espresso Sentence Embeddings. arXiv:2402.14776 (its later title)",
-    "separate": "Zhuang et al. 2024. Starbucks: Improved Training for 2D Matryoshka Embeddings. arXiv:2410.13230",
-}
 _TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_cards", "template.md")
 
 
@@ -30,7 +26,8 @@ class Run:
     """The contents of a card.
 
     Args:
-        name: name of the model; its Hub name once it is pushed.
+        name: name of the model.
+        repo_id: its Hub name, if it is known; the snippets have a placeholder for the owner otherwise.
         settings: the training settings to show, in order.
         results: the output of `evaluate_tasks` for the ladder or the grid; may be empty.
         costs: the output of `measure_costs`; may be empty.
@@ -38,6 +35,7 @@ class Run:
         base_model: Hub name of the backbone, if any.
         datasets: Hub names of the training data, if any.
         license: licence of the model, if any.
+        languages: codes of the languages of the model, if known.
     """
 
     name: str
@@ -48,35 +46,46 @@ class Run:
     base_model: str | None = None
     datasets: Sequence[str] = ()
     license: str | None = None
+    languages: Sequence[str] = ()
+    repo_id: str | None = None
 
 
 def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard:
     """Make the card: metadata with every size of the ladder, scores, costs, settings, and how to load a size."""
+    ladder = objective.ladder
+    name = run.repo_id or run.name
+    repo_id = name if "/" in name else f"{OWNER}/{name}"
     data = ModelCardData(
-        model_name=run.name,
+        model_name=name,
         base_model=run.base_model,
         datasets=list(run.datasets) or None,
+        language=list(run.languages) or None,
         license=run.license,
         library_name="transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "matryoshka", "2dmse", "custom_code"],
-        eval_results=_eval_results(run.results, objective.ladder) or None,
+        eval_results=_eval_results(run.results, ladder) or None,
     )
-    example = objective.ladder[len(objective.ladder) // 2]
+    example = best_for_cost(run.results, ladder)
     return ModelCard.from_template(
         data,
         template_path=_TEMPLATE,
-        name=run.name,
+        name=name,
+        repo_id=repo_id,
         num_layers=model.num_layers,
         hidden_size=model.config.hidden_size,
         example_layers=example.num_layers,
         example_dim=example.dim,
-        scores=_ladder_table(run.results, run.costs, objective.ladder),
+        facts=_facts(model, run),
+        tasks=_task_lines(run.results, model.config.similarity),
+        scores=_ladder_table(run.results, run.costs, ladder),
         grids=_grid_tables(run.results),
         command=run.command,
         settings="\n".join(f"- {key}: `{value}`" for key, value in run.settings.items()),
         objective=objective.name,
-        citation=CITATIONS[objective.name],
+        versions=_versions(),
+        crosses=bool(run.settings.get("cross size weight")),
+        citation="\n\n".join(CITATIONS[objective.name]),
     )
 
 
@@ -122,15 +131,70 @@ def measure_costs(
     }
 
 
+def _facts(model: TwoDMSEModel, run: Run) -> str:
+    """What a reader must know to use the model, a line each."""
+    trained = run.settings.get("max_length")
+    lines = {
+        "Base model": run.base_model,
+        "Languages": ", ".join(run.languages) or None,
+        "License": run.license,
+        "Pooling": model.config.pooling,
+        "Similarity function": {"dot": "dot product"}.get(model.config.similarity, model.config.similarity),
+        "Maximum length": f"{model.max_length} tokens" + (f"; trained at up to {trained}" if trained else ""),
+    }
+    return "\n".join(f"- {title}: {value}" for title, value in lines.items() if value)
+
+
+def _versions() -> str:
+    """Versions of the libraries, those that are installed."""
+    found = []
+    for name in ("twodmse", "transformers", "sentence-transformers", "torch", "tokenizers", "datasets"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _task_lines(results: dict, similarity: str) -> str:
+    """What each task is: its metric and its rows."""
+    lines: list[str] = []
+    compared = "dot product" if similarity == "dot" else "cosine"
+    for name, task in results.get("sts", {}).items():
+        rows = f" ({task['n']} rows)" if "n" in task else ""
+        lines.append(
+            f"{name}: semantic similarity of sentence pairs{rows}; Spearman correlation of {compared} and score"
+        )
+    for name, task in results.get("retrieval", {}).items():
+        rows = f" ({task['n_queries']} queries)" if "n_queries" in task else ""
+        lines.append(f"{name}: retrieval{rows}; nDCG@10, documents ranked by {compared}")
+    for name, task in results.get("mteb", {}).items():
+        lines.append(f"{name}: MTEB's task of type {task['type']}; {task['metric']}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _score_columns(results: dict) -> dict[str, dict[str, float]]:
+    """The scores of each size by the title of their column; of a training, also those before it."""
+    columns: dict[str, dict[str, float]] = {}
+    before = main_scores(results.get("before") or {})
+    for task, scores in main_scores(results).items():
+        title = f"{task}, {metric_name(task, results)}"
+        if task in before:
+            columns |= {f"{title} before": before[task], f"{title} after": scores}
+        else:
+            columns[title] = scores
+    return columns
+
+
 def _ladder_table(results: dict, costs: dict, ladder: Sequence[Size]) -> str:
-    tasks = main_scores(results)
-    titles = [f"{task}, {metric_name(task, results)}" for task in tasks]
+    columns = _score_columns(results)
+    titles = list(columns)
     titles += ["parameters", "MB on disk", "encode time"] if costs else []
     if not titles:
         return "Not evaluated."
     lines = [f"| size | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for size in map(str, ladder):
-        cells = [f"{scores[size]:.4f}" for scores in tasks.values()]
+        cells = [f"{scores[size]:.4f}" for scores in columns.values()]
         if costs:
             cost = costs[size]
             cells += [f"{cost['parameters'] / 1e6:.1f} M", f"{cost['megabytes']:.0f}", f"{cost['relative_time']:.2f}"]

@@ -51,6 +51,7 @@ class Plan(NamedTuple):
         crosses: the losses between sizes on the labeled rows.
         unlabeled: the alignments on the rows without labels.
         similarity: how embeddings are compared, `cosine` or `dot`.
+        teacher_given: the teacher's states are given, so that the step needs no exit of its own for them.
     """
 
     terms: tuple[Term, ...]
@@ -58,12 +59,16 @@ class Plan(NamedTuple):
     crosses: tuple[Cross, ...] = ()
     unlabeled: tuple[Alignment, ...] = ()
     similarity: str = "cosine"
+    teacher_given: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The exits that the step needs, in ascending order."""
         sizes = [term.size for term in self.terms]
-        sizes += [size for a in self.alignments + self.unlabeled for size in (a.student, a.teacher)]
+        alignments = self.alignments + self.unlabeled
+        sizes += [alignment.student for alignment in alignments]
+        if not self.teacher_given:
+            sizes += [alignment.teacher for alignment in alignments]
         sizes += [size for c in self.crosses for size in (c.queries, c.documents)]
         return tuple(sorted({size.num_layers for size in sizes}))
 
@@ -88,6 +93,8 @@ class Objective:
             if there are none. `score_kl` replaces `query_kl` on them: they have no queries.
         similarity: how embeddings are compared, `cosine` or `dot`.
         embedding_weight: factor of the distance of each size's embedding to the teacher's first dimensions.
+        shallow_steps: share of the steps that train only the sizes of at most a third of the layers. Such a step costs
+            a third or less. It needs a teacher that is not a size of the step.
     """
 
     name: str
@@ -102,9 +109,12 @@ class Objective:
     unlabeled_weight: float = 0.0
     similarity: str = "cosine"
     embedding_weight: float = 0.0
+    shallow_steps: float = 0.0
 
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
+        if self.shallow_steps and rng.random() < self.shallow_steps:
+            return self._shallow(replace(self, shallow_steps=0.0).plan(rng))
         unlabeled: tuple[Alignment, ...] = ()
         if self.unlabeled_weight:
             state = rng.getstate()
@@ -127,6 +137,22 @@ class Objective:
         crosses = (Cross(size, Size(deepest, size.dim), self.cross_size_weight) for size in shallow)
         return plan._replace(crosses=tuple(crosses))
 
+    @property
+    def shallow_layers(self) -> int:
+        """The most layers of a size that shallow steps train."""
+        return max(1, self.num_layers // 3)
+
+    def _shallow(self, plan: Plan) -> Plan:
+        """What a plan says of the shallow sizes."""
+        few = lambda size: size.num_layers <= self.shallow_layers
+        return plan._replace(
+            terms=tuple(term for term in plan.terms if few(term.size)),
+            alignments=tuple(alignment for alignment in plan.alignments if few(alignment.student)),
+            unlabeled=tuple(alignment for alignment in plan.unlabeled if few(alignment.student)),
+            crosses=(),
+            teacher_given=True,
+        )
+
     def _to_embedding(self, plan: Plan) -> tuple[Alignment, ...]:
         """Every size that has a loss learns the teacher's first dimensions; the largest only from another teacher."""
         sizes = [term.size for term in plan.terms]
@@ -138,7 +164,8 @@ class Objective:
     def exits(self) -> tuple[int, ...]:
         """The layers whose exits are trained, in any step."""
         draws = self.name == "2dmse"
-        return tuple(range(1, self.num_layers + 1)) if draws else self.plan(random.Random(0)).layers
+        always = replace(self, shallow_steps=0.0)
+        return tuple(range(1, self.num_layers + 1)) if draws else always.plan(random.Random(0)).layers
 
     @property
     def kind(self) -> str:

@@ -150,7 +150,10 @@ def make_objective(
         unlabeled_weight=args.unlabeled_weight if with_unlabeled else 0.0,
         similarity=encoder.config.similarity,
         embedding_weight=args.embedding_weight,
+        shallow_steps=args.shallow_steps,
     )
+    if args.shallow_steps:
+        _check_shallow_steps(objective)
     if args.embedding_weight and encoder.config.similarity != "cosine":
         raise ValueError("embedding_weight: the distance is that of unit vectors; it needs similarity cosine")
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
@@ -165,6 +168,16 @@ def make_objective(
             f"unlabeled_weight {args.unlabeled_weight:g}"
         )
     return objective
+
+
+def _check_shallow_steps(objective: Objective) -> None:
+    if objective.name != "starbucks" or objective.kind == "none" or objective.teacher == "largest":
+        raise ValueError("shallow_steps: they need the objective starbucks and the teacher start or embeddings")
+    if all(size.num_layers > objective.shallow_layers for size in objective.ladder):
+        raise ValueError(
+            f"shallow_steps: no size has at most {objective.shallow_layers} layers, a third of the model's; "
+            "add one to --sizes"
+        )
 
 
 def check_teacher(args: TwoDMSETrainingArguments, teacher: TeacherEmbeddings | None, guide: object) -> None:

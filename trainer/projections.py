@@ -20,8 +20,9 @@ def fit_exit_projections(
     ridge: float = 0.02,
     layers: Sequence[int] | None = None,
     targets: torch.Tensor | None = None,
+    keep_states: bool = False,
     **encode: Any,
-) -> None:
+) -> torch.Tensor | None:
     """Fit a projection for each exit, so that its first dimensions reproduce the embeddings of the full size.
 
     Let T be the embeddings of the full size and X_n the pooled states after n layers, one row per text. V are the
@@ -45,7 +46,12 @@ def fit_exit_projections(
         layers: the exits to fit; all by default. Without the last exit, T V is its present output.
         targets: (len(texts), hidden), what every exit, the last one too, is fitted to instead of T V: the rotated
             embeddings of another teacher.
+        keep_states: return the states of the texts, which otherwise do not stay in memory.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+
+    Returns:
+        with `keep_states`, (N, len(texts), hidden), float32, on the CPU: what `encode_states` would give after the fit,
+        except that the last state has unit norm unless there are targets. Otherwise None.
 
     Raises:
         ValueError: there are no texts, an item is not a string, or `targets` has another shape.
@@ -64,16 +70,21 @@ def fit_exit_projections(
     for n in layers:
         if n < last or targets is not None or _is_rotation(weights[n]):
             projections[n - 1].reset()
-    grams, crosses = _moments(encoder, texts, targets, encode)
+    grams, crosses, kept = _moments(encoder, texts, targets, keep_states, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
     if last in weights and targets is None:
         rotation = torch.linalg.eigh(crosses[-1])[1].flip(1)
         weight = weights.pop(last)
         weight.data.copy_(rotation.T @ weight.detach().double().cpu())
+        for states in kept:
+            states[-1] = states[-1] @ rotation.float()
     for n, weight in weights.items():
         gram = grams[n - 1]
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         weight.data.copy_(torch.linalg.solve(gram, crosses[n - 1] @ rotation).T)
+        for states in kept:
+            states[n - 1] = torch.nn.functional.linear(states[n - 1], weight.detach().float().cpu())
+    return torch.cat(kept, dim=1) if keep_states else None
 
 
 def _is_rotation(weight: torch.Tensor) -> bool:
@@ -82,14 +93,15 @@ def _is_rotation(weight: torch.Tensor) -> bool:
 
 
 def _moments(
-    encoder: TwoDMSEModel, texts: list[str], targets: torch.Tensor | None, encode: dict
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_n^T X_n and X_n^T T for each n; (N, hidden, hidden), float64.
+    encoder: TwoDMSEModel, texts: list[str], targets: torch.Tensor | None, keep: bool, encode: dict
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """X_n^T X_n and X_n^T T for each n, (N, hidden, hidden), float64; and X_n in pieces, (N, texts, hidden), to keep.
 
     T is `targets`, or the embeddings of the full size, which then also stand for the last X_n.
     """
     shape = (encoder.num_layers, encoder.config.hidden_size, encoder.config.hidden_size)
     grams, crosses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    kept: list[torch.Tensor] = []
     for start in range(0, len(texts), _PIECE):
         states = encoder.encode_states(texts[start : start + _PIECE], **encode)
         if targets is None:
@@ -99,4 +111,6 @@ def _moments(
             target = targets[start : start + _PIECE].to(states)
         grams += (states.mT @ states).double()
         crosses += (states.mT @ target).double()
-    return grams, crosses
+        if keep:
+            kept.append(states.clone())  # a normal tensor, which may be changed
+    return grams, crosses, kept

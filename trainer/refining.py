@@ -10,9 +10,11 @@ from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.projection import ExitProjection
 
-from .alignment import score_kl
+from .alignment import query_kl
 
-STEPS, ROWS, RATE, SCALE = 200, 384, 2e-3, 15.0
+STEPS, RATE, SCALE = 300, 2e-3, 20.0
+# Texts of a step whose similarities are learned, and the most texts that they are compared with.
+_QUERIES, _DOCUMENTS = 256, 4096
 # The first share of the steps, in which the rate rises.
 _WARM_UP = 0.1
 
@@ -24,15 +26,17 @@ def refine_exit_projections(
     sizes: Sequence[Size],
     steps: int = STEPS,
     seed: int = 0,
+    states: torch.Tensor | None = None,
     **encode: Any,
 ) -> None:
     """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
 
     A projection that is fitted in closed form reproduces the targets' strongest directions, and few dimensions of them
     are not the few dimensions that tell near texts from far ones best. This function multiplies the projection of each
-    exit by a matrix P that starts as the identity, and trains P with Adam on `alignment.score_kl` between the
-    similarities in a batch of texts at each size of the exit and those of the targets. The exit of the last layer is
-    left alone: it is the full size's.
+    exit by a matrix P that starts as the identity, and trains P with Adam on `alignment.query_kl` between the
+    similarities of some texts to thousands of others at each size of the exit and those of the targets. So many others
+    include a text's near neighbors, which a batch rarely does. The exit of the last layer is left alone: it is the full
+    size's.
 
     Args:
         encoder: the model with exit projections, which is changed in place.
@@ -41,6 +45,7 @@ def refine_exit_projections(
         sizes: the sizes to train.
         steps: number of steps for each exit.
         seed: seed of the batches.
+        states: (N, len(texts), hidden), what `fit_exit_projections` returned for the texts; computed by default.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
@@ -53,7 +58,8 @@ def refine_exit_projections(
     layers = sorted({size.num_layers for size in sizes if size.num_layers < encoder.num_layers})
     if not layers:
         return
-    states = encoder.encode_states(list(texts), layers, **encode)
+    given = states if states is None else states[[n - 1 for n in layers]]
+    states = encoder.encode_states(list(texts), layers, **encode) if given is None else given
     similarity, device = encoder.config.similarity, encoder.device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     projections = cast(list[ExitProjection], list(encoder.exit_projections))
@@ -83,10 +89,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     scale = SCALE if similarity == "cosine" else 1.0
     for _ in range(steps):
-        rows = torch.randperm(len(states), generator=generator)[:ROWS].to(states.device)
+        rows = torch.randperm(len(states), generator=generator)[: _QUERIES + _DOCUMENTS].to(states.device)
+        queries = min(_QUERIES, len(rows) // 2)
         state, target = states[rows], targets[rows]
-        pairs = (to_embeddings(state @ matrix[:, :dim], dim, similarity) for dim in dims)
-        loss = torch.stack([score_kl(student, target, scale) for student in pairs]).sum()
+        students = (to_embeddings(state @ matrix[:, :dim], dim, similarity) for dim in dims)
+        loss = torch.stack([query_kl(student, target, queries, scale) for student in students]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -63,8 +63,8 @@ def plan_parts(
         return to_embeddings(rows.labeled_states(state(size.num_layers)), size.dim, plan.similarity)
 
     def distance(alignment: Alignment, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        teacher = alignment.teacher.num_layers
-        above = start if start is not None and alignment.kind in _OF_START else state(teacher)
+        given = start if alignment.kind in _OF_START else None
+        above = state(alignment.teacher.num_layers) if given is None else given
         sides = part(state(alignment.student.num_layers)), part(above)
         return _distance(alignment, *sides, plan.similarity, rows.counts[0], scale)
 
@@ -127,9 +127,8 @@ def plan_groups(
                 [alignment.weight for alignment in group],
             )
             embeddings, dims = vectors(students, name), [size.dim for size in students]
-            above = states[plan.layers.index(teacher.num_layers)]
-            if start is not None and kind in _OF_START:
-                above = start
+            given = start if kind in _OF_START else None
+            above = states[plan.layers.index(teacher.num_layers)] if given is None else given
             above = above.detach()[sides[name]]
             if kind in _OF_SCORES:
                 target = to_embeddings(above, teacher.dim, plan.similarity)

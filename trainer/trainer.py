@@ -181,8 +181,9 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
                     "exit_projections: fit them before adding adapters, with fit_exit_projections(encoder, texts)"
                 )
             self.encoder.add_exit_projections()
-        if self.encoder.exit_projections is not None and args.ddp_find_unused_parameters is None:
-            # A step may leave some of them out, but with gradient checkpointing transformers tells DDP that none is.
+        projected = self.encoder.exit_projections is not None
+        if (projected or args.shallow_steps) and args.ddp_find_unused_parameters is None:
+            # A step may leave some parameters out, but with gradient checkpointing transformers tells DDP that none is.
             args.ddp_find_unused_parameters = True
 
     def _check_launch(self) -> None:
@@ -357,7 +358,9 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             for name, value, default in (
                 ("alignment weight", args.alignment_weight, None),
                 ("teacher", args.teacher, "largest"),
+                ("cross size weight", args.cross_size_weight, 0),
                 ("embedding weight", args.embedding_weight, 0),
+                ("shallow steps", args.shallow_steps, 0),
                 ("exit projections", args.exit_projections, False),
                 ("initial share", args.initial_share, 0),
                 ("similarity", config.similarity, "cosine"),
@@ -381,8 +384,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         can_evaluate = self.eval_dataset and not self.is_fsdp_enabled
         results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
         name = model_name or os.path.basename(os.path.normpath(folder))
-        run = Run(name, self.describe(), results, base_model=finetuned_from, license=license)
-        write_card(folder, build_card(self.encoder, self.objective, run))
+        facts = {"base_model": finetuned_from, "license": license, "repo_id": self.args.hub_model_id}
+        write_card(folder, build_card(self.encoder, self.objective, Run(name, self.describe(), results, **facts)))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -1,5 +1,6 @@
 """The console command: `twodmse COMMAND ...` is `python run_scripts/COMMAND.py ...`."""
 
+import difflib
 import importlib
 import sys
 
@@ -11,6 +12,7 @@ COMMANDS = {
     "encode": "embed a corpus at one or several sizes",
     "build_index": "build a search index in stages",
     "search": "search an index",
+    "demo": "search and compare at any size in a web page; without arguments, on Python's documentation",
     "plan": "choose sizes and stages for a budget",
     "mine_negatives": "find hard negatives with the model itself",
     "export": "write one size as a plain model or ONNX",
@@ -33,7 +35,9 @@ def main() -> None:
         print("\n".join(f"  {command:<16} {what}" for command, what in COMMANDS.items()))
         return
     if name not in COMMANDS:
-        print(f"twodmse: error: {name} is unknown; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"twodmse: error: {name} is unknown; {hint}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"twodmse {name}", *sys.argv[2:]]
     importlib.import_module(f"run_scripts.{name}").main()

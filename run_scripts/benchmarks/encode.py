@@ -33,7 +33,9 @@ class OnnxEncoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # it does not read OMP_NUM_THREADS
         providers = onnxruntime.get_available_providers()
-        self.session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options, providers=providers)
+        path = Path(folder) / "onnx" / ("model_quantized.onnx" if dtype == "int8" else "model.onnx")
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        self.inputs = [entry.name for entry in self.session.get_inputs()]
 
     def encode(self, texts: Sequence[str], **kwargs) -> np.ndarray:
         """(len(texts), dim) unit vectors."""
@@ -54,7 +56,9 @@ class OnnxEncoder:
         )
 
     def _run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        (vectors,) = self.session.run(None, {key: batch[key].numpy() for key in ("input_ids", "attention_mask")})
+        zeros = torch.zeros_like(batch["input_ids"])  # a batch lacks its token types if they are all 0
+        inputs = {key: batch.get(key, zeros).numpy() for key in self.inputs}
+        (vectors,) = self.session.run(["sentence_embedding"], inputs)
         return torch.from_numpy(vectors)[None]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_2dmse import Size, TwoDMSEModel
-from run_scripts.shared import models
+from run_scripts.shared import models, plots
 from run_scripts.shared.measure import allocated_at_peak, row, seconds
 from trainer.losses import Rows
 from trainer.objectives import Objective
@@ -55,8 +55,8 @@ def draw(rows: list[dict], path: Path) -> None:
     for line in rows:
         _, work, name = line["id"].split(".")
         for axis, key in zip(axes[:, names.index(name)], ("seconds", "gb"), strict=True):
-            axis.loglog(line["x"], line[key], marker="o", label=work)
-            axis.set_xticks(line["x"], [str(x) for x in line["x"]])
+            axis.loglog(line["x"], line[key], marker="o", label=work, color=plots.COLORS[work])
+            axis.set_xticks(line["x"], [str(x) for x in line["x"]], rotation=45 if len(line["x"]) > 6 else 0)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_xlabel(name)

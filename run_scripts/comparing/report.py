@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from modeling_2dmse import Size
+from run_scripts.shared import plots
 
 from .methods import METHODS
 
@@ -51,20 +52,27 @@ def _cell(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
-def draw(scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size], path: str) -> None:
+def draw(
+    scores: dict[str, dict[str, dict[int, float]]], ladder: Sequence[Size], path: str, title: str, tasks: Sequence[str]
+) -> None:
     """Plot score over cost (share of layers that run), a line per method; bars are one standard deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     deepest = max(size.num_layers for size in ladder)
     for method, sizes in scores.items():
         points = [(size, list(sizes[str(size)].values())) for size in ladder if str(size) in sizes]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
         cost = [size.num_layers / deepest for size, _ in points]
-        axis.errorbar(cost, [statistics.fmean(v) for _, v in points], spread, label=method, marker="o", capsize=2)
+        label = f"{method} (ours)" if method == plots.OURS else method
+        axis.errorbar(
+            cost, [statistics.fmean(v) for _, v in points], spread, label=label, capsize=2, **plots.line_style(method)
+        )
+    mean = "mean over " if len(tasks) > 1 else ""
     axis.set_xticks([size.num_layers / deepest for size in ladder], [str(size) for size in ladder])
-    axis.set(xlabel="cost: layers that run", ylabel="Spearman, mean over tasks")
+    axis.set(xlabel="size; the distance is the cost, layers that run", ylabel=f"Spearman, {mean}{', '.join(tasks)}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
+    plots.set_title(axis, title)
     figure.savefig(path, dpi=120)

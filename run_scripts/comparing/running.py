@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_2dmse import parse_ladder
-from run_scripts.shared import models
+from run_scripts.shared import models, plots
 from run_scripts.shared.peer import check_installed
 from trainer.evaluation import StsData, evaluate_tasks, load_sts, name_apart
 
@@ -112,7 +112,8 @@ class Comparison:
         print(f"\n{text}")
         start = f"{os.path.splitext(self.args.results_file)[0]}-{self.args.train}"
         Path(f"{start}.md").write_text(text, encoding="utf-8")
-        draw(scores, self.ladder, f"{start}.png")
+        title = f"{plots.public_name(self.budget.arguments()[0].model_name_or_path)}, trained on {self.args.train}"
+        draw(scores, self.ladder, f"{start}.png", title, names)
 
     def _settings(self, rows: int) -> dict:
         """What runs must share to be compared."""

@@ -75,6 +75,8 @@ def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None
     marks = ("config.json", "modules.json")  # the second is all that old folders of sentence-transformers have here
     if os.path.isdir(name_or_path) and not any(os.path.isfile(os.path.join(name_or_path, name)) for name in marks):
         raise ValueError(f"{argument}: {name_or_path} has no config.json, so it is not a model")
+    if os.path.isfile(os.path.join(name_or_path, "export.json")):
+        raise ValueError(f"{argument}: {name_or_path} is an ONNX export; use the model that it was cut out of")
 
 
 def check_no_results(output_dir: str, overwrite: bool) -> None:

@@ -3,16 +3,19 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from run_scripts.shared import secrets
+from run_scripts.shared import screen, secrets
 from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
 
 # In a log, the bars of `datasets` would be more lines before an error. It reads this when it is imported.
@@ -45,6 +48,9 @@ class Parser(HfArgumentParser):
         if self.transformers_flags:
             self.epilog = "--help_all also shows the other flags of transformers.TrainingArguments."
             self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show all flags and exit")
+        for action in self._actions:
+            if action.nargs is None and (action.type is string_to_bool or action.dest == "resume_from_checkpoint"):
+                action.nargs, action.const = "?", True if action.type is string_to_bool else "true"
         clean(self)
 
     def parse(self, argv: Sequence[str] | None = None, check: Callable[..., None] | None = None) -> tuple:
@@ -66,9 +72,11 @@ class Parser(HfArgumentParser):
         flags = [*(recipe_flags(recipe) if recipe else []), *argv]
         secrets.remember(flags)
         self._refuse_renamed(flags)
+        self._refuse_unknown(flags)
         values, unknown = self.parse_known_args(flags)
         if unknown:
-            raise ValueError(f"flags: {' '.join(unknown)} is unknown; --help lists the flags")
+            raise ValueError(f"flags: {' '.join(unknown)} belongs to no flag; --help lists the flags")
+        screen.hide_noise()
         parsed: list = []
         for number, kind in enumerate(self.dataclass_types, 1):
             if check is not None and number == len(self.dataclass_types):
@@ -86,6 +94,18 @@ class Parser(HfArgumentParser):
             new = RENAMED.get(old) if flag.startswith("--") else None
             if new is not None and f"--{new}" in self._option_string_actions:
                 raise ValueError(f"flags: --{old} is now --{new}")
+
+    def _refuse_unknown(self, flags: Sequence[str]) -> None:
+        """Before argparse, which would first ask for a required flag, perhaps the one that is misspelled."""
+        for flag in flags:
+            name = flag.partition("=")[0]
+            if not re.fullmatch(r"--?[A-Za-z]\S*", name) or name in self._option_string_actions:
+                continue
+            known = [option for option in self._option_string_actions if "-" not in option.lstrip("-")]
+            wanted = f"--{name.lstrip('-').replace('-', '_')}"
+            near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+            raise ValueError(f"flags: {name} is unknown; {hint}")
 
     def error(self, message):
         fail(message)

@@ -1,4 +1,4 @@
-"""What scripts print and write: lines, JSON, tables and heat maps."""
+"""What scripts print and write: lines, JSON and tables."""
 
 import contextlib
 import json
@@ -39,34 +39,17 @@ def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], h
     return "\n".join(lines)
 
 
-def save_heatmap(results: dict, sizes: Sequence["Size"], path: str | Path) -> None:
-    """A picture of the main metric of every task, with a row per layer and a column per dim."""
-    import matplotlib
+def grid_table(scores: dict[str, float], sizes: Sequence["Size"]) -> str:
+    """A text table of one task, with a row per number of layers and a column per dim.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    from trainer.evaluation import main_scores, metric_name
-
-    scores = main_scores(results)
-    layers, dims = sorted({s.num_layers for s in sizes}), sorted({s.dim for s in sizes})
-    width = max(3.5, 0.7 * len(dims) + 1.5)
-    figure, axes = plt.subplots(
-        1, len(scores), figsize=(width * len(scores), 0.45 * len(layers) + 1.6), squeeze=False, layout="constrained"
-    )
-    for axis, (task, values) in zip(axes[0], scores.items(), strict=True):
-        grid = np.full((len(layers), len(dims)), np.nan)
-        for size in sizes:
-            grid[layers.index(size.num_layers), dims.index(size.dim)] = values[str(size)]
-        axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
-        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-        for (row, column), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                color = "white" if value < middle else "black"
-                axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
-        axis.set(title=f"{task}, {metric_name(task, results)}", xlabel="dimensions", ylabel="layers")
-        axis.set_xticks(range(len(dims)), dims)
-        axis.set_yticks(range(len(layers)), layers)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    >>> from modeling_2dmse import Size
+    >>> print(grid_table({"1x8": 0.5, "2x8": 0.75}, [Size(1, 8), Size(2, 8)]))
+    layers           8
+    1           0.5000
+    2           0.7500
+    """
+    dims = sorted({size.dim for size in sizes})
+    lines = ["layers    " + "".join(f"{dim:>8}" for dim in dims)]
+    for n in sorted({size.num_layers for size in sizes}):
+        lines.append(f"{n:<10}" + "".join(f"{scores[f'{n}x{dim}']:>8.4f}" for dim in dims))
+    return "\n".join(lines)

@@ -26,6 +26,7 @@ def load_peer(folder: str, max_length: int, trust_remote_code: bool = False):
 
     peer = SentenceTransformer(folder, trust_remote_code=trust_remote_code)
     peer.max_seq_length = max_length
+    peer.model_card_data.generate_widget_examples = False  # no card is read, and they take time and a bar
     return peer
 
 

@@ -66,6 +66,16 @@ def python_docs() -> tuple[Dataset, Dataset]:
     return sides[False], sides[True]
 
 
+def standard_docstrings() -> Iterator[tuple[str, str]]:
+    """Names and docstrings of the public classes, functions and methods of the standard library, in a fixed order."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    for top in sorted(sys.stdlib_module_names):
+        for root in (standard / f"{top}.py", standard / top):
+            for module, path in _python_files(root, standard):
+                if not any(part.startswith("_") for part in module.split(".")):
+                    yield from _named(_parse(path), module)
+
+
 def split_docstring(docstring: str) -> tuple[str, str] | None:
     """The summary and the body of a docstring; None if one of them is too short, or the summary too long.
 
@@ -94,14 +104,28 @@ def _is_for_evaluation(module: str) -> bool:
 
 def _pairs(source: Path) -> list[tuple[str, str]]:
     """The usable docstrings of a file: of the module, its classes, functions and methods."""
+    docstrings = (ast.get_docstring(node, clean=False) for node in _documented(_parse(source)))
+    return [pair for docstring in docstrings if docstring and (pair := split_docstring(docstring))]
+
+
+def _parse(source: Path) -> ast.Module:
+    """The syntax tree of a file; an empty one for templates and files for other versions of Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(source.read_bytes())
+            return ast.parse(source.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return []  # templates and files for other versions of Python
-    docstrings = (ast.get_docstring(node, clean=False) for node in _documented(tree))
-    return [pair for docstring in docstrings if docstring and (pair := split_docstring(docstring))]
+        return ast.Module([], [])
+
+
+def _named(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """Names and docstrings of what is defined in a node, without what is private."""
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and child.name[0] != "_":
+            docstring = ast.get_docstring(child)
+            if docstring:
+                yield f"{name}.{child.name}", docstring
+            yield from _named(child, f"{name}.{child.name}")
 
 
 def _documented(node: ast.AST) -> Iterator[ast.AST]:

@@ -159,22 +159,27 @@ def draw(results: dict, config: MatryoshkaConfig, path: str) -> None:
     """Plot the accuracy over expected dimensions and, with several exits, over mean layers."""
     from matplotlib.figure import Figure
 
+    from run_scripts.shared import plots
+
     costs = {"expected_dim": [size.dim for size in config.ladder]}
     if config.exits:
         costs["mean_layers"] = [size.num_layers for size in config.ladder]
     figure = Figure(figsize=(5 * len(costs), 3.6), layout="constrained")
     for axis, (cost, values) in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs.items(), strict=True):
         accuracy = [results["accuracy"][size] for size in config.sizes]
-        axis.plot(values, accuracy, marker="o", label="one size")
+        axis.plot(values, accuracy, marker="o", label="one size", color=plots.COLORS["one size"])
         for size, x, y in zip(config.sizes, values, accuracy, strict=True):
             axis.annotate(size, (x, y), fontsize=7, xytext=(3, -9), textcoords="offset points")
         for name, marker in (("cascade", "*"), ("oracle", "^")):
             if name in results:
                 choice = results[name]
-                axis.scatter(choice[cost], choice["accuracy"], marker=marker, s=80, label=name, zorder=3)
+                point = {"marker": marker, "s": 80, "label": name, "zorder": 3, "color": plots.COLORS[name]}
+                axis.scatter(choice[cost], choice["accuracy"], **point)
         if cost == "expected_dim":
             axis.set_xscale("log", base=2)
         axis.set(xlabel=cost.replace("_", " "), ylabel="accuracy")
+        plots.set_title(axis, plots.public_name(results["model"]))
+        axis.margins(x=0.1, y=0.1)  # room for the names
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import models, output, plots
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -100,28 +100,35 @@ class Work:
             self.fit_texts = self._texts_to_fit()
             if self.teacher is None:
                 name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
-                fit_exit_projections(self.encoder, self.fit_texts)
-                self.fit_targets = self._embed(self.encoder, name, self.fit_texts, None)
+                states = self._fit(None)
+                self.fit_targets = states[-1]
                 self._fill_targets(self.encoder, name)
             else:
-                self._fit_to_teacher(self.teacher)
+                states = self._fit_to_teacher(self.teacher)
             if not self.pairs:
-                self._refine()
+                self._refine(states)
 
-    def _fit_to_teacher(self, teacher: TwoDMSEModel) -> None:
+    def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
+        """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
+        return cast(torch.Tensor, fit_exit_projections(self.encoder, self.fit_texts, targets=targets, keep_states=True))
+
+    def _fit_to_teacher(self, teacher: TwoDMSEModel) -> torch.Tensor:
         """The projections map to the principal directions of the other teacher's embeddings."""
         teacher.to(self.args.device)  # type: ignore[arg-type]
         name = f"{self.model_args.teacher_model_name_or_path} {models.fingerprint(teacher)}"
         vectors = self._embed(teacher, name, self.fit_texts, None)
         self.directions = principal_directions(vectors.numpy(), self.encoder.config.hidden_size)
         self.fit_targets = (vectors.double() @ self.directions).float()
-        fit_exit_projections(self.encoder, self.fit_texts, targets=self.fit_targets)
+        states = self._fit(self.fit_targets)
         self._fill_targets(teacher, name)
         teacher.cpu()
+        return states
 
     def _fill_targets(self, teacher: TwoDMSEModel, name: str) -> None:
+        """The targets of the training texts, in the precision of training."""
         if self.pairs:
-            vectors = self._embed(teacher, name, self.targets.texts, self.args.max_length)
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+                vectors = self._embed(teacher, f"{name} {self.args.bf16}", self.targets.texts, self.args.max_length)
             if self.directions is not None:
                 vectors = (vectors.double() @ self.directions).float()
             self.targets.vectors[:] = vectors.numpy()
@@ -130,11 +137,10 @@ class Work:
         folder = str(self.args.output_dir)
         return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
 
-    def _refine(self) -> None:
+    def _refine(self, states: torch.Tensor | None = None) -> None:
         """The projections learn the similarities of the texts that they were fitted to."""
-        refine_exit_projections(
-            self.trainer.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed
-        )
+        encoder, seed = self.trainer.encoder, self.args.seed
+        refine_exit_projections(encoder, self.fit_texts, self.fit_targets, self.ladder, seed=seed, states=states)
 
     def _texts_to_fit(self) -> list[str]:
         """Whole documents, as they will be embedded, and texts as short as queries."""
@@ -180,7 +186,8 @@ class Work:
         run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
         finetuning.save_card(*run)
         print(report(results, costs, self.ladder))
-        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n\n{usage(folder, self.ladder)}")
+        print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n")
+        print(finetuning.usage(folder, results, self.ladder))
 
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
@@ -188,7 +195,7 @@ class Work:
         settings: dict[str, object] = {"corpus": data, "documents": len(self.documents)}
         settings["effort"] = self.data_args.effort
         if self.teacher is not None:
-            settings["teacher model"] = finetuning.public_name(str(self.model_args.teacher_model_name_or_path))
+            settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))
         return settings | (self.trainer.describe() if self.pairs else {})
 
 
@@ -293,13 +300,3 @@ def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
         for name, task in results.get(kind, {}).items():
             found[f"{shown}, {name}"] = (before[kind][name][metric], task[metric])
     return found
-
-
-def usage(folder: str, ladder: list[Size]) -> str:
-    """The lines that load the model and encode at a size from the middle of the ladder."""
-    size = ladder[len(ladder) // 2]
-    return (
-        "    from twodmse import TwoDMSEModel\n"
-        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
-        f'    embeddings = model.encode(["a text"], dim={size.dim})'
-    )

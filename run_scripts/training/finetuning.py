@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import datasets
 from datasets import Dataset
 
-from modeling_2dmse import TwoDMSEModel, parse_ladder
+from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output, secrets
+from run_scripts.shared import models, output, plots, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
+from trainer.base_card import BaseFacts, read_base_facts
 from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
 from trainer.evaluation import (
     RetrievalData,
     StsData,
+    best_for_cost,
     check_varied,
     grid_sizes,
     main_scores,
@@ -151,7 +153,7 @@ def evaluate(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict
     results["before"] = before
     if trainer.is_world_process_zero():
         output.write_json(os.path.join(folder, "results.json"), results)
-        output.save_heatmap(results, sizes, os.path.join(folder, "heatmap.png"))
+        plots.save_heatmap(results, sizes, trainer.ladder, os.path.join(folder, "heatmap.png"))
         old, new = mean_scores(before), mean_scores(results)
         gain = {size: new[size] - old[size] for size in old}
         metric = "Spearman" if "sts" in results else "nDCG@10"
@@ -193,25 +195,34 @@ def save_card(
 ) -> None:
     """Write the card of a run of `script`, which shows the settings, results and costs; `data_names` are Hub names."""
     backbone, folder = model_args.model_name_or_path, str(trainer.args.output_dir)
-    is_minilm, local = backbone == MODEL_NAME, os.path.exists(backbone)
+    facts = BaseFacts("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0", ("en",))
+    if backbone != MODEL_NAME:
+        facts = read_base_facts(backbone, os.path.exists(backbone))
     run = model_card.Run(
         name=os.path.basename(os.path.normpath(folder)),
-        settings={"backbone": public_name(backbone)} | settings,
+        settings={"backbone": plots.public_name(backbone)} | settings,
         results=results,
         costs=costs,
         command=_command(script),
-        base_model="sentence-transformers/all-MiniLM-L6-v2" if is_minilm else None if local else backbone,
+        base_model=facts.base_model,
         datasets=data_names,
-        license=model_args.license or ("apache-2.0" if is_minilm else None),
+        license=model_args.license or facts.license,
+        languages=facts.languages,
+        repo_id=trainer.args.hub_model_id,
     )
     card = model_card.build_card(encoder, trainer.objective, run)
     card.content = secrets.hide(card.content)
     model_card.write_card(folder, card)
 
 
-def public_name(model: str) -> str:
-    """The Hub name of a model, or the last part of its path."""
-    return os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model
+def usage(folder: str, results: dict, ladder: Sequence[Size]) -> str:
+    """The lines that load the model and encode at the size with the best score for its cost."""
+    size = best_for_cost(results, ladder)
+    return (
+        "    from twodmse import TwoDMSEModel\n"
+        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
+        f'    embeddings = model.encode(["a text"], dim={size.dim})'
+    )
 
 
 def push(trainer: TwoDMSETrainer) -> None:

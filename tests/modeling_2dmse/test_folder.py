@@ -90,6 +90,22 @@ def test_more_of_stock_sentence_transformers(tiny_model, tmp_path):
     assert np.allclose(cut.encode(SENTENCES, normalize_embeddings=True), small.encode(SENTENCES), atol=1e-6)
 
 
+@pytest.mark.parametrize(("projected", "similarity"), [(False, "cosine"), (True, "cosine"), (False, "dot")])
+def test_a_cut_folder_normalises_after_the_cut_in_sentence_transformers(projected, similarity, tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = tiny_model(projected=projected)
+    model.config.similarity = similarity
+    model.truncate(2, 8).save_pretrained(tmp_path / "cut")
+    stock = SentenceTransformer(str(tmp_path / "cut"), trust_remote_code=True, device="cpu")
+    vectors, expected = stock.encode(SENTENCES), model.encode(SENTENCES, num_layers=2, dim=8)
+    assert np.allclose(vectors, expected, atol=1e-6)
+    assert (np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6) == (similarity == "cosine")
+    assert np.allclose(stock.encode(SENTENCES, num_layers=1), model.encode(SENTENCES, 1, 8), atol=1e-6)
+    again = TwoDMSEModel.from_pretrained(tmp_path / "cut")
+    assert np.allclose(again.encode(SENTENCES), expected, atol=1e-6)
+
+
 def test_weights_that_do_not_fill_the_model_are_refused(tiny_model, tmp_path):
     tiny_model().truncate(2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

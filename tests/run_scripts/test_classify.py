@@ -192,7 +192,7 @@ def test_the_oracle():
         ({"--train_file": ["nowhere.csv"]}, "train_file: nowhere.csv is not a file"),
         ({"--max_eval_samples": ["-1"]}, "max_eval_samples: -1 is not allowed"),
         ({"--max_length": ["2"]}, "max_length: 2 is not allowed"),
-        ({"--colour": ["red"]}, "flags: --colour red is unknown"),
+        ({"--colour": ["red"]}, "flags: --colour is unknown"),
     ],
 )
 def test_wrong_training_ends_in_one_line(files, tmp_path, change, message, capsys):

@@ -20,6 +20,7 @@ from modeling_2dmse import TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared import cli
 from run_scripts.training import elasticizing
+from trainer.evaluation import best_for_cost
 
 TEXTS = [f"{a}. {b}." for i, a in enumerate(SENTENCES) for b in SENTENCES[i + 1 : i + 4]]
 ROWS = {"text": TEXTS, "title": [" ".join(text.split()[:3]) for text in TEXTS]}
@@ -118,7 +119,8 @@ def test_fit_keeps_the_full_size_and_brings_the_others_nearer(start, tmp_path, c
     code = "\n".join(line.strip() for line in printed.split("Use it:")[1].strip().splitlines())
     scope: dict = {}
     exec(code, scope)
-    assert scope["embeddings"].shape == (1, 16)
+    best = best_for_cost(json.loads((folder / "results.json").read_text()), scope["model"].config.ladder)
+    assert scope["embeddings"].shape == (1, best.dim)
 
 
 def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsys, backbone_path):
@@ -238,7 +240,7 @@ def test_texts_longer_than_the_context_work(start, tmp_path, capsys):
     texts += [" ".join(SENTENCES[(i + j) % 20] for j in range(0, 60, 3)) for i in range(20)]
     (tmp_path / "long.txt").write_text("\n".join(texts))
     folder = start.run(corpus_file=tmp_path / "long.txt", max_length=None)
-    assert "max_length: 192 is cut to the 48 tokens that this model reads" in capsys.readouterr().out
+    assert "max_length: 96 is cut to the 48 tokens that this model reads" in capsys.readouterr().out
     assert np.isfinite(TwoDMSEModel.from_pretrained(folder).encode(texts)).all()
 
 
@@ -263,14 +265,14 @@ def test_the_recipe_of_the_effort_comes_first():
         _, data, args = cli.Parser(elasticize.ARGUMENTS).parse([*elasticize.with_recipe(flags), *needed])
         assert data.effort == effort
         if effort != "fit":
-            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 3200, "full": 12800}[effort])
+            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 6400, "full": 25600}[effort])
     assert elasticize.with_recipe(["own.yaml", "--seed", "3"]) == ["own.yaml", "--seed", "3"]
 
 
 def test_full_is_short_on_more_pairs():
     paths = [cli.RECIPES / f"elasticize-{effort}.yaml" for effort in ("short", "full")]
     short, full = (yaml.safe_load(path.read_text()) for path in paths)
-    assert full == short | {"effort": "full", "num_pairs": 12800}
+    assert full == short | {"effort": "full", "num_pairs": 4 * short["num_pairs"]}
 
 
 WRONG = {

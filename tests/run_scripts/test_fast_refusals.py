@@ -43,6 +43,8 @@ WRONG = {
         ["--eval_file", "x", "--sts_files", "x", "--methods", "y"],
         "methods: 'y' is unknown",
     ),
+    "demo: model": ("demo", [*MODEL], "model_name_or_path: ./absent does not exist"),
+    "demo: corpus": ("demo", ["--corpus_file", "x.txt"], "corpus_file: x.txt is not a file"),
     "encode: model": ("encode", [*MODEL, *OUT, "--input", "x"], "model_name_or_path: ./absent does not exist"),
     "encode: precision": ("encode", [*MODEL, *OUT, "--input", "x", "--precision", "int4"], "precision: 'int4' is unk"),
     "encode: input": ("encode", ["--model_name_or_path", "a", *OUT, "--input", "x.txt"], "input: x.txt is not a file"),

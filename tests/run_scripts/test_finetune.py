@@ -12,10 +12,11 @@ from conftest import LADDER, SENTENCES
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 
-from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import evaluate, export, finetune
 from run_scripts.shared import cli, models
 from trainer import TwoDMSETrainer
+from trainer.evaluation import best_for_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +71,12 @@ def test_end_to_end(files, tmp_path, capsys):
     sts = ["--sts_files", str(tmp_path / "scored.csv"), "--output_dir", str(tmp_path / "r")]
     evaluate.main(["--model_name_or_path", str(out), "--sizes", "grid", *sts])
     again = json.loads((tmp_path / "r" / "results.json").read_text())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    start = lines.index(["scored,", "Spearman"])
+    assert lines[start + 1] == ["layers", "8", "16", "32"]
+    for n in range(1, 5):
+        row = [f"{again['sts']['scored']['spearman'][f'{n}x{dim}']:.4f}" for dim in (8, 16, 32)]
+        assert lines[start + 1 + n] == [str(n), *row]
     assert again["sts"]["scored"]["spearman"] == pytest.approx(results["sts"]["scored"]["spearman"], abs=1e-6)
     assert (tmp_path / "r" / "heatmap.png").exists()
     with pytest.raises(SystemExit, match="2"):
@@ -79,7 +86,9 @@ def test_end_to_end(files, tmp_path, capsys):
     assert len(code.splitlines()) == 3
     scope: dict = {}
     exec(code, scope)
-    assert scope["embeddings"].shape == (1, 8)
+    size = best_for_cost(results, parse_ladder(LADDER))
+    assert scope["embeddings"].shape == (1, size.dim)
+    assert scope["model"].num_layers == size.num_layers
 
 
 def test_rows_are_held_out_when_no_evaluation_data_are_named(files, tmp_path, capsys):
@@ -256,7 +265,7 @@ def wrong_inputs():
             {"--train_file": ["{tmp}/same.csv"], "--batch_sampler": ["no_duplicates"], "--max_eval_samples": ["0"]},
             "batch_sampler: no_duplicates is impossible: one text appears in 8 rows, but there are 2 batches of 4",
         ),
-        "flag": ({"--speed": ["9"]}, "flags: --speed 9 is unknown"),
+        "flag": ({"--speed": ["9"]}, "flags: --speed is unknown; did you mean --seed?"),
         "rank": ({"--lora_r": ["-1"]}, "lora_r: -1 is not allowed"),
         "no plain file": ({"--unlabeled_file": ["absent.txt"]}, "unlabeled_file: absent.txt is not a file"),
         "plain columns": (

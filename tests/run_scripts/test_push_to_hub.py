@@ -43,6 +43,16 @@ WANTED = {
 }  # fmt: skip
 
 
+def test_a_bare_dry_run_only_lists(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    main(["--dry_run", "--model_name_or_path", str(model_folder), "--repo_id", "org/elastic"])
+    *files, last = capsys.readouterr().out.splitlines()
+    assert {"README.md", "model.safetensors"} <= set(files)
+    assert last == f"{len(files)} files; nothing was uploaded"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_dry_run_writes_and_lists_what_would_be_uploaded(model_folder, tmp_path, capsys):
     flags = ["--model_name_or_path", str(model_folder), "--repo_id", "org/elastic", "--dry_run", str(tmp_path / "dry")]
     main(flags)

@@ -67,6 +67,26 @@ def test_interactive_questions(encoded, capsys, monkeypatch):
     assert "1.0000  d7" in out
 
 
+def test_k_is_what_the_last_stage_keeps(encoded, capsys):
+    build(encoded)
+    for stages, k in (("8:12,32:3", 3), ("32:12", 12)):
+        capsys.readouterr()
+        search.main([str(encoded / "index"), SENTENCES[4], "--stages", stages])
+        assert len(capsys.readouterr().out.splitlines()) == k + 3
+
+
+@pytest.mark.parametrize("word", ["exit", "Quit "])
+def test_a_word_ends_the_interactive_mode(encoded, capsys, monkeypatch, word):
+    build(encoded, "--size", "1x8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{SENTENCES[2]}\n{word}\n{SENTENCES[7]}\n"))
+    capsys.readouterr()
+    search.main([str(encoded / "index"), "--k", "1"])
+    out = capsys.readouterr().out
+    assert "1.0000  d2" in out
+    assert "d7" not in out
+    assert word not in out
+
+
 def test_wrong_input_ends_in_one_line(encoded, capsys):
     index = str(encoded / "index")
 

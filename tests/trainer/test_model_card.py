@@ -1,10 +1,14 @@
 """The whole card, its metadata, and its costs."""
 
+import pytest
+import transformers
 import yaml
 from conftest import SENTENCES
 from huggingface_hub import ModelCard
 
 from modeling_2dmse import parse_ladder
+from trainer.base_card import BaseFacts, read_base_facts
+from trainer.citations import CITATIONS
 from trainer.model_card import Run, build_card, measure_costs, write_card
 from trainer.objectives import OBJECTIVES, Objective
 
@@ -23,13 +27,15 @@ def test_the_whole_card(tiny_model, tmp_path):
         "1x8": {"parameters": 1_500_000, "megabytes": 6.0, "relative_time": 0.25},
         "4x32": {"parameters": 3_000_000, "megabytes": 12.0, "relative_time": 1.0},
     }
-    run = Run("org/name", {"rows": 7}, RESULTS, costs, "accelerate launch x", "base/model", ["some/data"], "apache-2.0")
+    run = Run("name", {"rows": 7}, RESULTS, costs, "accelerate launch x", "base/model", ["some/data"], "apache-2.0")
+    run.repo_id, run.languages = "org/name", ["en"]
     write_card(tmp_path, build_card(tiny_model(), objective(), run))
     card = ModelCard.load(tmp_path / "README.md")
     data = card.data.to_dict()
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "sentence-similarity"
     assert (data["base_model"], data["datasets"], data["license"]) == ("base/model", ["some/data"], "apache-2.0")
+    assert data["language"] == ["en"]
     assert {"matryoshka", "2dmse", "sentence-transformers"} <= set(data["tags"])
     (index,) = data["model-index"]
     found = {(r["dataset"]["name"], m["name"], m["value"]) for r in index["results"] for m in r["metrics"]}
@@ -55,6 +61,76 @@ def test_the_whole_card(tiny_model, tmp_path):
         assert line in card.text, line
     assert "{{" not in card.content
     yaml.safe_load(card.content.split("---")[1])
+
+
+def card_of(tiny_model, run: Run, name: str = "starbucks"):
+    return build_card(tiny_model(), objective(name), run)
+
+
+def test_scores_before_and_after_and_what_was_measured(tiny_model):
+    before = {"sts": {"stsb": {"n": 9, "spearman": {"1x8": 0.25, "4x32": 0.5}}}}
+    card = card_of(tiny_model, Run("m", {"max_length": 24}, RESULTS | {"before": before}))
+    for line in (
+        "| size | stsb, Spearman before | stsb, Spearman after | docs, nDCG@10 |",
+        "| 1x8 | 0.2500 | 0.5000 | 0.1000 |",
+        "- stsb: semantic similarity of sentence pairs (9 rows); Spearman correlation of cosine and score",
+        "- docs: retrieval (3 queries); nDCG@10, documents ranked by cosine",
+        "- Similarity function: cosine",
+        "- Pooling: mean",
+        "- Maximum length: 48 tokens; trained at up to 24",
+    ):
+        assert line in card.text, line
+    assert f"transformers {transformers.__version__}" in card.text
+    values = [m["value"] for r in card.data.to_dict()["model-index"][0]["results"] for m in r["metrics"]]
+    assert values == [0.5, 0.75, 0.1, 0.4], "the metadata have the trained model's scores"
+
+
+def test_the_owner_in_the_snippets(tiny_model):
+    for run, repo, name in (
+        (Run("m"), "your-name/m", "m"),
+        (Run("m", repo_id="org/elastic"), "org/elastic", "org/elastic"),
+        (Run("m", repo_id="elastic"), "your-name/elastic", "elastic"),
+    ):
+        text = card_of(tiny_model, run).text
+        assert text.count(f'from_pretrained("{repo}"') == 2
+        assert f'SentenceTransformer("{repo}"' in text
+        assert f"# {name}\n" in text
+
+
+def test_the_snippets_use_the_best_size_for_its_cost_and_normalise(tiny_model):
+    results = {"sts": {"s": {"spearman": {"1x8": 0.79, "4x32": 0.8}}}}
+    text = card_of(tiny_model, Run("m", results=results)).text
+    assert 'model.encode(["a text"], num_layers=1, truncate_dim=8, normalize_embeddings=True)' in text
+
+
+def test_what_is_said_of_different_depths(tiny_model):
+    assert "was not trained for it" in card_of(tiny_model, Run("m")).text
+    crossed = card_of(tiny_model, Run("m", {"cross size weight": 1.0})).text
+    assert "were trained to be compared" in crossed
+    assert "was not trained for it" not in crossed
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("2dmse", "2402.14776"), ("starbucks", "2410.13230"), ("matryoshka", "2205.13147")]
+)
+def test_citations_are_bibtex(tiny_model, name, key):
+    text = card_of(tiny_model, Run("m"), name).text.split("```bibtex\n")[1].split("```")[0]
+    assert key in text
+    assert "2205.13147" in text
+    assert text.count("@") == len(CITATIONS[name])
+    assert text.count("{") == text.count("}")
+
+
+def test_facts_of_a_local_backbone(tmp_path):
+    head = "---\nbase_model: org/plain\nlicense: mit\nlanguage: [de, en]\n---\n# x\n"
+    (tmp_path / "README.md").write_text(head)
+    assert read_base_facts(str(tmp_path), True) == BaseFacts("org/plain", "mit", ("de", "en"))
+    (tmp_path / "README.md").write_text("---\nbase_model: [org/a, org/b]\nlanguage: en\n---\n")
+    assert read_base_facts(str(tmp_path), True) == BaseFacts("org/a", None, ("en",))
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert read_base_facts(str(tmp_path), True) == BaseFacts()
+    assert read_base_facts(str(tmp_path / "absent"), True) == BaseFacts()
+    assert read_base_facts("org/not-in-the-cache", False) == BaseFacts("org/not-in-the-cache")
 
 
 def test_a_card_without_results(tiny_model):

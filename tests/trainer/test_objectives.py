@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from modeling_2dmse import Size, parse_ladder
 from trainer.alignment import feature_kl, pca_distance, score_kl
 from trainer.losses import Rows, base_loss
-from trainer.objectives import OBJECTIVES, Objective, geometric_dims
+from trainer.objectives import OBJECTIVES, Alignment, Objective, Term, geometric_dims
 from trainer.step_loss import plan_loss
 
 N, H = 4, 32
@@ -243,3 +244,31 @@ def test_unlabeled_rows_equal_a_loop():
             p, q = ([value / sum(side) for value in side] for side in sides)
             expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 5
         assert parts[f"unlabeled/{n}x{d}"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["start", "embeddings"])
+def test_shallow_steps_train_the_sizes_of_a_third_of_the_layers_towards_the_full_size(teacher):
+    ladder = parse_ladder(["1x8", "2x16", "3x16", "6x32"])
+    spec = Objective("starbucks", ladder, 6, 32, alignment_weight=3.0, teacher=teacher, shallow_steps=0.75)
+    rng, whole = random.Random(0), replace(spec, shallow_steps=0.0).plan(random.Random(0))
+    plans = [spec.plan(rng) for _ in range(400)]
+    shallow = [plan for plan in plans if plan != whole]
+    assert 0.7 < len(shallow) / len(plans) < 0.8
+    assert len(set(shallow)) == 1
+    plan, full = shallow[0], ladder[-1]
+    assert plan.terms == (Term(ladder[0], 1.0), Term(ladder[1], 1.0))
+    assert plan.alignments == tuple(Alignment("score_kl", size, full, 3.0) for size in ladder[:2])
+    assert plan.layers == (1, 2), "the full size does not run"
+    assert spec.exits == (1, 2, 3, 6)
+
+
+def test_a_shallow_step_equals_a_loop():
+    spec = Objective("starbucks", LADDER, 6, H, teacher="embeddings", alignment_weight=3.0, shallow_steps=0.99)
+    plan, start = spec.plan(random.Random(0)), STATES[3].flip(0)
+    sides = [torch.nn.functional.normalize(states, dim=-1) for states in (STATES[0, :, :8], STATES[1, :, :16], start)]
+    expected = sum(
+        base_loss("infonce", side, TRIPLETS).item() + 3 * score_kl(side, sides[2]).item() for side in sides[:2]
+    )
+    total, parts = plan_loss(plan, STATES[:2], TRIPLETS, "infonce", start=start)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert set(parts) == {"loss/1x8", "loss/2x16", "alignment/1x8", "alignment/2x16"}

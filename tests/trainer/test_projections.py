@@ -145,3 +145,15 @@ def test_drawn_texts_depend_on_the_seed_and_differ():
     assert draw_texts([rows], 0, 3) == draw_texts([rows], 0, 3)
     assert len({tuple(draw_texts([rows], seed, 3)) for seed in range(9)}) > 1
     assert all(len(draw_texts([rows], seed, 2)) == 2 for seed in range(9))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_kept_states_are_those_after_the_fit(tiny_model, given):
+    model = tiny_model()
+    targets = torch.randn(len(SENTENCES), model.config.hidden_size) if given else None
+    kept = fit_exit_projections(model, SENTENCES, targets=targets, keep_states=True)
+    then = model.encode_states(SENTENCES)
+    torch.testing.assert_close(kept[:-1], then[:-1], atol=1e-4, rtol=1e-4)
+    last = then[-1] if given else torch.nn.functional.normalize(then[-1], dim=-1)
+    torch.testing.assert_close(kept[-1], last, atol=1e-4, rtol=1e-4)
+    assert fit_exit_projections(model, SENTENCES) is None

@@ -29,7 +29,7 @@ def make_trainer(model, folder, vectors, **kwargs) -> TwoDMSETrainer:
         "embedding_weight": 2.0, "seed": 0,
     }  # fmt: skip
     more = {name: kwargs.pop(name) for name in ("guide",) if name in kwargs}
-    args = TwoDMSETrainingArguments(output_dir=str(folder), sizes=LADDER, **(settings | kwargs))
+    args = TwoDMSETrainingArguments(output_dir=str(folder), **({"sizes": LADDER} | settings | kwargs))
     return TwoDMSETrainer(model=model, args=args, train_dataset=ROWS, teacher_embeddings=vectors, **more)
 
 
@@ -133,8 +133,9 @@ def test_the_vectors_are_what_is_learnt(tiny_model, tmp_path):
     assert cosine() > before + 0.2
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize("more", [{}, {"shallow_steps": 0.5}])
+def test_a_resumed_run_equals_an_uninterrupted_one(more, tiny_model, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, **more}
     whole, resumed = tiny_model(), tiny_model()
     teacher = vectors_of(tiny_model())
     make_trainer(whole, tmp_path, teacher, **settings).train()
@@ -158,3 +159,24 @@ def test_wrong_combinations_are_refused(tiny_model, tmp_path):
         make_trainer(tiny_model(), tmp_path, teacher, similarity="dot")
     with pytest.raises(ValueError, match="embedding_weight: -1"):
         make_trainer(tiny_model(), tmp_path, teacher, embedding_weight=-1.0)
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_cache_chunk_size": 3}, {"teacher": "start"}])
+def test_shallow_steps_leave_the_deep_layers_alone(more, tiny_model, tmp_path):
+    model, settings = tiny_model(projected=True), {"shallow_steps": 0.99, "sizes": ["1x8", "2x16", "4x32"], **more}
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    teacher = None if "teacher" in more else vectors_of(model)
+    make_trainer(model, tmp_path, teacher, **settings).train()
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {"exit_projections.0.weight", "backbone.encoder.layer.0.output.dense.weight"} <= changed
+    assert not any(".layer.3." in name or "projections.3." in name for name in changed)
+
+
+def test_shallow_steps_that_cannot_be_are_refused(tiny_model, tmp_path):
+    teacher = vectors_of(tiny_model())
+    with pytest.raises(ValueError, match=r"shallow_steps: 1\.0 is not allowed; use a number from 0 to below 1"):
+        make_trainer(tiny_model(), tmp_path, teacher, shallow_steps=1.0)
+    with pytest.raises(ValueError, match="shallow_steps: they need the objective starbucks and the teacher start or"):
+        make_trainer(tiny_model(), tmp_path, None, teacher="largest", shallow_steps=0.5, embedding_weight=0.0)
+    with pytest.raises(ValueError, match="shallow_steps: no size has at most 1 layers, a third of the model's"):
+        make_trainer(tiny_model(), tmp_path, teacher, shallow_steps=0.5, sizes=["2x8", "4x32"])

@@ -58,6 +58,7 @@ class BaseTrainingArguments(TrainingArguments):
     - `bf16` is on if `accelerate launch` sets it, or if the training runs on a GPU that has it, or on a CPU that has
       instructions for it (AMX or AVX512-BF16).
     - `remove_unused_columns` is off: the collators read the columns.
+    - `dataloader_pin_memory` is off on a CPU.
     - `logging_nan_inf_filter` is off: a loss that is not finite stops the run.
     - `eval_strategy` is `steps`. Evaluations and checkpoints come at each quarter of the run.
 
@@ -101,6 +102,7 @@ class BaseTrainingArguments(TrainingArguments):
                 logger.warning(f"bf16 is on: this {where} has instructions for it (turn it off with --bf16 false)")
         # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not on_cpu  # without a GPU, torch warns of it
         super().__post_init__()
         if not on_cpu and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for

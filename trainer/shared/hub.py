@@ -12,6 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 
+# In the snippets of a card, the owner of a model that is not on the Hub yet.
+OWNER = "your-name"
 # Files of a training run that users of the model do not need.
 LEFT_OUT = ("checkpoint-*", "runs", "*.partial", "training_args.bin", "_*", ".*", "*.log")
 
@@ -74,8 +76,7 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
         ValueError: `target` is not allowed, or `folder` has a link that leads out of it, a link to a folder, or
             something that is neither a file nor a folder.
     """
-    if os.path.isdir(target) and os.listdir(target):
-        raise ValueError(f"dry_run: {target} is not empty; choose another folder")
+    check_target(target)
     if _is_inside(target, folder):
         raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
     _check_real(folder)
@@ -90,11 +91,19 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
         if old:
-            card.content = card.content.replace(f'"{old}"', f'"{repo_id}"').replace(f"# {old}\n", f"# {repo_id}\n")
+            for quoted in (f'"{old}"', f'"{OWNER}/{old}"'):
+                card.content = card.content.replace(quoted, f'"{repo_id}"')
+            card.content = card.content.replace(f"# {old}\n", f"# {repo_id}\n")
             card.content = card.content.replace(f"- name: {old}\n", f"- name: {repo_id}\n")
         card.save(card_path)
     found = [os.path.join(root, name) for root, _, names in os.walk(target) for name in names]
     return sorted(os.path.relpath(path, target) for path in found)
+
+
+def check_target(target: str) -> None:
+    """ValueError if the folder to write to has files already."""
+    if os.path.isdir(target) and os.listdir(target):
+        raise ValueError(f"dry_run: {target} is not empty; choose another folder")
 
 
 def upload(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:
@@ -111,6 +120,18 @@ def upload(folder: str, repo_id: str, token: str, private: bool, revision: str |
         depth = json.load(file)["num_layers"]
     message = f"Upload an elastic encoder of {depth} layers"
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).commit_url
+
+
+def upload_space(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:
+    """As `upload`, for the folder of a Space (see `run_scripts/demonstration/space.py`)."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, repo_type="space", exist_ok=True)
+    message = "Upload the demo of an elastic encoder"
+    return api.upload_folder(
+        repo_id=repo_id, repo_type="space", folder_path=folder, revision=revision, commit_message=message
+    ).commit_url
 
 
 def _check_real(folder: str) -> None:

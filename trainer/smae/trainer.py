@@ -107,7 +107,9 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
         words = {
             kind: torch.zeros(self.model.config.head["vocab_size"], dtype=torch.float64) for kind in ("mlm", "mae")
         }
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        loader = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = loader  # the progress bar's length
+        for inputs in loader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 output = self.model(**inputs)
@@ -116,6 +118,7 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
                 words[kind] += labels.bincount(minlength=len(words[kind])).cpu()
                 for part in (f"loss_{kind}", f"accuracy_{kind}"):
                     totals[part] += output[part].double().cpu() * len(labels)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(training)
         collator.epoch, collator.hides_all = epoch, False
         metrics = self._metrics(totals, words, metric_key_prefix)

@@ -109,6 +109,18 @@ def test_evaluation_is_the_mean_over_all_masked_tokens_and_the_same_each_time(ti
     assert first["eval_unigram_mae"] == pytest.approx(labels.bincount().max().item() / len(labels))
 
 
+def test_evaluation_moves_the_progress_bar(tiny_smae, tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            seen.append(len(eval_dataloader))
+
+    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    SmaeTrainer(model=tiny_smae(), args=args, eval_dataset=TEXTS.select(range(10)), callbacks=[Watch()]).evaluate()
+    assert seen == [3, 3, 3]
+
+
 @pytest.mark.parametrize("kind", ["rows", "packed", "stream", "packed stream"])
 def test_resumed_equals_uninterrupted(kind, tiny_smae, tmp_path):
     """Also past the end of the data: 8 steps of 4 rows read the 20 texts more than once."""

@@ -1,0 +1,15 @@
+"""mteb: `python with_mteb.py FOLDER` with a plain export; no task is run, which would download its data."""
+
+import sys
+
+import mteb
+from mteb.types import PromptType
+from shared import TEXTS, report
+from torch.utils.data import DataLoader
+
+folder = sys.argv[1]
+model = mteb.get_model(folder, device="cpu")
+task = mteb.get_task("STS12")
+loader = DataLoader([{"text": text} for text in TEXTS], batch_size=2)
+where = {"hf_split": "test", "hf_subset": "default", "prompt_type": PromptType.document}
+report(folder, model.encode(loader, task_metadata=task.metadata, **where))

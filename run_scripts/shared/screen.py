@@ -1,0 +1,35 @@
+"""What other libraries show on the screen that a user of the scripts can do nothing about is hidden here.
+
+Only scripts call this, when they have read their flags; importing the library changes nothing.
+"""
+
+import logging
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+# Lines of a logger that start like this.
+_LINES = {"transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",)}
+# Warnings that start like this.
+_WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
+# Bars that appear only if the work takes seconds, and only for more than one item.
+_BARS, _SECONDS = ("Loading weights", "Writing model shards"), 2
+
+
+def hide_noise() -> None:
+    """Hide known lines, warnings and bars of other libraries; calling it again changes nothing."""
+    for name in _LINES:
+        logging.getLogger(name).addFilter(_is_shown)
+    for start in _WARNINGS:
+        warnings.filterwarnings("ignore", message=start.replace("'", "."))
+    transformers_logging.set_tqdm_hook(_make_bar)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LINES[record.name])
+
+
+def _make_bar(factory, args, kwargs):
+    if kwargs.get("desc") in _BARS:
+        kwargs |= {"delay": _SECONDS, "disable": len(args[0]) < 2}
+    return factory(*args, **kwargs)
