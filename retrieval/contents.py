@@ -101,13 +101,18 @@ def append_texts(writer: Writer, texts: Iterable[str], count: int, argument: str
     writer.append(offsets, np.array(ends, dtype="<i8"))
 
 
-def check_prefixes(prefixes: Sequence[tuple[int, str]], width: int, argument: str = "prefixes") -> None:
+def check_prefixes(
+    prefixes: Sequence[tuple[int, str]],
+    width: int,
+    argument: str = "prefixes",
+    allowed: Sequence[str] = PRECISIONS,
+) -> None:
     """ValueError if vectors of this width have no such first dimensions, or the precision is unknown."""
     for dim, precision in prefixes:
         if not 1 <= dim <= width:
             raise ValueError(f"{argument}: {dim} is not allowed; the vectors have 1 to {width} dimensions")
-        if precision not in PRECISIONS:
-            raise ValueError(f"{argument}: {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+        if precision not in allowed:
+            raise ValueError(f"{argument}: {precision!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def file_of(dim: int, precision: str) -> str:

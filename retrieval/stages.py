@@ -54,7 +54,14 @@ def parse_stages(text: str) -> list[Stage]:
     return stages
 
 
-def check_stages(stages: Sequence[Stage | tuple], k: int, count: int, width: int) -> list[Stage]:
+def check_stages(
+    stages: Sequence[Stage | tuple],
+    k: int,
+    count: int,
+    width: int,
+    first: Sequence[str] = (*PRECISIONS, APPROXIMATE),
+    later: Sequence[str] = ("float32",),
+) -> list[Stage]:
     """The stages as `Stage` objects, checked against an index.
 
     Args:
@@ -62,6 +69,8 @@ def check_stages(stages: Sequence[Stage | tuple], k: int, count: int, width: int
         k: results per query.
         count: vectors in the index.
         width: dimensions of a vector.
+        first: precisions that the first stage may have.
+        later: precisions that the others may have.
 
     Raises:
         ValueError: the index cannot be searched with these stages.
@@ -75,10 +84,9 @@ def check_stages(stages: Sequence[Stage | tuple], k: int, count: int, width: int
     for index, stage in enumerate(checked):
         if not 1 <= stage.dim <= width:
             raise ValueError(f"stages: {stage.dim} dimensions in {shown} are not allowed; the vectors have {width}")
-        if stage.precision not in (*PRECISIONS, APPROXIMATE):
-            known = ", ".join((*PRECISIONS, APPROXIMATE))
-            raise ValueError(f"stages: {stage.precision!r} is unknown; choose one of {known}")
-        if index and stage.precision != "float32":
+        if stage.precision not in first:
+            raise ValueError(f"stages: {stage.precision!r} is unknown; choose one of {', '.join(first)}")
+        if index and stage.precision not in later:
             raise ValueError(f"stages: {stage} is not allowed; only the first stage may be {stage.precision}")
     keeps = [stage.keep for stage in checked]
     if keeps != sorted(keeps, reverse=True):

@@ -48,7 +48,7 @@ class Writer:
         if overwrite and self.path.exists() and not (self.path / META).is_file():
             raise ValueError(f"path: {path} exists and is not an index, so it is not overwritten")
         if overwrite and self.path.exists():
-            _check_only_index(self.path)
+            check_only_index(self.path)
         self.partial = partial_path(self.path)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
@@ -170,7 +170,7 @@ def _read_meta(path: Path, text: bytes) -> dict:
     return meta
 
 
-def _check_only_index(folder: Path) -> None:
+def check_only_index(folder: Path) -> None:
     """ValueError if an index folder also has files that are not the index's, which replacing it would delete."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, own) for own in _NAMES)]

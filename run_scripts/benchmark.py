@@ -16,6 +16,7 @@ BENCHMARKS = (
     "growth",
     "funnel",
     "funnel-quality",
+    "engines",
     "gpu",
     "host",
     "m3",
@@ -44,6 +45,10 @@ class BenchmarkArguments:
         metadata={"help": "The ladder; the grid is every layer by every dim of it."},
     )
     runs: int = field(default=5, metadata={"help": "Number of times that each side is measured."})
+    vectors: int = field(default=100_000, metadata={"help": "Number of vectors for engines."})
+    engine_url: str = field(
+        default="", metadata={"help": "Qdrant server for engines. Default: the client's local mode, in a folder."}
+    )
     max_length: int = field(default=128, metadata={"help": "Longest text in tokens, on both sides."})
     profile: bool = field(
         default=False, metadata={"help": "Save a table of the operations that take the time of train or encode."}
@@ -79,6 +84,7 @@ def check(name: str | None, args: BenchmarkArguments) -> None:
     checks.check_choice("benchmark", name, [*BENCHMARKS, "all"])
     if args.runs < 1:
         raise ValueError(f"runs: {args.runs} is not allowed; use a number of at least 1")
+    checks.check_at_least("vectors", args.vectors, 1000)
     for limit in ("max_texts", "max_length"):
         checks.check_at_least(limit, getattr(args, limit), 1)
     checks.check_sizes(args.sizes)

@@ -1,13 +1,16 @@
 """Build an index from encode.py's output: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retrieval import FunnelIndex
+from retrieval.engines import Block, Layout
 from retrieval.reading import STDIN, Text, read_texts
 from retrieval.shards import read_shards, read_summary
 from run_scripts.shared import cli
+from run_scripts.shared.engines import EngineArguments
 
 
 @dataclass
@@ -15,61 +18,102 @@ class IndexArguments:
     """What is indexed, and which first stages a search may use."""
 
     embeddings: str = field(metadata={"help": "Folder that encode.py has written, in float32 or float16."})
-    output_dir: str = field(metadata={"help": "Folder for the index."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the index, of the engines that keep it in one."}
+    )
+    collection: str | None = field(
+        default=None, metadata={"help": "Name of the index on a server: Qdrant's collection, PostgreSQL's table."}
+    )
     size: str | None = field(default=None, metadata={"help": "One of the sizes in that folder. Default: the largest."})
     prefixes: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What the first stages of a search will read: DIM, DIM:int8 or DIM:binary ... Default: none."
+            "help": "What the first stages of a search will read: DIM, DIM:int8 or DIM:binary ..., and DIM:float16 of "
+            "qdrant and pgvector, whose later stages read them too. Default: none."
         },
     )
-    approximate: str | None = field(
-        default=None,
-        metadata={"help": "FAISS graph for an approximate first stage, DIM:NAME, for example 64:HNSW32."},
+    approximate: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Graph for an approximate first stage, DIM:NAME, for example 64:HNSW32; FAISS' if local."},
     )
     with_texts: bool = field(default=True, metadata={"help": "Keep the texts, so that search.py can show them."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the index in output_dir."})
+    engine_options: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of a new collection of a Qdrant server, as JSON or YAML: shard_number, "
+            "replication_factor, write_consistency_factor, on_disk_payload, on_disk."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the index, instead of completing it."})
 
 
 def main(argv=None) -> None:
     """Parse, check, build."""
     with cli.user_errors():
-        (args,) = cli.Parser((IndexArguments,)).parse(argv)
-        folder = Path(args.embeddings)
-        made = read_summary(folder)
-        if made["precision"] not in ("float32", "float16"):
-            raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
-        if made.get("similarity", "cosine") != "cosine":
-            raise ValueError(
-                f"embeddings: {folder} is of a model that compares by dot product; an index has cosines only"
-            )
+        args, where = cli.Parser((IndexArguments, EngineArguments)).parse(argv)
+        where.check()
+        place = _place(args, where)
+        made = read_summary(Path(args.embeddings))
         size = args.size or made["sizes"][-1]
-        prefixes = [_prefix(text) for text in args.prefixes]
-        approximate = None
-        if args.approximate is not None:
-            match = re.fullmatch(r"([0-9]{1,9}):(.+)", args.approximate)
-            if match is None:
-                raise ValueError(f"approximate: {args.approximate!r} is not DIM:NAME, for example 64:HNSW32")
-            approximate = (int(match[1]), match[2])
+        layout = _layout(args, made, size)
         ids: list[str] = []
+        texts = _texts(made, ids) if args.with_texts else None
+        engine = where.open(place, args.engine_options)
+        try:
+            engine.create(layout, args.overwrite)
+            progress = Progress(made["rows"])
+            new = engine.add(_blocks(Path(args.embeddings), size, ids), texts, progress)
+            progress.bar.close()
+            count = engine.count()
+        finally:
+            engine.close()
+    print(f"{count} vectors of {layout.width} dimensions in {place}, {new} of them new")
+    flags = "" if where.engine == "local" else f" --engine {where.engine}"
+    flags += f" --engine_url {where.engine_url}" if where.engine_url else ""
+    print(f'Search: python run_scripts/search.py {place} "your question"{flags}')
 
-        def blocks():
-            for names, rows in read_shards(folder, size):
-                ids.extend(names)
-                yield rows
 
-        index = FunnelIndex.build(
-            blocks(),
-            args.output_dir,
-            prefixes,
-            ids=ids,
-            texts=_texts(made, ids) if args.with_texts else None,
-            model=describe(made, size),
-            approximate=approximate,
-            overwrite=args.overwrite,
-        )
-    print(f"{len(index)} vectors of {index.width} dimensions in {args.output_dir}")
-    print(f'Search: python run_scripts/search.py {args.output_dir} "your question"')
+class Progress:
+    """The bar of the vectors that are added; in a log, it would be more lines before an error."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit="vector", desc="Adding", disable=not sys.stderr.isatty())
+
+    def __call__(self, rows: int) -> None:
+        self.bar.update(rows)
+
+
+def _place(args: IndexArguments, where: EngineArguments) -> str:
+    """The folder or name of the index."""
+    wanted, other = ("collection", "output_dir") if where.has_server() else ("output_dir", "collection")
+    place = getattr(args, wanted)
+    if not place or getattr(args, other) is not None:
+        kind = "a name on the server" if where.has_server() else "a folder"
+        raise ValueError(f"{wanted}: the engine {where.engine} needs {kind} by --{wanted}, and no --{other}")
+    return place
+
+
+def _layout(args: IndexArguments, made: dict, size: str) -> Layout:
+    """What is stored of one size of the embeddings."""
+    folder = args.embeddings
+    if made["precision"] not in ("float32", "float16"):
+        raise ValueError(f"embeddings: {folder} holds {made['precision']} vectors; encode in float32 or float16")
+    if made.get("similarity", "cosine") != "cosine":
+        raise ValueError(f"embeddings: {folder} is of a model that compares by dot product; an index has cosines only")
+    if size not in made["sizes"]:
+        raise ValueError(f"size: {size} is not in {folder}, which has {', '.join(made['sizes'])}")
+    prefixes = tuple(_prefix(text) for text in args.prefixes)
+    graphs = tuple(_graph(text) for text in args.approximate)
+    return Layout(int(size.split("x")[1]), prefixes, graphs, describe(made, size))
+
+
+def _blocks(folder: Path, size: str, ids: list[str]) -> Iterator[Block]:
+    """The embeddings shard by shard; the ids that were read are added to `ids`."""
+    for names, rows in read_shards(folder, size):
+        ids.extend(names)
+        yield names, rows
 
 
 def describe(made: dict, size: str) -> dict:
@@ -101,6 +145,13 @@ def _prefix(text: str) -> tuple[int, str]:
     if match is None:
         raise ValueError(f"prefixes: {text!r} is not DIM or DIM:PRECISION, for example 32 or 384:binary")
     return int(match[1]), match[2] or "float32"
+
+
+def _graph(text: str) -> tuple[int, str]:
+    match = re.fullmatch(r"([0-9]{1,9}):(.+)", text)
+    if match is None:
+        raise ValueError(f"approximate: {text!r} is not DIM:NAME, for example 64:HNSW32")
+    return int(match[1]), match[2]
 
 
 if __name__ == "__main__":

@@ -281,6 +281,13 @@ CASES = {
        for name, content in (("bytes", b"\xff"), ("nested", DEEP), ("list", "[]"), ("sts", '{"sts": {"a": 3}}'))},
     "pairs: one anchor": bad_table("all 9 rows have the same anchor", "a.csv", "anchor,positive\n" + "a,b\n" * 9),
     "query: half a pair": Case(search, ("{w}/index", "a \udc80"), "texts: item 0 has half"),
+    # engines
+    **{f"engine: {message[:12]}": Case(build_index, ("--embeddings", "{w}/embeddings", *flags.split()), message)
+       for flags, message in (
+           ("--engine mysql --output_dir {out}", "engine: 'mysql' is unknown"),
+           ("--engine qdrant --collection c --engine_url ftp://a", "engine_url: 'ftp://a' is not a URL"),
+           ("--engine qdrant --collection c --engine_url http://a --engine_api_key_env NO", "engine_api_key_env: the"),
+           ("--engine pgvector --collection c --engine_url_env NO", "engine_url_env: the environment variable 'NO'"))},
     # indexes and embeddings
     **{f"index: no {name}": bad_index("index.json is damaged", drop("index.json", name))
        for name in ("count", "width", "files", "prefixes", "model", "graph")},

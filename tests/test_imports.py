@@ -29,9 +29,13 @@ def test_the_models_load_nothing_heavy():
     assert loaded(statements, (*HEAVY, "transformers", *MODELS)) == ["transformers", *MODELS]
 
 
-@pytest.mark.parametrize("statement", ["import retrieval", "import retrieval.planning, retrieval.shards"])
-def test_retrieval_needs_no_torch(statement):
-    assert loaded(statement, (*HEAVY, "torch", "transformers", "numpy")) == ["numpy"]
+@pytest.mark.parametrize(
+    "statement",
+    ["import retrieval", "import retrieval.planning, retrieval.shards", "import retrieval.engines, retrieval.qdrant"],
+)
+def test_retrieval_needs_no_torch_and_no_client(statement):
+    clients = ("qdrant_client", "psycopg", "pgvector")
+    assert loaded(statement, (*HEAVY, *clients, "torch", "transformers", "numpy")) == ["numpy"]
 
 
 def test_the_namespace_loads_a_name_when_it_is_used():

@@ -15,6 +15,7 @@ from trainer.shared.arguments import cpu_has_bf16
 from trainer.shared.tables import read_table
 
 from .encode import encode_cost
+from .engines import engines_cost
 from .funnel import funnel_cost, funnel_quality
 from .gpu import gpu_cost, sources_of
 from .grid import grid_cost
@@ -83,6 +84,7 @@ MEASURES = {
     "growth": growth_cost,
     "funnel": lambda args: funnel_cost(args, read_texts(args)),
     "funnel-quality": _funnel_quality,
+    "engines": engines_cost,
     "gpu": _gpu,
     "host": lambda args: host_cost(args, read_texts(args), read_rows(args)),
     "m3": lambda args: m3_cost(args.runs),

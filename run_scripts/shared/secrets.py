@@ -19,14 +19,14 @@ def remember(flags: Sequence[str]) -> None:
     for flag, value in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         name, equals, own = flag.partition("=")
         if flag.startswith("-") and _NAME.search(name):
-            _note(own if equals else value)
+            note(own if equals else value)
 
 
 def hide(text: str) -> str:
     """A text without secrets: noted values, those of the environment, tokens of the Hub, and user names in URLs."""
     for name, value in os.environ.items():
         if _NAME.search(name):
-            _note(value)
+            note(value)
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     for pattern, replacement in _PATTERNS:
@@ -34,7 +34,8 @@ def hide(text: str) -> str:
     return text
 
 
-def _note(value: str) -> None:
+def note(value: str) -> None:
+    """Note a secret; `hide` hides it from now on."""
     # A path or a number is no secret, even in a variable like HF_TOKEN_PATH or a flag like --visual_token_sizes.
     if len(value) >= _SHORTEST and not value.startswith(("-", os.sep)) and not value.isdigit():
         _known.add(value)

@@ -12,7 +12,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from modeling_2dmse import parse_ladder
 from run_scripts import benchmark
-from run_scripts.benchmarks import encode, funnel, gpu, grid, m3, memory, registry, smae, train
+from run_scripts.benchmarks import encode, engines, funnel, gpu, grid, m3, memory, registry, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
 from run_scripts.shared import cli, models, peer
 
@@ -240,3 +240,22 @@ def test_accelerate_reads_its_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 2
     assert config.distributed_type is not None
+
+
+def test_engines_are_measured_side_by_side(monkeypatch, capsys):
+    pytest.importorskip("qdrant_client", reason="the extra qdrant is not installed")
+
+    def no_server(folder):
+        raise ValueError("there is no PostgreSQL")
+
+    monkeypatch.setattr(engines, "_database", no_server)
+    monkeypatch.setattr(engines, "SINGLE", 3)
+    rows = {line["id"]: line for line in engines.engines_cost(benchmark.BenchmarkArguments(runs=2, vectors=200))}
+    assert set(rows) == {f"engines.{name}.{text}" for name in ("local", "qdrant") for text in engines.STAGES}
+    assert "pgvector is left out: there is no PostgreSQL" in capsys.readouterr().out
+    for name in ("local", "qdrant"):
+        line = rows[f"engines.{name}.384:10"]
+        assert (line["recall"], line["runs"]) == (1.0, 2)
+        assert min(line["p50_ms"], line["build_seconds"], line["disk_gb"]) > 0
+        assert line["p95_ms"] >= line["p50_ms"]
+    assert rows["engines.local.384:10"]["ratio"] == 1

@@ -78,6 +78,7 @@ WRONG = {
         "is not a saved elastic model",
     ),
     "search: index": ("search", ["index", "query"], "index"),
+    "build_index: engine": ("build_index", ["--embeddings", "x", "--engine", "mysql"], "engine: 'mysql' is unknown"),
     "build_index: folder": ("build_index", ["--embeddings", "x", *OUT], "embeddings: x has no embeddings.json"),
     "digits_franca: steps": ("digits_franca", ["--steps", "0"], "steps: 0 with 3 seeds is nothing to train"),
 }
