@@ -80,7 +80,8 @@ def main(argv=None) -> None:
         os.makedirs(args.output_dir, exist_ok=True)
     results = {"n_train": len(train), "n_test": len(test), "k": args.k, "knn": {}}
     for name, model in models.items():
-        encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
+        with cli.reading_pictures():
+            encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
         results["knn"][name] = knn_by_size(sizes, encoded[0], train["label"], encoded[1], test["label"], args.k)
     print(f"kNN accuracy, k = {args.k}:\n\n{output.score_table(results['knn'], sizes, 'size')}")
     with cli.writing(args.output_dir):

@@ -144,6 +144,17 @@ def writing(folder: str):
         fail(f"output_dir: {folder} could not be written: {error}")
 
 
+@contextlib.contextmanager
+def reading_pictures():
+    """Around work that decodes pictures: a damaged one ends the program with one line."""
+    from trainer.shared.pictures import PictureError
+
+    try:
+        yield
+    except PictureError as error:
+        fail(error.line)
+
+
 def recipe_flags(path: str) -> list[str]:
     """The flags that a YAML recipe sets."""
     if not os.path.isfile(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import time
 from typing import TYPE_CHECKING
@@ -243,10 +242,8 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
 def load_teacher(model_args: EncoderArguments) -> TwoDMSEModel | None:
     """The other encoder to learn from, if one is named."""
     name = model_args.teacher_model_name_or_path
-    try:
-        return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
-    except ValueError as error:
-        raise ValueError(re.sub(r"^(?=model_name_or_path: )", "teacher_", str(error))) from error
+    trusted = model_args.trust_remote_code
+    return name and models.load_encoder(name, argument="teacher_model_name_or_path", trust_remote_code=trusted)
 
 
 def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int, seed: int):

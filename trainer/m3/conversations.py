@@ -1,6 +1,5 @@
 """Conversations about images: reading rows, turning them into tokens, and making batches with every visual level."""
 
-import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import datasets
 import torch
 from datasets import Dataset
 
+from ..shared import pictures
 from ..shared.tables import READ_ERRORS, read_reason
 
 IGNORED = -100
@@ -55,7 +55,8 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
         rows with the columns `images` (a list of any length) and `messages`; image files are opened when a row is read.
 
     Raises:
-        ValueError: a column is missing, there are no rows, a conversation has no answer, or an image file is missing.
+        ValueError: a column is missing, there are no rows, a conversation has no answer, or an image file is missing or
+            is no image.
     """
     names = table.column_names
     image = next((name for name in ("images", "image") if name in names), None)
@@ -66,18 +67,19 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
         )
     if len(table) == 0:
         raise ValueError(f"{argument}: there are no rows")
-    pictures = table.select_columns([image]).cast_column(image, _undecoded(table.features[image]))
-    for number, (turns, row) in enumerate(zip(table[text], pictures, strict=True), start=1):
+    files = table.select_columns([image]).cast_column(image, _undecoded(table.features[image]))
+    for number, (turns, row) in enumerate(zip(table[text], files, strict=True), start=1):
         place = f"{argument}: row {number}"
         if not any(turn["role"] == "assistant" for turn in _messages(turns, place)):
             raise ValueError(f"{place} has no answer of the assistant to train on or to score")
         for path in _listed(row[image]):
             if isinstance(path, str) and not os.path.isfile(os.path.join(image_dir, path)):
                 raise ValueError(f"{place}: there is no image {os.path.join(image_dir, path)}")
+            pictures.check_kind(path, f"{place}: {_name(path)}", image_dir)
     root = os.path.abspath(image_dir)
     return table.select_columns([image, text]).with_transform(
         lambda rows: {
-            "images": [[_open(value, root) for value in _listed(values)] for values in rows[image]],
+            "images": [[_open(value, root, argument) for value in _listed(values)] for values in rows[image]],
             "messages": [_messages(turns, argument) for turns in rows[text]],
         }
     )
@@ -223,13 +225,17 @@ def _listed(value) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _open(value, root: str):
+def _name(value) -> str:
+    """What an error calls an image of a table."""
+    path = value.get("path") if isinstance(value, dict) else value
+    return path if isinstance(path, str) else "an image"
+
+
+def _open(value, root: str, argument: str):
     """An image from the value in a table: the image, its path inside `root`, or its bytes."""
     from PIL import Image
 
-    if isinstance(value, dict):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
     if isinstance(value, Image.Image):
         return value.convert("RGB")
-    with Image.open(os.path.join(root, value) if isinstance(value, str) else value) as image:
+    with pictures.reading(f"{argument}: {_name(value)}"), Image.open(pictures.source(value, root)) as image:
         return image.convert("RGB")

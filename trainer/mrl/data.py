@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.tokens import tokenize
 
+from ..shared.pictures import decode_when_read
 from ..shared.tables import check_texts, read_table
 
 # The file in a classifier's folder with the rows that it was trained on and its cascade was fitted on: 64-bit hashes.
@@ -76,7 +77,7 @@ def _read_images(folder: str, argument: str) -> Dataset:
     keys = [_hash(file["bytes"] or Path(file["path"]).read_bytes()) for file in files]
     labels = [names[index] for index in table["label"]]
     table = table.select_columns("image").add_column("row_key", keys).add_column("label", labels)
-    return table.select_columns(["row_key", "image", "label"])
+    return decode_when_read(table.select_columns(["row_key", "image", "label"]), argument)
 
 
 def _hash(content: bytes) -> str:

@@ -1,10 +1,12 @@
 """The arguments that all trainers share, and when bf16 is on by default."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_xla_available, logging
 
@@ -15,6 +17,8 @@ logger = logging.get_logger(__name__)
 # What shared.sampling can do.
 BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
 MIXINGS = ("proportional", "round_robin")
+# Reporters that transformers does not look for among the installed libraries.
+_UNCHECKED = ("flyte",)
 
 
 def cpu_has_bf16() -> bool:
@@ -102,6 +106,7 @@ class BaseTrainingArguments(TrainingArguments):
         # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         super().__post_init__()
+        _check_reporters(self.report_to)
         if not on_cpu and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
         if self.hub_token is not None:
@@ -113,6 +118,18 @@ class BaseTrainingArguments(TrainingArguments):
         if super().n_gpu > 1:
             logger.warning_once("using one GPU; start with `accelerate launch` to use all of them")
         return min(1, super().n_gpu)
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """ValueError if a name of `report_to` is unknown, or its library is missing: Trainer finds out later."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", *INTEGRATION_TO_CALLBACK])
+            raise ValueError(f"report_to: {name!r} is unknown; use some of {known}")
+        if name not in installed and name not in _UNCHECKED:
+            some = ", ".join(["none", *installed])
+            raise ValueError(f"report_to: the library of {name} is not installed; install it, or use some of {some}")
 
 
 @dataclass
