@@ -167,6 +167,7 @@ def evaluate(argv) -> None:
         checks.check_at_least("batch_size", args.batch_size, 1)
         if args.timing_runs < 0:
             raise ValueError(f"timing_runs: {args.timing_runs} is not allowed; use a number of at least 0")
+        checks.check_no_file(args.output_dir)
         checks.check_model(args.model_name_or_path)
 
         from run_scripts.training import classifying

@@ -132,6 +132,7 @@ def _name(path: str) -> str:
 def _load(path: str, trust_remote_code: bool) -> FrancaModel:
     from transformers import AutoImageProcessor
 
+    from modeling_2dmse.loading import check_weights
     from modeling_franca import FrancaConfig, FrancaModel
     from run_scripts.shared import models
 
@@ -140,6 +141,7 @@ def _load(path: str, trust_remote_code: bool) -> FrancaModel:
     with remote_code.named(path):
         is_ours = models.read_config(path, **trust).model_type == FrancaConfig.model_type
         model = FrancaModel.from_pretrained(path, **trust) if is_ours else FrancaModel.from_backbone(path, **trust)
+        check_weights(model, path)
         model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
     return models.to_device(model).eval()
 

@@ -145,20 +145,22 @@ def check_max_length(model: TwoDMSEModel, max_length: int | None, argument: str 
         raise ValueError(f"{argument}: {max_length} is not allowed; this model reads 1 to {model.max_length} tokens")
 
 
-def check_training_length(args, longest: int) -> None:
-    """ValueError if a length of training arguments is more tokens than a model reads; a default is cut, which is said.
+def check_training_length(args, longest: int, default: int | None = None) -> None:
+    """ValueError if a length of arguments is more tokens than a model reads; the default one is cut, which is said.
 
     Args:
-        args: training arguments with `max_length` and perhaps `max_query_length`.
+        args: a dataclass with `max_length` and perhaps `max_query_length`.
         longest: the tokens that the model reads.
+        default: the `max_length` that nobody has chosen, if it is not the field's default.
     """
     for field in dataclasses.fields(args):
         value = getattr(args, field.name) if field.name in ("max_length", "max_query_length") else None
         if value is None or value <= longest:
             continue
-        if value != field.default:
+        if value != (default or field.default):
             raise ValueError(f"{field.name}: {value} is not allowed; this model reads up to {longest} tokens")
-        output.say(f"{field.name}: the default of {value} is cut to the {longest} tokens that this model reads")
+        output.say(f"{field.name}: {value} is cut to the {longest} tokens that this model reads")
+        setattr(args, field.name, longest)
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:

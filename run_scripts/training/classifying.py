@@ -60,6 +60,8 @@ def make_trainer(
     evaluation = evaluation and number_labels(evaluation, label2id, "eval_file")
     set_seed(args.seed)  # the new heads are random
     model, processor = _build(model_args, args, labels, "image" in table.column_names)
+    if not isinstance(model, MatryoshkaForImageClassification):
+        models.check_training_length(data, min(processor.model_max_length, count_positions(model.backbone)))
     settings = {"text_columns": columns, "label_column": data.label_column, "max_length": data.max_length}
     collator = _collator(model, processor, settings)
     trainer = ClassifierTrainer(

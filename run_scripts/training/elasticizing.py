@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output
+from run_scripts.shared import cli, models, output
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -194,7 +195,7 @@ class Work:
 def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoDMSETrainingArguments) -> Work:
     """Read the corpus and the models, and check that they fit; ValueError for anything that cannot be made elastic."""
     documents = read_documents(data_args, args.seed)
-    encoder = load_encoder(model_args, args)
+    encoder = load_encoder(model_args, args, data_args.effort)
     return Work(model_args, data_args, args, encoder, load_teacher(model_args), documents)
 
 
@@ -219,7 +220,7 @@ def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document
     return documents[held:], documents[:held]
 
 
-def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, effort: str) -> TwoDMSEModel:
     """The encoder; without `--sizes`, its ladder is the model's own or the default one."""
     encoder = models.load_encoder(
         model_args.model_name_or_path, args.sizes, model_args.pooling, trust_remote_code=model_args.trust_remote_code
@@ -228,9 +229,9 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
         ladder = default_ladder(encoder.num_layers, encoder.config.hidden_size)
         output.say(f"sizes: {' '.join(map(str, ladder))}, the default for this encoder (--sizes)")
         args.sizes = list(map(str, ladder))
-    if args.max_length > encoder.max_length:
-        output.say(f"max_length: {args.max_length} is cut to the {encoder.max_length} tokens that this model reads")
-        args.max_length = encoder.max_length
+    flags = cli.recipe_flags(str(cli.RECIPES / f"elasticize-{effort}.yaml"))
+    recipe = dict(itertools.pairwise(flags)).get("--max_length")
+    models.check_training_length(args, encoder.max_length, recipe and int(recipe))
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
     if largest != Size(encoder.num_layers, encoder.config.hidden_size):

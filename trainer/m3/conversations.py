@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from ..shared import pictures
-from ..shared.tables import READ_ERRORS, read_reason
+from ..shared.tables import READ_ERRORS, load_file, read_reason
 
 IGNORED = -100
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -36,7 +36,7 @@ def read_conversations(path: str, image_dir: str | None = None, argument: str = 
     if suffix not in BUILDERS:
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {', '.join(BUILDERS)}")
     try:
-        table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
+        table = load_file(BUILDERS[suffix], path)
     except READ_ERRORS as error:
         raise ValueError(f"{argument}: {path} could not be read: {read_reason(error)}") from error
     return check_conversations(table, image_dir or os.path.dirname(path), argument)
@@ -183,16 +183,32 @@ class ConversationCollator:
 
 
 def _messages(turns, place: str) -> list[dict]:
-    """Turns of either notation as role and content; ValueError for an unknown role."""
-    messages = []
-    for turn in turns or []:
+    """Turns of either notation as role and content; ValueError for an unknown role or other content than texts and
+    images."""
+    turns, messages = [] if turns is None else turns, []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{place} has no list of turns, each with its role and content, but {str(turns)[:80]!r}")
+    for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or content is None:
             raise ValueError(f"{place} has a turn of {role!r}; use {', '.join(ROLES)}, each with its content")
-        if not isinstance(content, str):  # in a table, every part has all keys
-            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        if not isinstance(content, str):
+            content = _parts(content, place)
         messages.append({"role": ROLES[role], "content": content})
     return messages
+
+
+def _parts(content, place: str) -> list[dict]:
+    """The parts of a turn; ValueError unless each is a text or an image."""
+    parts = content if isinstance(content, list) else [None]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise ValueError(
+                f"{place} has the content {str(content)[:80]!r}; use a text, or parts of type text or image"
+            )
+    # In a table, every part has all keys.
+    return [{key: value for key, value in part.items() if value is not None} for part in parts]
 
 
 def _with_images(messages: list[dict], image_token: str, num_images: int) -> list[dict]:

@@ -86,7 +86,7 @@ def _hash(content: bytes) -> str:
 
 def label_names(table: Dataset) -> list[str]:
     """The classes of a table, numbers sorted by value and names alphabetically; ValueError for fewer than two."""
-    names = sorted(set(table["label"]), key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
+    names = sorted(set(table["label"]), key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise ValueError(f"train_file: all rows have the label {names[0]}; a classifier needs at least 2 classes")
     return names

@@ -104,8 +104,16 @@ def is_saved(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
 
 
+def open_saved(path: str, argument: str) -> Dataset | datasets.DatasetDict:
+    """What `datasets.save_to_disk` has written; ValueError if it is damaged."""
+    try:
+        return datasets.load_from_disk(path)
+    except (*READ_ERRORS, AttributeError) as error:  # the second: JSON of another kind
+        raise ValueError(f"{argument}: {path} cannot be read as a saved dataset: {read_reason(error)}") from error
+
+
 def _read_saved(path: str, argument: str, split: str) -> Dataset:
-    loaded = datasets.load_from_disk(path)
+    loaded = open_saved(path, argument)
     if isinstance(loaded, Dataset):
         table = loaded
     else:
@@ -144,7 +152,17 @@ def _load(path: str, suffix: str) -> Dataset:
         with pa.input_stream(path, compression="gzip") as stream:
             return Dataset(pq.read_table(pa.BufferReader(stream.read())))
     builder, options = FORMATS[suffix]
-    return datasets.load_dataset(builder, data_files=path, split="train", **options)
+    return load_file(builder, path, **options)
+
+
+def load_file(builder: str, path: str, **options: Any) -> Any:
+    """The rows of a file, read by one of the builders of `datasets`, whose own lines about an error are not shown."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset(builder, data_files=path, split="train", **options)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def text_columns(table: Dataset) -> list[str]:
@@ -226,5 +244,5 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
         row = pc.index(empty, True).as_py()
         raise ValueError(
             f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows, or "
-            "pass --skip_invalid true"
+            "pass --skip_invalid true to finetune.py"
         )
