@@ -18,6 +18,7 @@ from run_scripts.shared import output_dir as folders
 from run_scripts.shared.cli import Parser, fail
 from run_scripts.shared.output import say
 from trainer.shared import checkpoints
+from trainer.shared.arguments import check_optimizer
 from trainer.shared.checkpoints import SaveError, save_error
 from trainer.shared.pictures import PictureError
 
@@ -59,6 +60,7 @@ class TrainingRun:
 
     def begin(self, trainer) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
+        check_optimizer(self.args)
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:

@@ -103,7 +103,11 @@ def load(folder: str, trust_remote_code: bool = False) -> Classifier:
 def _read_settings(path: str) -> dict:
     kinds: Kinds = {"text_columns": list, "label_column": str, "max_length": int}
     try:
-        return check_fields(json.loads(Path(path).read_text(encoding="utf-8")), kinds, SETTINGS_FILE)
+        settings = check_fields(json.loads(Path(path).read_text(encoding="utf-8")), kinds, SETTINGS_FILE)
+        columns = settings["text_columns"]
+        if len(columns) not in (1, 2) or not all(isinstance(name, str) for name in columns):
+            raise ValueError(f"text_columns {columns} is not allowed; it must name one column or two")
+        return settings
     except (ValueError, RecursionError) as error:
         raise ValueError(f"model_name_or_path: {path} is damaged: {error}") from error
 

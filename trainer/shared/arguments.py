@@ -3,9 +3,10 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_xla_available, logging
@@ -130,6 +131,21 @@ def _check_reporters(names: Sequence[str]) -> None:
         if name not in installed and name not in _UNCHECKED:
             some = ", ".join(["none", *installed])
             raise ValueError(f"report_to: the library of {name} is not installed; install it, or use some of {some}")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """ValueError for an optimizer or a schedule that cannot be made, which Trainer only finds out when it trains."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        more = f" with the optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(f"optim: {args.optim}{more} cannot be used: {error}") from error
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    options: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs: {options} does not fit {args.lr_scheduler_type}: {error}") from error
 
 
 @dataclass

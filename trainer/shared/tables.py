@@ -58,7 +58,7 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
-    check_names(path, suffix, argument)
+    check_csv(path, suffix, argument)
     try:
         table = _load(path, suffix)
     except READ_ERRORS as error:
@@ -81,22 +81,32 @@ def read_reason(error: Exception) -> str:
     return (text.splitlines() or [type(cause).__name__])[0][:300]
 
 
-def check_names(path: str, suffix: str, argument: str) -> None:
-    """ValueError if the heading of a csv or tsv file has a name twice, of which pandas would rename the second."""
+def check_csv(path: str, suffix: str, argument: str) -> None:
+    """ValueError for what pandas would read in another way than it is meant, in a csv or tsv file.
+
+    It renames the second of two columns of one name, joins lines if a quotation mark is not closed, and moves the
+    columns if rows are longer than the heading.
+    """
     if suffix not in (".csv", ".tsv"):
         return
     csv.field_size_limit(2**31 - 1)
     try:
         with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
             lines = io.TextIOWrapper(cast(IO[bytes], file), encoding="utf-8-sig", newline="")
-            names = next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
-    except (EOFError, OSError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+            rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+            names = next(rows, [])
+            longer = next((rows.line_num for row in rows if len(row) > len(names)), None)
+    except csv.Error as error:
+        raise ValueError(f"{argument}: line {rows.line_num} of {path} is not {suffix[1:]}: {error}") from error
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         reason = read_reason(error)
         hint = _hint(path, suffix, reason)
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
+    if longer is not None:
+        raise ValueError(f"{argument}: line {longer} of {path} has more than its {len(names)} columns")
 
 
 def is_saved(path: str) -> bool:
