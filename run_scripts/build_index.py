@@ -7,7 +7,7 @@ from pathlib import Path
 from retrieval import FunnelIndex
 from retrieval.reading import STDIN, Text, read_texts
 from retrieval.shards import read_shards, read_summary
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
 
 
 @dataclass
@@ -44,6 +44,7 @@ def main(argv=None) -> None:
                 f"embeddings: {folder} is of a model that compares by dot product; an index has cosines only"
             )
         size = args.size or made["sizes"][-1]
+        checks.check_sizes([size], "size")
         prefixes = [_prefix(text) for text in args.prefixes]
         approximate = None
         if args.approximate is not None:

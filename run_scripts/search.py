@@ -53,7 +53,7 @@ def main(argv=None) -> None:
             raise ValueError(f"index: {index.path} does not name the model that made it; build it with build_index.py")
         check_fields(made, {"name": str, "weights": int, "num_layers": int, "max_length": int}, f"{index.path}, model")
         args.k = min(10, len(index)) if args.k is None else args.k
-        stages = parse_stages(args.stages) if args.stages else [Stage(index.width, args.k)]
+        stages = parse_stages(args.stages) if args.stages is not None else [Stage(index.width, args.k)]
         check_stages(stages, args.k, len(index), index.width)
         name = args.model_name_or_path or made["name"]
         checks.check_model(name)
@@ -78,6 +78,8 @@ def ask():
             line = input("query> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"query: standard input has a line that is not UTF-8: {error}") from error
         if line.strip():
             yield line
 

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import os
-import sys
 import zlib
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, dynamic_module_utils
-from transformers.utils import logging as transformers_logging
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
 from run_scripts.shared import checks, output, remote_code
@@ -18,9 +16,6 @@ from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 # Every load says whether code of the model may be run. If transformers meets some in a load of its own that does not,
 # this makes it refuse: it would ask on standard input, which may be the texts to embed.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-# In a log, a bar of the loading would be one more line before an error.
-if not sys.stderr.isatty():
-    transformers_logging.disable_progress_bar()
 
 
 # Fields of a configuration that do not change embeddings, or differ between two ways to load the same model. Prompts
