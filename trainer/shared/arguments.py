@@ -139,13 +139,15 @@ def check_optimizer(args: TrainingArguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         more = f" with the optim_args {args.optim_args}" if args.optim_args else ""
-        raise ValueError(f"optim: {args.optim}{more} cannot be used: {error}") from error
+        raise ValueError(f"optim: {args.optim.value}{more} cannot be used: {error}") from error
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     options: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_kwargs: {options} does not fit {args.lr_scheduler_type}: {error}") from error
+        raise ValueError(
+            f"lr_scheduler_kwargs: {options} does not fit {args.lr_scheduler_type.value}: {error}"
+        ) from error
 
 
 @dataclass
