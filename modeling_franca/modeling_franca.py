@@ -1,8 +1,9 @@
 """FrancaModel: a vision transformer whose embeddings can be truncated."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -91,11 +92,17 @@ class FrancaModel(FrancaPreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of a Franca model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the weights do not fill the model.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with its loading info
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict]", loaded)
+        absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        check_filled(absent, pretrained_model_name_or_path)
         model._trusts_code = bool(kwargs.get("trust_remote_code"))
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_backbone(
@@ -241,7 +248,8 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, FrancaConfig]:
     """The model of a stock checkpoint, and the configuration of a Franca model around it."""
     name_or_path = str(name_or_path)
-    backbone = AutoModel.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": trust_remote_code}
+    backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **trusted)
     if isinstance(backbone, FrancaPreTrainedModel):
         raise ValueError(f"name_or_path: {name_or_path} is a Franca model already; load it with from_pretrained")
     config = FrancaConfig(backbone_config=backbone.config, dtype=backbone.dtype, **settings)
@@ -249,10 +257,20 @@ def load_backbone(
     if options:  # rebuilt without the pooling head and with a mask token
         weights, backbone = backbone.state_dict(), build_backbone(backbone.config)
         backbone.load_state_dict({name: weights.get(name, value) for name, value in backbone.state_dict().items()})
+    # A pooling head is not used, and a mask token that was not trained may be random.
+    used = {name for name, _ in backbone.named_parameters() if not name.endswith("mask_token")}
+    check_filled(used & set(info["missing_keys"]), name_or_path)
     if os.path.isdir(name_or_path):
         backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
     config.name_or_path = name_or_path
     return backbone, config
+
+
+def check_filled(absent: Iterable[str], name_or_path: object) -> None:
+    """ValueError if `from_pretrained` found no weights for some tensors, which would be random."""
+    names = sorted(absent)
+    if names:
+        raise ValueError(f"{name_or_path}: the weights lack {len(names)} tensors of the model, for example {names[0]}")
 
 
 def save_processor(model: FrancaModel, folder: str | os.PathLike) -> None:

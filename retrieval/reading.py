@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -163,15 +164,18 @@ def _table(file: BinaryIO, delimiter: str, text_column: str, id_column: str | No
     csv.field_size_limit(_FIELD_LIMIT)
     # Bytes that are not UTF-8 become surrogates, which `_text` reports with their row.
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines, delimiter=delimiter)
+    # Without `strict`, a quotation mark that is never closed would make one text of all the lines after it.
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    index = 0
     try:
         names = next(reader, [])
         _check_columns(names, text_column, id_column)
-        index = 0
-        for values in reader:
-            if not values:  # an empty line
+        for values in _records(reader):
+            if values == []:  # an empty line
                 continue
-            if len(values) != len(names):
+            if isinstance(values, Malformed):
+                yield values
+            elif len(values) != len(names):
                 yield Malformed(reader.line_num, f"it does not have {len(names)} columns")
             else:
                 row = dict(zip(names, values, strict=True))
@@ -179,8 +183,19 @@ def _table(file: BinaryIO, delimiter: str, text_column: str, id_column: str | No
             index += 1
     except _GZIP_ERRORS as error:
         raise _damaged(reader.line_num, error) from error
-    except csv.Error as error:
+    except csv.Error as error:  # in the heading
         raise ValueError(f"input: line {reader.line_num} is not CSV: {error}") from error
+
+
+def _records(reader) -> Iterator[list[str] | Malformed]:
+    """The rows of a csv.reader; after one that is not CSV, it continues with the next line."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Malformed(reader.line_num, f"it is not CSV: {error}")
 
 
 def _check_columns(names: list[str], text_column: str, id_column: str | None) -> None:
@@ -215,8 +230,10 @@ def _row(number: int, row: dict, text_column: str, id_column: str | None, index:
     name = id_column or next((name for name in ("_id", "id") if name in row), None)
     if name is not None and row.get(name) in (None, ""):
         return Malformed(number, f"it has no {name}")
-    if name is not None and isinstance(row[name], (dict, list)):
+    if name is not None and isinstance(row[name], (dict, list, bool, bytes)):
         return Malformed(number, f"its {name} is a {type(row[name]).__name__}")
+    if name is not None and isinstance(row[name], float) and not math.isfinite(row[name]):
+        return Malformed(number, f"its {name} is {row[name]}")
     title = row.get("title") if text_column != "title" else None
     text = _text(number, str(row[name] if name else (number - 1 if index is None else index)), row[text_column])
     if isinstance(text, Malformed) or not isinstance(title, str) or _SURROGATE.search(title):

@@ -9,7 +9,7 @@ from pathlib import Path
 from retrieval.engines import Block, Layout
 from retrieval.reading import STDIN, Text, read_texts
 from retrieval.shards import read_shards, read_summary
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
 from run_scripts.shared.engines import EngineArguments
 
 
@@ -55,6 +55,7 @@ def main(argv=None) -> None:
         place = _place(args, where)
         made = read_summary(Path(args.embeddings))
         size = args.size or made["sizes"][-1]
+        checks.check_sizes([size], "size")
         layout = _layout(args, made, size)
         ids: list[str] = []
         texts = _texts(made, ids) if args.with_texts else None

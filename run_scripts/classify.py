@@ -167,6 +167,7 @@ def evaluate(argv) -> None:
         checks.check_at_least("batch_size", args.batch_size, 1)
         if args.timing_runs < 0:
             raise ValueError(f"timing_runs: {args.timing_runs} is not allowed; use a number of at least 0")
+        checks.check_no_file(args.output_dir)
         checks.check_model(args.model_name_or_path)
 
         from run_scripts.training import classifying
@@ -179,7 +180,8 @@ def evaluate(argv) -> None:
         table, seen = classifying.read_unseen(classifier, args.eval_file, "eval_file", ["train", "fit"])
         os.makedirs(args.output_dir, exist_ok=True)
     results = {"model": args.model_name_or_path, "left_out": seen}
-    results |= evaluate_classifier(model, table, collator, args.batch_size)
+    with cli.reading_pictures():
+        results |= evaluate_classifier(model, table, collator, args.batch_size)
     print(f"{len(table)} rows; {seen} were left out, as training or the cascade have seen them\n")
     print(classifying.table_of(results, model.config))
     if args.timing_runs:

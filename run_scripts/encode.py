@@ -143,6 +143,7 @@ def check(args: EncodeArguments) -> None:
     for name in ("batch_size", "shard_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     checks.check_at_least("max_length", args.max_length, 1)
+    checks.check_no_file(args.output_dir)
     if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not _is_ours(args.output_dir):
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
     if args.sizes:

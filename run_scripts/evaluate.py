@@ -76,6 +76,7 @@ def main(argv=None) -> None:
         options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
         model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
         models.check_max_length(model, args.max_length)
+        models.check_max_length(model, args.max_query_length, "max_query_length")
         sizes = choose_sizes(model, args.sizes)
         os.makedirs(args.output_dir, exist_ok=True)
     started = time.perf_counter()

@@ -80,7 +80,8 @@ def main(argv=None) -> None:
         os.makedirs(args.output_dir, exist_ok=True)
     results = {"n_train": len(train), "n_test": len(test), "k": args.k, "knn": {}}
     for name, model in models.items():
-        encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
+        with cli.reading_pictures():
+            encoded = [model.encode(table["image"], batch_size=args.batch_size) for table in (train, test)]
         results["knn"][name] = knn_by_size(sizes, encoded[0], train["label"], encoded[1], test["label"], args.k)
     print(f"kNN accuracy, k = {args.k}:\n\n{output.score_table(results['knn'], sizes, 'size')}")
     with cli.writing(args.output_dir):
@@ -131,6 +132,7 @@ def _name(path: str) -> str:
 def _load(path: str, trust_remote_code: bool) -> FrancaModel:
     from transformers import AutoImageProcessor
 
+    from modeling_2dmse.loading import check_weights
     from modeling_franca import FrancaConfig, FrancaModel
     from run_scripts.shared import models
 
@@ -139,6 +141,7 @@ def _load(path: str, trust_remote_code: bool) -> FrancaModel:
     with remote_code.named(path):
         is_ours = models.read_config(path, **trust).model_type == FrancaConfig.model_type
         model = FrancaModel.from_pretrained(path, **trust) if is_ours else FrancaModel.from_backbone(path, **trust)
+        check_weights(model, path)
         model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
     return models.to_device(model).eval()
 

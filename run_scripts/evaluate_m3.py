@@ -61,7 +61,8 @@ def main(argv=None) -> None:
         collator([rows[0]])  # shows here what does not fit the processor's template
     model = models.to_device(model).eval()
     batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
-    levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
+    with cli.reading_pictures():
+        levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
     table = level_table(model, levels, args.cascade_threshold)
     results = {"model": args.model_name_or_path, "data": os.path.basename(args.data_file), "n": len(rows)}
     if args.cascade_threshold is not None:

@@ -196,16 +196,21 @@ def build_table(task: MiningTask, negatives: torch.Tensor, selection: NegativeSe
 def write_table(table: Dataset, path: str) -> None:
     """Write atomically: a reader sees the old file or the complete new one. The same table gives the same bytes."""
     partial, name = f"{path}.partial", path.lower()
-    with open(partial, "wb") as raw:
-        packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if name.endswith(".gz") else contextlib.nullcontext(raw)
-        with packed as file:
-            if name.endswith(".parquet"):
-                table.to_parquet(file)
-            elif name.endswith((".jsonl", ".jsonl.gz")):
-                table.to_json(file, force_ascii=False)
-            else:  # all are quoted: a bare carriage return in a text would end its row
-                table.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as raw:
+            is_packed = name.endswith(".gz")
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_packed else contextlib.nullcontext(raw)
+            with packed as file:
+                if name.endswith(".parquet"):
+                    table.to_parquet(file)
+                elif name.endswith((".jsonl", ".jsonl.gz")):
+                    table.to_json(file, force_ascii=False)
+                else:  # all are quoted: a bare carriage return in a text would end its row
+                    table.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
+        os.replace(partial, path)
+    finally:  # of a full disk, for example
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
 
 
 if __name__ == "__main__":

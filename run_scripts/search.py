@@ -84,7 +84,7 @@ def choose_stages(engine: Engine, args: SearchArguments) -> list[Stage]:
     dim = width if args.query_size is None else int(args.query_size.split("x")[1])
     if dim > width:
         raise ValueError(f"query_size: {args.query_size} is not allowed; the index has {width} dimensions")
-    stages = parse_stages(args.stages) if args.stages else None
+    stages = parse_stages(args.stages) if args.stages is not None else None
     if args.k is None:
         args.k = min(stages[-1].keep if stages else 10, engine.size)
     stages = stages or [Stage(dim, args.k)]
@@ -124,6 +124,8 @@ def ask():
             line = input("query> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"query: standard input has a line that is not UTF-8: {error}") from error
         if line.strip().lower() in ("exit", "quit"):
             return
         if line.strip():

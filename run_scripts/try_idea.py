@@ -5,6 +5,7 @@ that were tried.
 """
 
 import argparse
+import math
 
 from run_scripts.shared import checks, cli
 
@@ -63,9 +64,12 @@ def main(argv=None) -> None:
 def _parse(idea: str) -> tuple[str, float]:
     name, _, number = idea.partition("=")
     try:
-        return name, float(number)
+        strength = float(number)
     except ValueError:
         raise ValueError(f"idea: {idea!r} is not NAME=NUMBER, for example shallow_gradient=0.3") from None
+    if not math.isfinite(strength):
+        raise ValueError(f"idea: {idea!r} is not allowed; use a finite number")
+    return name, strength
 
 
 if __name__ == "__main__":

@@ -313,11 +313,15 @@ CASES = {
     "embeddings: no shard": bad_embeddings("00002.npy", gone("4x32/00002.npy")),
     # checkpoints
     **{f"checkpoint: flipped {name}": bad_checkpoint(f"{name} is damaged", flip(f"checkpoint-4/{name}", place))
-       for name, place in (("optimizer.pt", 0.5), ("rng_state.pth", 0.5), ("scheduler.pt", 0.1))},
+       for name, place in (("optimizer.pt", 0.5), ("rng_state.pth", 0.5), ("scheduler.pt", 0.1),
+                           ("model.safetensors", 0.9), ("training_args.bin", 0.5), ("1_Pooling/config.json", 0.5))},
     **{f"checkpoint: cut {name}": bad_checkpoint(f"{name} is cut off", cut(f"checkpoint-4/{name}"))
        for name in ("optimizer.pt", "model.safetensors", "scheduler.pt")},
     **{f"checkpoint: state {value!r}": bad_checkpoint("trainer_state.json is", put(
         "checkpoint-4/trainer_state.json", "global_step", value=value)) for value in (None, "4", 4.5, [])},
+    "checkpoint: tokenizer": bad_checkpoint("tokenizer.json is missing", gone("checkpoint-4/tokenizer.json")),
+    **{f"checkpoint: checksums {content!r}": bad_checkpoint(".checksums.json is damaged", text(
+        "checkpoint-4/.checksums.json", content)) for content in ("[]", "{", '{"a": 3}', '{"../x": [1, "a"]}')},
     "checkpoint: state bytes": bad_checkpoint("trainer_state.json", text("checkpoint-4/trainer_state.json", b"\xff{")),
     "checkpoint: state list": bad_checkpoint("trainer_state.json is", text("checkpoint-4/trainer_state.json", "[]")),
     # flags

@@ -53,7 +53,10 @@ def test_ci_runs_the_readmes_test_line():
     line = 'pip install -c constraints.txt -e ".[test]" && pytest'
     assert f"```\n{line}\n```" in readme or f"```bash\n{line}\n```" in readme
     assert line in (ROOT / ".ci" / "run").read_text()
-    assert 'pip install -c constraints.txt -e ".[quickstart]" && accelerate launch run_scripts/finetune.py' in readme
+    assert (
+        'pip install -c constraints.txt -e ".[quickstart]" && accelerate launch --quiet run_scripts/finetune.py'
+        in readme
+    )
 
 
 FOLDERS = ("modeling_*", "retrieval", "trainer", "run_scripts", "tests")

@@ -105,10 +105,16 @@ def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -
 
 
 def load_beir(folder: str, split: str = "test", argument: str = "beir_dirs") -> RetrievalData:
-    """Read a folder in BEIR layout, see `beir.read_beir_folder`; ValueError if no query has a relevant document."""
+    """Read a folder in BEIR layout, see `beir.read_beir_folder`.
+
+    Raises:
+        ValueError: no query has a relevant document, or none of these documents is in the corpus.
+    """
     queries, corpus, qrels = read_beir_folder(folder, split, argument)
     if not queries:
         raise ValueError(f"{argument}: {folder} has no query with a relevant document in its split {split}")
+    if not any(name in corpus and gain > 0 for gains in qrels.values() for name, gain in gains.items()):
+        raise ValueError(f"{argument}: no relevant document of the split {split} is in the corpus of {folder}")
     return RetrievalData(os.path.basename(os.path.normpath(folder)), queries, corpus, qrels)
 
 

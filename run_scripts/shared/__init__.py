@@ -1,1 +1,5 @@
 """What the scripts share: command line, run lifecycle, models, output, images. No file here is a command."""
+
+from run_scripts.shared import interrupts
+
+interrupts.install()

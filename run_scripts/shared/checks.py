@@ -79,7 +79,14 @@ def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None
         raise ValueError(f"{argument}: {name_or_path} is an ONNX export; use the model that it was cut out of")
 
 
+def check_no_file(output_dir: str) -> None:
+    """ValueError if the output folder is a file."""
+    if os.path.isfile(output_dir):
+        raise ValueError(f"output_dir: {output_dir} is a file; name a folder")
+
+
 def check_no_results(output_dir: str, overwrite: bool) -> None:
-    """ValueError if the folder has the results of an earlier evaluation."""
+    """ValueError if the folder is a file, or has the results of an earlier evaluation."""
+    check_no_file(output_dir)
     if os.path.exists(os.path.join(output_dir, "results.json")) and not overwrite:
         raise ValueError(f"output_dir: {output_dir} has results; choose another folder or pass --overwrite")

@@ -14,13 +14,15 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging as transformers_logging
 
 from run_scripts.shared import screen, secrets
 from run_scripts.shared.help_text import Formatter, clean, sections, transformers_flags
 
-# In a log, the bars of `datasets` would be more lines before an error. It reads this when it is imported.
+# In a log, the bars of `datasets` and of the loading of a model would be more lines before an error.
 if not sys.stderr.isatty():
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
+    transformers_logging.disable_progress_bar()
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -162,6 +164,17 @@ def writing(folder: str):
         yield
     except OSError as error:
         fail(f"output_dir: {folder} could not be written: {error}")
+
+
+@contextlib.contextmanager
+def reading_pictures():
+    """Around work that decodes pictures: a damaged one ends the program with one line."""
+    from trainer.shared.pictures import PictureError
+
+    try:
+        yield
+    except PictureError as error:
+        fail(error.line)
 
 
 def recipe_flags(path: str) -> list[str]:

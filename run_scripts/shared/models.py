@@ -3,24 +3,19 @@
 import dataclasses
 import json
 import os
-import sys
 import zlib
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, dynamic_module_utils
-from transformers.utils import logging as transformers_logging
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
-from run_scripts.shared import checks, remote_code
+from run_scripts.shared import checks, output, remote_code
 from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 
 # Every load says whether code of the model may be run. If transformers meets some in a load of its own that does not,
 # this makes it refuse: it would ask on standard input, which may be the texts to embed.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-# In a log, a bar of the loading would be one more line before an error.
-if not sys.stderr.isatty():
-    transformers_logging.disable_progress_bar()
 
 
 # Fields of a configuration that do not change embeddings, or differ between two ways to load the same model. Prompts
@@ -39,10 +34,22 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_encoder(name_or_path: str, sizes=None, pooling: str | None = None, **kwargs) -> TwoDMSEModel:
-    """Load a TwoDMSE model, or any other text encoder as the backbone of a new elastic model, and its tokenizer."""
-    name_or_path = resolve_model(name_or_path)
-    with remote_code.named(name_or_path):
+def load_encoder(
+    name_or_path: str, sizes=None, pooling: str | None = None, argument: str = "model_name_or_path", **kwargs
+) -> TwoDMSEModel:
+    """Load a TwoDMSE model, or any other text encoder as the backbone of a new elastic model, and its tokenizer.
+
+    Args:
+        name_or_path: folder or Hub name.
+        sizes, pooling: of a new elastic model; an elastic model has its own.
+        argument: the name that errors give to the model.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    with remote_code.named(name_or_path, argument):
+        name_or_path = resolve_model(name_or_path)
         model = _load_encoder(name_or_path, sizes, pooling, **kwargs)
         _try(model)
     return model
@@ -127,17 +134,28 @@ def describe(model: TwoDMSEModel) -> dict:
     }
 
 
-def check_max_length(model: TwoDMSEModel, max_length: int | None) -> None:
+def check_max_length(model: TwoDMSEModel, max_length: int | None, argument: str = "max_length") -> None:
     """ValueError if a model cannot read texts of so many tokens; None is a flag that was not given."""
     if max_length is not None and max_length > model.max_length:
-        raise ValueError(f"max_length: {max_length} is not allowed; this model reads 1 to {model.max_length} tokens")
+        raise ValueError(f"{argument}: {max_length} is not allowed; this model reads 1 to {model.max_length} tokens")
 
 
-def check_training_length(args, longest: int) -> None:
-    """ValueError if the `max_length` of training arguments is more than a model reads; the default one is cut."""
-    (default,) = [field.default for field in dataclasses.fields(args) if field.name == "max_length"]
-    if args.max_length > longest and args.max_length != default:
-        raise ValueError(f"max_length: {args.max_length} is not allowed; this model reads up to {longest} tokens")
+def check_training_length(args, longest: int, default: int | None = None) -> None:
+    """ValueError if a length of arguments is more tokens than a model reads; the default one is cut, which is said.
+
+    Args:
+        args: a dataclass with `max_length` and perhaps `max_query_length`.
+        longest: the tokens that the model reads.
+        default: the `max_length` that nobody has chosen, if it is not the field's default.
+    """
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name) if field.name in ("max_length", "max_query_length") else None
+        if value is None or value <= longest:
+            continue
+        if value != (default or field.default):
+            raise ValueError(f"{field.name}: {value} is not allowed; this model reads up to {longest} tokens")
+        output.say(f"{field.name}: {value} is cut to the {longest} tokens that this model reads")
+        setattr(args, field.name, longest)
 
 
 def to_device(model: TwoDMSEModel) -> TwoDMSEModel:

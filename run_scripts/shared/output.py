@@ -25,10 +25,9 @@ def write_json(path: str | Path, content) -> None:
             json.dump(content, file, indent=2)
             file.write("\n")
         os.replace(partial, path)
-    except OSError:
+    finally:  # of a full disk, for example
         with contextlib.suppress(OSError):
             os.remove(partial)
-        raise
 
 
 def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], header: str) -> str:

@@ -34,11 +34,21 @@ def load_both(args) -> tuple[TwoDMSEModel, Any]:
     """The model that a benchmark's arguments name, as an elastic model and as a SentenceTransformer."""
     name, trust = models.resolve_model(args.model_name_or_path), args.trust_remote_code
     model = models.to_device(models.load_encoder(name, args.sizes, trust_remote_code=trust))
+    models.check_max_length(model, args.max_length)
     return model, load_peer(name, args.max_length, trust)
 
 
 def cut_layers(peer, num_layers: int):
-    """A copy with the first `num_layers` layers, cut as in the sentence-transformers documentation."""
+    """A copy with the first `num_layers` layers, cut as in the sentence-transformers documentation.
+
+    Raises:
+        ValueError: the layers are not where BERT has them, which is what the documentation describes.
+    """
+    if not hasattr(getattr(peer[0].auto_model, "encoder", None), "layer"):
+        kind = type(peer[0].auto_model).__name__
+        raise ValueError(
+            f"benchmark: the layers of a {kind} cannot be cut by `encoder.layer`; use a plain BERT encoder"
+        )
     peer = copy.deepcopy(peer)
     backbone = peer[0].auto_model
     backbone.encoder.layer = backbone.encoder.layer[:num_layers]

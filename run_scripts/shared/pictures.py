@@ -4,6 +4,8 @@ import os
 
 import datasets
 
+from trainer.shared.pictures import decode_when_read
+
 
 def read_pictures(
     role: str,
@@ -43,7 +45,8 @@ def read_pictures(
     table = table.select_columns(wanted)
     names = dict(zip(wanted, ("image", "label"), strict=False))
     table = table.rename_columns({old: new for old, new in names.items() if old != new})
-    return table.add_column("index", list(range(len(table))))
+    argument = "dataset_name" if folder is None else f"{role}_dir"
+    return decode_when_read(table.add_column("index", list(range(len(table)))), argument)
 
 
 def _read_folder(folder: str, role: str) -> datasets.Dataset:

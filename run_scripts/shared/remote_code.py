@@ -11,6 +11,9 @@ _SHOWN = 300
 _FIELDS = ("backbone", "dim", "final_norm", "layer_stack", "name_or_path", "num_layers", "prompts", "tokenizer")
 
 
+_DEFAULT = "model_name_or_path"
+
+
 def trust_flag() -> bool:
     """The field `trust_remote_code` of a script's arguments."""
     return field(default=False, metadata={"help": "Run code that the model's own folder or repository contains, if "
@@ -18,11 +21,11 @@ def trust_flag() -> bool:
 
 
 @contextlib.contextmanager
-def named(name_or_path: str, argument: str = "model_name_or_path") -> Iterator[None]:
+def named(name_or_path: str, argument: str = _DEFAULT) -> Iterator[None]:
     """Around a load: what the libraries raise for a folder that is damaged becomes one ValueError that names it.
 
     A model that needs code of its own gives an error that names the flag, if the code may not be run. Errors of this
-    project, which name an argument, stay as they are.
+    project, which name an argument, stay as they are, except that `argument` stands for `model_name_or_path`.
     """
     from transformers.utils import logging
 
@@ -32,7 +35,9 @@ def named(name_or_path: str, argument: str = "model_name_or_path") -> Iterator[N
     try:
         yield
     except Exception as error:
-        if not isinstance(error, _load_errors()) and type(error) is not Exception:  # tokenizers has no class of its own
+        # The types are a list. `Exception` itself, without its subclasses, is what tokenizers raises for a damaged
+        # tokenizer.json; it has no class for that, and a list in `except` cannot leave out subclasses.
+        if not isinstance(error, _load_errors()) and type(error) is not Exception:
             raise
         reason = " ".join(str(error).split())
         if isinstance(error, ValueError) and "trust_remote_code" in reason:
@@ -41,7 +46,10 @@ def named(name_or_path: str, argument: str = "model_name_or_path") -> Iterator[N
                 "--trust_remote_code true if you trust it"
             ) from error
         if isinstance(error, ValueError) and re.match(r"\w+: ", reason):
-            if reason.partition(":")[0] not in _FIELDS:
+            head, _, rest = reason.partition(": ")
+            if head == _DEFAULT != argument:
+                raise ValueError(f"{argument}: {rest}") from error
+            if head not in _FIELDS:
                 raise
             raise ValueError(f"{argument}: {name_or_path}: {reason}") from error
         reason = reason or type(error).__name__

@@ -18,7 +18,9 @@ from run_scripts.shared import output_dir as folders
 from run_scripts.shared.cli import Parser, fail
 from run_scripts.shared.output import say
 from trainer.shared import checkpoints
+from trainer.shared.arguments import check_optimizer
 from trainer.shared.checkpoints import SaveError, save_error
+from trainer.shared.pictures import PictureError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +60,7 @@ class TrainingRun:
 
     def begin(self, trainer) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
+        check_optimizer(self.args)
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:
@@ -114,11 +117,22 @@ def training_run(
     try:
         run = TrainingRun(parser.parse(argv, check_early))
         yield run
+    except PictureError as error:  # also during training, for which decoding all pictures beforehand takes too long
+        fail(error.line)
     except (ValueError, OSError) as error:
         if run is not None and run.trainer is not None:
             raise
         fail(error)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_after_interrupt(run)) from error
     run.end()
+
+
+def _after_interrupt(run: TrainingRun | None) -> str:
+    """What Ctrl-C has left, if it did not come during the training steps, which end with a checkpoint."""
+    if run is None or run.trainer is None:
+        return "nothing was written"
+    return "run the same command with --resume_from_checkpoint true to resume or, without a checkpoint, to start again"
 
 
 def check_output_dir(path: str, allowed: bool) -> None:
@@ -138,7 +152,8 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        found = [checkpoints.find_checkpoint(args.output_dir, args.world_size)]
+        is_first = args.process_index == 0  # reading all files once is enough
+        found = [checkpoints.find_checkpoint(args.output_dir, args.world_size) if is_first else None]
         broadcast_object_list(found)  # processes that resume from different steps would wait for each other forever
         newest = found[0]
         if newest is None and folders.is_fresh(args.output_dir):

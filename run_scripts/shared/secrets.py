@@ -9,17 +9,23 @@ HIDDEN = "***"
 _NAME = re.compile(r"(^|[_-])(token|secret|passw(or)?d|credentials?|key)([_-]|$)", re.IGNORECASE)
 # Tokens of the Hub, and what is between `//` and `@` in a URL: user:password or a token.
 _PATTERNS = ((re.compile(r"\bhf_\w{6,}"), HIDDEN), (re.compile(r"(\w://)[^/\s@'\"]+@"), rf"\1{HIDDEN}@"))
+_CREDENTIALS = re.compile(r"://([^/\s@'\"]+)@")
 # Shorter values, such as "1" or "true", occur everywhere.
 _SHORTEST = 6
 _known: set[str] = set()
 
 
 def remember(flags: Sequence[str]) -> None:
-    """Note the values of the flags whose names speak of a secret; `hide` hides them from now on."""
+    """Note the values of flags whose names speak of a secret, and what is before `@` in URLs; `hide` hides them."""
     for flag, value in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         name, equals, own = flag.partition("=")
         if flag.startswith("-") and _NAME.search(name):
             note(own if equals else value)
+        for credentials in _CREDENTIALS.findall(flag):  # a library may show them in another form than a URL
+            if ":" in credentials:
+                _known.add(credentials)
+            else:
+                note(credentials)
 
 
 def hide(text: str) -> str:

@@ -60,6 +60,8 @@ def make_trainer(
     evaluation = evaluation and number_labels(evaluation, label2id, "eval_file")
     set_seed(args.seed)  # the new heads are random
     model, processor = _build(model_args, args, labels, "image" in table.column_names)
+    if not isinstance(model, MatryoshkaForImageClassification):
+        models.check_training_length(data, min(processor.model_max_length, count_positions(model.backbone)))
     settings = {"text_columns": columns, "label_column": data.label_column, "max_length": data.max_length}
     collator = _collator(model, processor, settings)
     trainer = ClassifierTrainer(
@@ -101,7 +103,11 @@ def load(folder: str, trust_remote_code: bool = False) -> Classifier:
 def _read_settings(path: str) -> dict:
     kinds: Kinds = {"text_columns": list, "label_column": str, "max_length": int}
     try:
-        return check_fields(json.loads(Path(path).read_text(encoding="utf-8")), kinds, SETTINGS_FILE)
+        settings = check_fields(json.loads(Path(path).read_text(encoding="utf-8")), kinds, SETTINGS_FILE)
+        columns = settings["text_columns"]
+        if len(columns) not in (1, 2) or not all(isinstance(name, str) for name in columns):
+            raise ValueError(f"text_columns {columns} is not allowed; it must name one column or two")
+        return settings
     except (ValueError, RecursionError) as error:
         raise ValueError(f"model_name_or_path: {path} is damaged: {error}") from error
 

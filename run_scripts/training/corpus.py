@@ -9,7 +9,7 @@ import datasets
 from retrieval.reading import Malformed, read_texts
 from run_scripts.shared import output
 from trainer.pseudo_pairs import Document
-from trainer.shared.tables import is_saved
+from trainer.shared.tables import is_saved, open_saved
 
 # Lines that cannot be read are named one by one up to this many.
 _NAMED = 5
@@ -33,7 +33,7 @@ def read_corpus(
     if path is None:
         return _rows(datasets.load_dataset(name, config, split=split, streaming=True), text_column, "dataset_name")
     if is_saved(path):
-        saved: Any = datasets.load_from_disk(path)
+        saved: Any = open_saved(path, "corpus_file")
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 raise ValueError(f"dataset_split: {path} has no split {split}; it has {', '.join(saved)}")

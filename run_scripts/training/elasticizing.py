@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-import re
 import shutil
 import time
 from typing import TYPE_CHECKING, cast
@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output, plots
+from run_scripts.shared import cli, models, output, plots
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -202,7 +202,7 @@ class Work:
 def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoDMSETrainingArguments) -> Work:
     """Read the corpus and the models, and check that they fit; ValueError for anything that cannot be made elastic."""
     documents = read_documents(data_args, args.seed)
-    encoder = load_encoder(model_args, args)
+    encoder = load_encoder(model_args, args, data_args.effort)
     return Work(model_args, data_args, args, encoder, load_teacher(model_args), documents)
 
 
@@ -227,7 +227,7 @@ def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document
     return documents[held:], documents[:held]
 
 
-def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:
+def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, effort: str) -> TwoDMSEModel:
     """The encoder; without `--sizes`, its ladder is the model's own or the default one."""
     encoder = models.load_encoder(
         model_args.model_name_or_path, args.sizes, model_args.pooling, trust_remote_code=model_args.trust_remote_code
@@ -236,9 +236,9 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
         ladder = default_ladder(encoder.num_layers, encoder.config.hidden_size)
         output.say(f"sizes: {' '.join(map(str, ladder))}, the default for this encoder (--sizes)")
         args.sizes = list(map(str, ladder))
-    if args.max_length > encoder.max_length:
-        output.say(f"max_length: {args.max_length} is cut to the {encoder.max_length} tokens that this model reads")
-        args.max_length = encoder.max_length
+    flags = cli.recipe_flags(str(cli.RECIPES / f"elasticize-{effort}.yaml"))
+    recipe = dict(itertools.pairwise(flags)).get("--max_length")
+    models.check_training_length(args, encoder.max_length, recipe and int(recipe))
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
     largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
     if largest != Size(encoder.num_layers, encoder.config.hidden_size):
@@ -250,10 +250,8 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments) -
 def load_teacher(model_args: EncoderArguments) -> TwoDMSEModel | None:
     """The other encoder to learn from, if one is named."""
     name = model_args.teacher_model_name_or_path
-    try:
-        return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
-    except ValueError as error:
-        raise ValueError(re.sub(r"^(?=model_name_or_path: )", "teacher_", str(error))) from error
+    trusted = model_args.trust_remote_code
+    return name and models.load_encoder(name, argument="teacher_model_name_or_path", trust_remote_code=trusted)
 
 
 def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int, seed: int):

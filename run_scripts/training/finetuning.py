@@ -237,7 +237,8 @@ def push(trainer: TwoDMSETrainer) -> None:
 
 def _load_guide(model_args: ModelArguments) -> TwoDMSEModel | None:
     name = model_args.guide_model_name_or_path
-    return name and models.load_encoder(name, trust_remote_code=model_args.trust_remote_code)
+    trusted = model_args.trust_remote_code
+    return name and models.load_encoder(name, argument="guide_model_name_or_path", trust_remote_code=trusted)
 
 
 def load_model(model_args: ModelArguments, args: TwoDMSETrainingArguments) -> TwoDMSEModel:

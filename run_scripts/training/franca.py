@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from modeling_2dmse.loading import check_weights
 from modeling_franca import FrancaConfig, FrancaForPretraining
 from run_scripts.shared import models, remote_code
 from run_scripts.shared.pictures import read_pictures
@@ -49,6 +50,7 @@ def _load_model(model_args: ModelArguments, settings: FrancaSettings) -> FrancaF
             raise ValueError(f"{next(iter(given))}: {path} has its own settings; leave --{next(iter(given))} out")
         else:
             model = FrancaForPretraining.from_pretrained(path, **trust)
+        check_weights(model, path)
         model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
     return model
 

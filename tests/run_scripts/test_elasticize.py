@@ -220,7 +220,7 @@ def test_a_run_that_ended_before_its_first_step_starts_again(start, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(elasticizing, "compute_teacher_embeddings", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="the same command with --resume_from_checkpoint true"):
             start.run()
     assert list((tmp_path / "out").glob("teacher-*"))
     start.run(resume_from_checkpoint="true")

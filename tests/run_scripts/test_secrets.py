@@ -84,12 +84,26 @@ def test_what_is_hidden(monkeypatch):
     monkeypatch.setenv("MY_SECRET", "in-the-environment")
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "disabled")
-    secrets.remember(["--token", "given-here", "--visual_token_sizes", "1024000", "--pooling", "lasttoken"])
+    secrets.remember(
+        [
+            "--token",
+            "given-here",
+            "--visual_token_sizes",
+            "1024000",
+            "--pooling",
+            "lasttoken",
+            "--dataset_name",
+            "https://me:word@host/x",
+            "--eval_file",
+            "ssh://git@host/git",
+        ]
+    )
     for text, hidden in (
         ("a given-here b", "a *** b"),
         ("in-the-environment", "***"),
         ("https://me:pass@host/x and git://tok@host", "https://***@host/x and git://***@host"),
         ("hf_abcdefgh1234", "***"),
+        ("no file /here/https:/me:word@host/x or git", "no file /here/https:/***@host/x or git"),
         ("/home/me/token disabled 1024000 lasttoken me@host https://host/@x", None),
     ):
         assert secrets.hide(text) == (text if hidden is None else hidden)

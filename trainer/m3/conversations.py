@@ -1,6 +1,5 @@
 """Conversations about images: reading rows, turning them into tokens, and making batches with every visual level."""
 
-import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,8 @@ import datasets
 import torch
 from datasets import Dataset
 
-from ..shared.tables import READ_ERRORS, read_reason
+from ..shared import pictures
+from ..shared.tables import READ_ERRORS, load_file, read_reason
 
 IGNORED = -100
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -36,7 +36,7 @@ def read_conversations(path: str, image_dir: str | None = None, argument: str = 
     if suffix not in BUILDERS:
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {', '.join(BUILDERS)}")
     try:
-        table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
+        table = load_file(BUILDERS[suffix], path)
     except READ_ERRORS as error:
         raise ValueError(f"{argument}: {path} could not be read: {read_reason(error)}") from error
     return check_conversations(table, image_dir or os.path.dirname(path), argument)
@@ -55,7 +55,8 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
         rows with the columns `images` (a list of any length) and `messages`; image files are opened when a row is read.
 
     Raises:
-        ValueError: a column is missing, there are no rows, a conversation has no answer, or an image file is missing.
+        ValueError: a column is missing, there are no rows, a conversation has no answer, or an image file is missing or
+            is no image.
     """
     names = table.column_names
     image = next((name for name in ("images", "image") if name in names), None)
@@ -66,18 +67,19 @@ def check_conversations(table: Dataset, image_dir: str = "", argument: str = "tr
         )
     if len(table) == 0:
         raise ValueError(f"{argument}: there are no rows")
-    pictures = table.select_columns([image]).cast_column(image, _undecoded(table.features[image]))
-    for number, (turns, row) in enumerate(zip(table[text], pictures, strict=True), start=1):
+    files = table.select_columns([image]).cast_column(image, _undecoded(table.features[image]))
+    for number, (turns, row) in enumerate(zip(table[text], files, strict=True), start=1):
         place = f"{argument}: row {number}"
         if not any(turn["role"] == "assistant" for turn in _messages(turns, place)):
             raise ValueError(f"{place} has no answer of the assistant to train on or to score")
         for path in _listed(row[image]):
             if isinstance(path, str) and not os.path.isfile(os.path.join(image_dir, path)):
                 raise ValueError(f"{place}: there is no image {os.path.join(image_dir, path)}")
+            pictures.check_kind(path, f"{place}: {_name(path)}", image_dir)
     root = os.path.abspath(image_dir)
     return table.select_columns([image, text]).with_transform(
         lambda rows: {
-            "images": [[_open(value, root) for value in _listed(values)] for values in rows[image]],
+            "images": [[_open(value, root, argument) for value in _listed(values)] for values in rows[image]],
             "messages": [_messages(turns, argument) for turns in rows[text]],
         }
     )
@@ -181,16 +183,32 @@ class ConversationCollator:
 
 
 def _messages(turns, place: str) -> list[dict]:
-    """Turns of either notation as role and content; ValueError for an unknown role."""
-    messages = []
-    for turn in turns or []:
+    """Turns of either notation as role and content; ValueError for an unknown role or other content than texts and
+    images."""
+    turns, messages = [] if turns is None else turns, []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{place} has no list of turns, each with its role and content, but {str(turns)[:80]!r}")
+    for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or content is None:
             raise ValueError(f"{place} has a turn of {role!r}; use {', '.join(ROLES)}, each with its content")
-        if not isinstance(content, str):  # in a table, every part has all keys
-            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        if not isinstance(content, str):
+            content = _parts(content, place)
         messages.append({"role": ROLES[role], "content": content})
     return messages
+
+
+def _parts(content, place: str) -> list[dict]:
+    """The parts of a turn; ValueError unless each is a text or an image."""
+    parts: list = content if isinstance(content, list) else [None]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise ValueError(
+                f"{place} has the content {str(content)[:80]!r}; use a text, or parts of type text or image"
+            )
+    # In a table, every part has all keys.
+    return [{key: value for key, value in part.items() if value is not None} for part in parts]
 
 
 def _with_images(messages: list[dict], image_token: str, num_images: int) -> list[dict]:
@@ -223,13 +241,17 @@ def _listed(value) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _open(value, root: str):
+def _name(value) -> str:
+    """What an error calls an image of a table."""
+    path = value.get("path") if isinstance(value, dict) else value
+    return path if isinstance(path, str) else "an image"
+
+
+def _open(value, root: str, argument: str):
     """An image from the value in a table: the image, its path inside `root`, or its bytes."""
     from PIL import Image
 
-    if isinstance(value, dict):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
     if isinstance(value, Image.Image):
         return value.convert("RGB")
-    with Image.open(os.path.join(root, value) if isinstance(value, str) else value) as image:
+    with pictures.reading(f"{argument}: {_name(value)}"), Image.open(pictures.source(value, root)) as image:
         return image.convert("RGB")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_2dmse.tokens import tokenize
 
+from ..shared.pictures import decode_when_read
 from ..shared.tables import check_texts, read_table
 
 # The file in a classifier's folder with the rows that it was trained on and its cascade was fitted on: 64-bit hashes.
@@ -76,7 +77,7 @@ def _read_images(folder: str, argument: str) -> Dataset:
     keys = [_hash(file["bytes"] or Path(file["path"]).read_bytes()) for file in files]
     labels = [names[index] for index in table["label"]]
     table = table.select_columns("image").add_column("row_key", keys).add_column("label", labels)
-    return table.select_columns(["row_key", "image", "label"])
+    return decode_when_read(table.select_columns(["row_key", "image", "label"]), argument)
 
 
 def _hash(content: bytes) -> str:
@@ -85,7 +86,7 @@ def _hash(content: bytes) -> str:
 
 def label_names(table: Dataset) -> list[str]:
     """The classes of a table, numbers sorted by value and names alphabetically; ValueError for fewer than two."""
-    names = sorted(set(table["label"]), key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
+    names = sorted(set(table["label"]), key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise ValueError(f"train_file: all rows have the label {names[0]}; a classifier needs at least 2 classes")
     return names

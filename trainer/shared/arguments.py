@@ -1,11 +1,16 @@
 """The arguments that all trainers share, and when bf16 is on by default."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_xla_available, logging
 
 from .limits import training_problems
@@ -15,6 +20,8 @@ logger = logging.get_logger(__name__)
 # What shared.sampling can do.
 BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
 MIXINGS = ("proportional", "round_robin")
+# Reporters that transformers does not look for among the installed libraries.
+_UNCHECKED = ("flyte",)
 
 
 def cpu_has_bf16() -> bool:
@@ -104,6 +111,7 @@ class BaseTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and not on_cpu  # without a GPU, torch warns of it
         super().__post_init__()
+        _check_reporters(cast(list[str], self.report_to))  # Trainer's arguments make a list of it
         if not on_cpu and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
         if self.hub_token is not None:
@@ -115,6 +123,35 @@ class BaseTrainingArguments(TrainingArguments):
         if super().n_gpu > 1:
             logger.warning_once("using one GPU; start with `accelerate launch` to use all of them")
         return min(1, super().n_gpu)
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """ValueError if a name of `report_to` is unknown, or its library is missing: Trainer finds out later."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", *INTEGRATION_TO_CALLBACK])
+            raise ValueError(f"report_to: {name!r} is unknown; use some of {known}")
+        if name not in installed and name not in _UNCHECKED:
+            some = ", ".join(["none", *installed])
+            raise ValueError(f"report_to: the library of {name} is not installed; install it, or use some of {some}")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """ValueError for an optimizer or a schedule that cannot be made, which Trainer only finds out when it trains."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        more = f" with the optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(f"optim: {OptimizerNames(args.optim).value}{more} cannot be used: {error}") from error
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    options = cast(dict[str, Any], args.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs: {options} does not fit {SchedulerType(args.lr_scheduler_type).value}: {error}"
+        ) from error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -28,6 +29,8 @@ logger = logging.get_logger(__name__)
 # A checkpoint is written into this folder, and moved out of it when it is complete.
 STAGING = ".checkpoint-partial"
 STATE_NAME = "trainer_state.json"
+# The size and the checksum of every other file of a checkpoint. Files whose names start with a dot are never uploaded.
+CHECKSUMS_NAME = ".checksums.json"
 
 
 class SaveError(RuntimeError):
@@ -83,6 +86,7 @@ class CheckpointMixin(TrainerMixin):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staging, name, STATE_NAME))
+                _write_checksums(Path(staging, name))
                 _flush(Path(staging, name))
                 _move(staging, name, folder)
         except FloatingPointError:
@@ -154,8 +158,12 @@ def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
     sharded = any(re.match(r"pytorch_model_fsdp|global_step\d", name) for name in names)  # FSDP, DeepSpeed
     if not sharded and not (weights and {"optimizer.pt", "scheduler.pt"} <= set(names)):
         return "weights, optimizer or scheduler are missing"
-    for name in names:
-        problem = _file_problem(os.path.join(checkpoint, name))
+    written = _read_checksums(checkpoint)
+    if written is None:
+        return f"{CHECKSUMS_NAME} is damaged"
+    for name in sorted({*names, *written}):
+        path = os.path.join(checkpoint, name)
+        problem = _difference(path, *written[name]) if name in written else _file_problem(path)
         if problem is not None:
             return f"{name} is {problem}"
     return None
@@ -177,8 +185,41 @@ def _state_problem(path: str) -> str | None:
     return None if isinstance(state.global_step, int) and isinstance(state.log_history, list) else "damaged"
 
 
+def _write_checksums(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    written = {path.relative_to(folder).as_posix(): (path.stat().st_size, _checksum(path)) for path in paths}
+    Path(folder, CHECKSUMS_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def _read_checksums(checkpoint: str) -> dict[str, tuple[int, str]] | None:
+    """Size and checksum by file; empty for a checkpoint that has none, None if they are damaged."""
+    path = Path(checkpoint, CHECKSUMS_NAME)
+    if not path.is_file():
+        return {}
+    try:
+        written = {name: (int(size), str(checksum)) for name, (size, checksum) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return None if any(".." in Path(name).parts or os.path.isabs(name) for name in written) else written
+
+
+def _checksum(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _difference(path: str, size: int, checksum: str) -> str | None:
+    """How a file differs from what was written; None if it is the same."""
+    try:
+        if os.path.getsize(path) < size:
+            return "cut off"
+        return None if _checksum(path) == checksum else "damaged"
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else f"not readable: {error.strerror}"
+
+
 def _file_problem(path: str) -> str | None:
-    """What is wrong with a file of weights or of a state; None if its bytes are those that were written."""
+    """What is wrong with a file of weights or of a state that has no checksum of ours, as far as its format shows."""
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, framework="pt"):

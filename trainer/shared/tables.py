@@ -58,7 +58,7 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
         raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
-    check_names(path, suffix, argument)
+    check_csv(path, suffix, argument)
     try:
         table = _load(path, suffix)
     except READ_ERRORS as error:
@@ -81,22 +81,32 @@ def read_reason(error: Exception) -> str:
     return (text.splitlines() or [type(cause).__name__])[0][:300]
 
 
-def check_names(path: str, suffix: str, argument: str) -> None:
-    """ValueError if the heading of a csv or tsv file has a name twice, of which pandas would rename the second."""
+def check_csv(path: str, suffix: str, argument: str) -> None:
+    """ValueError for what pandas would read in another way than it is meant, in a csv or tsv file.
+
+    It renames the second of two columns of one name, joins lines if a quotation mark is not closed, and moves the
+    columns if rows are longer than the heading.
+    """
     if suffix not in (".csv", ".tsv"):
         return
     csv.field_size_limit(2**31 - 1)
     try:
         with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
             lines = io.TextIOWrapper(cast(IO[bytes], file), encoding="utf-8-sig", newline="")
-            names = next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
-    except (EOFError, OSError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+            rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+            names = next(rows, [])
+            longer = next((rows.line_num for row in rows if len(row) > len(names)), None)
+    except csv.Error as error:
+        raise ValueError(f"{argument}: line {rows.line_num} of {path} is not {suffix[1:]}: {error}") from error
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         reason = read_reason(error)
         hint = _hint(path, suffix, reason)
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
+    if longer is not None:
+        raise ValueError(f"{argument}: line {longer} of {path} has more than its {len(names)} columns")
 
 
 def is_saved(path: str) -> bool:
@@ -104,8 +114,16 @@ def is_saved(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
 
 
+def open_saved(path: str, argument: str) -> Dataset | datasets.DatasetDict:
+    """What `datasets.save_to_disk` has written; ValueError if it is damaged."""
+    try:
+        return datasets.load_from_disk(path)
+    except (*READ_ERRORS, AttributeError) as error:  # the second: JSON of another kind
+        raise ValueError(f"{argument}: {path} cannot be read as a saved dataset: {read_reason(error)}") from error
+
+
 def _read_saved(path: str, argument: str, split: str) -> Dataset:
-    loaded = datasets.load_from_disk(path)
+    loaded = open_saved(path, argument)
     if isinstance(loaded, Dataset):
         table = loaded
     else:
@@ -144,7 +162,17 @@ def _load(path: str, suffix: str) -> Dataset:
         with pa.input_stream(path, compression="gzip") as stream:
             return Dataset(pq.read_table(pa.BufferReader(stream.read())))
     builder, options = FORMATS[suffix]
-    return datasets.load_dataset(builder, data_files=path, split="train", **options)
+    return load_file(builder, path, **options)
+
+
+def load_file(builder: str, path: str, **options: Any) -> Any:
+    """The rows of a file, read by one of the builders of `datasets`, whose own lines about an error are not shown."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset(builder, data_files=path, split="train", **options)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def text_columns(table: Dataset) -> list[str]:
@@ -226,5 +254,5 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
         row = pc.index(empty, True).as_py()
         raise ValueError(
             f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows, or "
-            "pass --skip_invalid true"
+            "pass --skip_invalid true to finetune.py"
         )

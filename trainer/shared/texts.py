@@ -3,10 +3,9 @@
 import os
 import re
 
-import datasets
 from datasets import Dataset, IterableDataset
 
-from .tables import FORMATS, READ_ERRORS, check_names, read_reason, read_table
+from .tables import FORMATS, READ_ERRORS, check_csv, load_file, read_reason, read_table
 
 MIN_WORDS = 3
 
@@ -43,9 +42,9 @@ def read_corpus(
         builder, options = "text", {}
         if text_column != "text":
             raise ValueError(f"text_column: {path} has no column {text_column}; the column of a .txt file is text")
-    check_names(path, suffix, argument)
+    check_csv(path, suffix, argument)
     try:
-        table = datasets.load_dataset(builder, data_files=path, split="train", streaming=streaming, **options)
+        table = load_file(builder, path, streaming=streaming, **options)
         return check_corpus(table, text_column, argument)
     except READ_ERRORS as error:
         if str(error).startswith(f"{argument}: "):

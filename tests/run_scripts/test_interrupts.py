@@ -1,0 +1,104 @@
+"""Ctrl-C ends every script in one line and exit code 130, keeps earlier outputs, and the run can be repeated."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import SENTENCES, cpu_environment
+from datasets import Dataset
+
+from retrieval import FunnelIndex
+from run_scripts import evaluate, finetune, mine_negatives
+from run_scripts.training import finetuning
+from trainer import evaluation
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "run_scripts").glob("*.py") if path.name != "__init__.py")
+
+
+def interrupted(code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"import run_scripts.shared, sys; sys.argv = ['a/encode.py']; {code}"]
+    return subprocess.run(command, env=cpu_environment(ROOT), capture_output=True, text=True, check=False)
+
+
+def test_one_line_and_the_exit_code_of_ctrl_c():
+    done = interrupted("raise KeyboardInterrupt")
+    # A shell shows 130 for a process that SIGINT has ended.
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "encode.py: stopped by Ctrl-C\n")
+    done = interrupted("raise KeyboardInterrupt('nothing was written')")
+    assert done.stderr == "encode.py: stopped by Ctrl-C; nothing was written\n"
+    done = interrupted("import os; os.environ['RANK'] = '1'; raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    done = interrupted("1 / 0")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr, "an error of the program keeps its traceback"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_is_told(script):
+    assert "from run_scripts.shared" in script.read_text()
+
+
+@pytest.fixture
+def start(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    pairs = {"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}
+    Dataset.from_dict(pairs).to_csv(tmp_path / "pairs.csv")
+    scored = {"sentence1": SENTENCES[::2], "sentence2": SENTENCES[1::2], "score": [float(i) for i in range(10)]}
+    Dataset.from_dict(scored).to_csv(tmp_path / "scored.csv")
+    return tmp_path
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_training_that_has_not_begun_writes_nothing(start, monkeypatch):
+    monkeypatch.setattr(finetuning, "make_trainer", stop)
+    flags = ["--model_name_or_path", str(start / "model"), "--train_file", str(start / "pairs.csv"), "--report_to"]
+    with pytest.raises(KeyboardInterrupt, match="nothing was written"):
+        finetune.main([*flags, "none", "--output_dir", str(start / "out"), "--use_cpu", "true", "--bf16", "false"])
+    assert not (start / "out").exists()
+
+
+def test_earlier_results_are_kept(start, monkeypatch):
+    flags = ["--model_name_or_path", str(start / "model"), "--sts_files", str(start / "scored.csv"), "--output_dir"]
+    evaluate.main([*flags, str(start / "out")])
+    before = {path: path.read_bytes() for path in (start / "out").iterdir()}
+    monkeypatch.setattr(evaluation, "evaluate_tasks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*flags, str(start / "out"), "--overwrite"])
+    assert {path: path.read_bytes() for path in (start / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_earlier_negatives_are_kept(error, start, monkeypatch, capsys):
+    def fail(self, file, **kwargs):
+        file.write(b"half a ta")
+        raise error
+
+    (start / "out.csv").write_text("precious")
+    flags = ["--model_name_or_path", str(start / "model"), "--train_file", str(start / "pairs.csv"), "--overwrite"]
+    monkeypatch.setattr(datasets.Dataset, "to_csv", fail)
+    with pytest.raises(SystemExit if error is OSError else KeyboardInterrupt):
+        mine_negatives.main([*flags, "--output_file", str(start / "out.csv"), "--range_min", "0", "--range_max", "5"])
+    assert (start / "out.csv").read_text() == "precious"
+    assert not (start / "out.csv.partial").exists()
+
+
+def test_an_earlier_index_is_kept(tmp_path):
+    def blocks():
+        yield vectors
+        raise KeyboardInterrupt
+
+    vectors = np.ones((1, 2), np.float32)
+    FunnelIndex.build(vectors, tmp_path / "index", texts=["first"])
+    with pytest.raises(KeyboardInterrupt):
+        FunnelIndex.build(blocks(), tmp_path / "index", overwrite=True)
+    assert FunnelIndex.open(tmp_path / "index").text(0) == "first"
+    FunnelIndex.build(vectors, tmp_path / "index", texts=["second"], overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
