@@ -66,7 +66,14 @@ def test_finetune(name, start, tmp_path, capsys):
         "--output_dir",
         tmp_path / "out",
     )
-    more = ("--sizes", *LADDER, "--max_eval_samples", "0", *TRAINING, *(flag.format(w=start) for flag in flags))
+    more = (
+        "--sizes",
+        *LADDER,
+        "--max_eval_samples",
+        "0",
+        *TRAINING,
+        *(flag.replace("{w}", str(start)) for flag in flags),
+    )
     refused(finetune.main, [*files, *more], message, capsys)
     assert not list(tmp_path.rglob("*.*"))
 
@@ -155,6 +162,21 @@ def test_weights_of_franca(damage, tmp_path, capsys):
     pictures = write_pictures(tmp_path / "pictures", 2)
     files = ("--model_name_or_path", tmp_path / "model", "--train_dir", pictures, "--test_dir", pictures)
     refused(evaluate_franca.main, [*files, "--output_dir", tmp_path / "out"], "does not load: ", capsys)
+
+
+@pytest.mark.parametrize("damage", ["nan", "int8", "missing"])
+def test_weights_under_a_classifier(damage, start, tmp_path, backbone_path, capsys):
+    shutil.copytree(backbone_path("bert"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = "encoder.layer.1.output.dense.weight"
+    value = weights.pop(name)
+    if damage != "missing":
+        weights[name] = value * float("nan") if damage == "nan" else value.to(torch.int8)
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    files = ("--model_name_or_path", tmp_path / "model", "--train_file", start / "classes.csv", "--sizes", "4x32")
+    message = "model_name_or_path: "
+    refused(classify.main, ["train", *files, "--output_dir", tmp_path / "out", *TRAINING], message, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_flags(start, tmp_path, capsys, monkeypatch):
