@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self, cast
 
 import torch
@@ -84,7 +84,8 @@ class MatryoshkaClassifier(PreTrainedModel):
             The classifier, in evaluation mode.
 
         Raises:
-            ValueError: a value is not allowed, or the sizes name layers and the backbone cannot be run in part.
+            ValueError: a value is not allowed, layers have no weights, or the sizes name layers and the backbone cannot
+                be run in part.
         """
         settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -96,7 +97,11 @@ class MatryoshkaClassifier(PreTrainedModel):
             )
         # Without the word, transformers would ask on standard input whether to run code that it finds.
         trusted = bool(kwargs.pop("trust_remote_code", False))
-        backbone = AutoModel.from_pretrained(str(name_or_path), trust_remote_code=trusted, **kwargs)
+        kwargs |= {"trust_remote_code": trusted, "output_loading_info": True}
+        backbone, info = AutoModel.from_pretrained(str(name_or_path), **kwargs)
+        # A pooler and a mask token are often new; the heads are trained with them.
+        used = {name for name, _ in backbone.named_parameters() if "pooler" not in name and "mask_token" not in name}
+        _check_filled(used & set(info["missing_keys"]), name_or_path)
         if getattr(backbone.config, "is_encoder_decoder", False):
             raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if backbone.config.model_type == _ELASTIC:
@@ -146,12 +151,8 @@ class MatryoshkaClassifier(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
-        absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-        if absent:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights lack {len(absent)} of the tensors that config.json asks "
-                f"for, for example {absent[0]}; they would be random"
-            )
+        absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        _check_filled(absent, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
@@ -312,6 +313,16 @@ class MatryoshkaClassifier(PreTrainedModel):
     @classmethod
     def _check_exits_allowed(cls, config: MatryoshkaConfig) -> None:
         """ValueError if the sizes name layers and this class does not support heads at several exits."""
+
+
+def _check_filled(absent: Iterable[str], name_or_path: object) -> None:
+    """ValueError if `from_pretrained` found no weights for some tensors."""
+    names = sorted(absent)
+    if names:
+        raise ValueError(
+            f"{name_or_path}: the weights lack {len(names)} of the tensors that config.json asks for, for example "
+            f"{names[0]}; they would be random"
+        )
 
 
 def _stored_type(name_or_path: str | os.PathLike, kwargs: dict) -> str | None:

@@ -60,7 +60,7 @@ class TrainingRun:
 
     def begin(self, trainer) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
-        check_optimizer(self.args)
+        check_optimizer(self.args, trainer.model)
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:

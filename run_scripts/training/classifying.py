@@ -217,6 +217,7 @@ def _build(model_args: ModelArguments, args: ClassifierTrainingArguments, labels
             id2label=dict(enumerate(labels)),
             trust_remote_code=model_args.trust_remote_code,
         )
+        check_weights(model, name)
     return model, _processor(name, images, model_args.trust_remote_code)
 
 

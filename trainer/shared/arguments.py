@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
@@ -137,10 +137,12 @@ def _check_reporters(names: Sequence[str]) -> None:
             raise ValueError(f"report_to: the library of {name} is not installed; install it, or use some of {some}")
 
 
-def check_optimizer(args: TrainingArguments) -> None:
+def check_optimizer(args: TrainingArguments, model: torch.nn.Module) -> None:
     """ValueError for an optimizer or a schedule that cannot be made, which Trainer only finds out when it trains."""
+    from transformers import Trainer, get_scheduler  # takes seconds; a script makes its arguments before
+
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # PEFT's models too
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         more = f" with the optim_args {args.optim_args}" if args.optim_args else ""
         raise ValueError(f"optim: {OptimizerNames(args.optim).value}{more} cannot be used: {error}") from error

@@ -1,15 +1,17 @@
 """Opening pictures: a damaged one is an error that names it."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PictureError(ValueError):
@@ -69,6 +71,8 @@ def decode_when_read(table: Dataset, argument: str) -> Dataset:
         table: with a column `image` of `datasets.Image`. If it names files, the header of each is checked here.
         argument: the name that errors give to the table.
     """
+    import datasets  # takes a second; the scripts catch PictureError before they need it
+
     table = table.cast_column("image", datasets.Image(decode=False))
 
     def decode(rows: dict[str, list]) -> dict[str, list]:
@@ -82,5 +86,7 @@ def decode_when_read(table: Dataset, argument: str) -> Dataset:
 
 
 def _decode(value: dict[str, Any], argument: str) -> Any:
+    import datasets
+
     with reading(f"{argument}: {value.get('path') or 'a picture'}"):
         return datasets.Image().decode_example(value)
