@@ -76,17 +76,19 @@ def decode_when_read(table: Dataset, argument: str) -> Dataset:
     table = table.cast_column("image", datasets.Image(decode=False))
 
     def decode(rows: dict[str, list]) -> dict[str, list]:
-        return {"image": [_decode(value, argument) for value in rows["image"]]}
+        if "image" not in rows:  # another column is read
+            return rows
+        return rows | {"image": [_decode(value, argument) for value in rows["image"]]}
 
     for value in table["image"]:
-        if value["bytes"] is not None:  # a dataset of the Hub, which may be large
+        if value is None or value["bytes"] is not None:  # a dataset of the Hub, which may be large
             break
         check_kind(value, f"{argument}: {value['path']}")
-    return table.with_transform(decode, columns=["image"], output_all_columns=True)
+    return table.with_transform(decode)
 
 
-def _decode(value: dict[str, Any], argument: str) -> Any:
+def _decode(value: dict[str, Any] | None, argument: str) -> Any:
     import datasets
 
-    with reading(f"{argument}: {value.get('path') or 'a picture'}"):
+    with reading(f"{argument}: {(value or {}).get('path') or 'a picture'}"):
         return datasets.Image().decode_example(value)
