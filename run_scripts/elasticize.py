@@ -63,7 +63,7 @@ class CorpusArguments(runs.OverwriteArguments):
     )
     effort: str = field(
         default="short",
-        metadata={"help": "fit (projections only, a minute), short (minutes on two CPU cores) or full; each is "
+        metadata={"help": "fit (projections only, minutes), short (half an hour on one CPU core) or full; each is "
                   "recipes/elasticize-EFFORT.yaml, and flags override it."},
     )  # fmt: skip
     max_documents: int = field(
