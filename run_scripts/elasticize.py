@@ -69,7 +69,7 @@ class CorpusArguments(runs.OverwriteArguments):
     max_documents: int = field(
         default=20_000, metadata={"help": "Most documents that are used, drawn from the whole corpus."}
     )
-    num_pairs: int = field(default=3200, metadata={"help": "Pairs of a query and a passage to train on."})
+    num_pairs: int = field(default=6400, metadata={"help": "Pairs of a query and a passage to train on."})
     held_out: int = field(
         default=500, metadata={"help": "Documents that are held out for the report, a tenth of the corpus at most."}
     )
