@@ -21,7 +21,8 @@ class ComparisonArguments:
     )
     train: str = field(default="nli", metadata={"help": "Name of the training data in the results."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Which of {', '.join(METHODS)}. Default: all."}
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Names of methods; an unknown one is answered with all of them. Default: all."},
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2],

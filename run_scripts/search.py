@@ -86,7 +86,7 @@ def choose_stages(engine: Engine, args: SearchArguments) -> list[Stage]:
         raise ValueError(f"query_size: {args.query_size} is not allowed; the index has {width} dimensions")
     stages = parse_stages(args.stages) if args.stages is not None else None
     if args.k is None:
-        args.k = min(stages[-1].keep if stages else 10, engine.size)
+        args.k = max(1, min(stages[-1].keep if stages else 10, engine.size))  # a stage of 0 is refused below
     stages = stages or [Stage(dim, args.k)]
     if args.query_size is not None and max(stage.dim for stage in stages) > dim:
         raise ValueError(f"stages: {args.stages} needs more dimensions than queries of --query_size {args.query_size}")

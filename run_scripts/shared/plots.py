@@ -15,13 +15,17 @@ OURS = "best"
 # Of compare.py's methods; colours that readers with red-green blindness tell apart (Okabe and Ito), and greys.
 COLORS = {
     "untrained": "#999999",
+    "projections": "#f0e442",
+    "pca": "#555555",
     "separate": "#000000",
+    "separate-same-recipe": "#882255",
     "matryoshka": "#e69f00",
     "2dmse": "#cc79a7",
     "starbucks-feature_kl": "#56b4e9",
     "starbucks-score_kl": "#0072b2",
     "smae-starbucks": "#009e73",
     "sentence-transformers-2d": "#8c6d31",
+    "sentence-transformers-2d-all": "#44aa99",
     OURS: "#d55e00",
 }
 # Of classify.py's and plan.py's choices, and of benchmark.py's kinds of work.

@@ -66,7 +66,7 @@ def test_no_error_has_a_secret(wrong, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         finetune.main([*words, *wrong])
     error = capsys.readouterr().err
-    assert "***" in error
+    assert "***" in error or "--hub_tokn is unknown" in error, "a flag that is unknown is named without its value"
     assert not [secret for secret in (TOKEN, OWN_TOKEN, IN_URL) if secret in error]
 
 

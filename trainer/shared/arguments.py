@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -127,6 +126,12 @@ class BaseTrainingArguments(TrainingArguments):
 
 def _check_reporters(names: Sequence[str]) -> None:
     """ValueError if a name of `report_to` is unknown, or its library is missing: Trainer finds out later."""
+    # Three seconds, which a flag that is refused need not wait for.
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
     installed = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:

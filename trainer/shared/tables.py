@@ -106,7 +106,9 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
     if longer is not None:
-        raise ValueError(f"{argument}: line {longer} of {path} has more than its {len(names)} columns")
+        raise ValueError(
+            f"{argument}: line {longer} of {path} has more than its {len(names)} columns{_hint(path, suffix, '')}"
+        )
 
 
 def is_saved(path: str) -> bool:
