@@ -69,16 +69,21 @@ def load_sts(path: str) -> StsData:
     table = check_table(read_table(path, "sts_files"), "sts_files")
     if "score" not in table.column_names:
         raise ValueError(f"sts_files: {path} needs the columns (sentence1, sentence2, score)")
-    check_varied(table["score"][:], f"sts_files: {path}")
+    check_varied(table, f"sts_files: {path}")
     name = os.path.basename(path).split(".")[0]
     return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
 
 
-def check_varied(scores: Sequence[float], place: str) -> None:
-    """ValueError, which starts with `place`, if scores have no correlation with anything: all are the same."""
+def check_varied(table: datasets.Dataset, place: str) -> None:
+    """ValueError, which starts with `place`, if no correlation can be measured: all scores or pairs are equal."""
+    scores, rows = table["score"][:], len(table)
     if len(set(scores)) < 2:
-        what = "one row" if len(scores) == 1 else f"{len(scores)} rows that all have the score {scores[0]:g}"
+        what = "one row" if rows == 1 else f"{rows} rows that all have the score {scores[0]:g}"
         raise ValueError(f"{place} has {what}; a correlation needs different scores")
+    pairs = set(zip(table["sentence1"][:], table["sentence2"][:], strict=True))
+    if all(first == second for first, second in pairs) or len(pairs) < 2:
+        what = "are of the same two texts" if len(pairs) < 2 else "have the same text twice"
+        raise ValueError(f"{place} has {rows} rows that all {what}; a correlation needs different similarities")
 
 
 def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -> list[StsData | RetrievalData]:

@@ -21,7 +21,14 @@ from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.agreement import agreement, reference_similarities
 from trainer.data import check_table
-from trainer.evaluation import RetrievalData, StsData, load_beir, retrieval_from_pairs, task_from_table
+from trainer.evaluation import (
+    RetrievalData,
+    StsData,
+    check_varied,
+    load_beir,
+    retrieval_from_pairs,
+    task_from_table,
+)
 from trainer.model_card import measure_costs
 from trainer.projections import fit_exit_projections
 from trainer.pseudo_pairs import Document, draw_documents, make_pairs
@@ -263,7 +270,10 @@ def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int,
     tasks += [load_beir(folder) for folder in data_args.beir_dirs or []]
     if data_args.eval_file is not None:
         name = os.path.basename(data_args.eval_file).split(".")[0]
-        tasks.append(task_from_table(name, check_table(read_table(data_args.eval_file, "eval_file"), "eval_file")))
+        table = check_table(read_table(data_args.eval_file, "eval_file"), "eval_file")
+        if "score" in table.column_names:
+            check_varied(table, f"eval_file: {data_args.eval_file}")
+        tasks.append(task_from_table(name, table))
     return tasks
 
 

@@ -92,13 +92,13 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
     if evaluation is not None:
         evaluation = _check(evaluation, "eval_file", data, [evaluation]) if data.max_eval_samples else None
         if evaluation is not None and "score" in evaluation.column_names:
-            check_varied(evaluation["score"][:], f"eval_file: {data.eval_file or data.eval_split}")
+            check_varied(evaluation, f"eval_file: {data.eval_file or data.eval_split}")
     elif data.max_eval_samples and min(map(len, tables)) > 1:
         share = data.max_eval_samples // len(tables)
         pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
         tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
         if "score" in evaluation.column_names:
-            check_varied(evaluation["score"][:], "max_eval_samples: what is held out of the training data")
+            check_varied(evaluation, "max_eval_samples: what is held out of the training data")
         output.say(
             f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )

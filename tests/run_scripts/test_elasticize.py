@@ -295,6 +295,7 @@ WRONG = {
     "model": ({"model_name_or_path": "no/such-model"}, "model_name_or_path: no/such-model is not a folder"),
     "beir": ({"beir_dirs": ["folder"]}, "beir_dirs: {tmp}/folder is not in BEIR layout"),
     "eval": ({"eval_file": "none.csv"}, "eval_file: {tmp}/none.csv is not a file"),
+    "scores": ({"eval_file": "same.csv"}, "eval_file: {tmp}/same.csv has 2 rows that all have the same text twice"),
     "pairs": ({"num_pairs": 0}, "num_pairs: 0 is not allowed"),
 }  # fmt: skip
 
@@ -304,6 +305,7 @@ def test_wrong_input_ends_in_one_line(name, start, tmp_path, capsys):
     changed, message = WRONG[name]
     words = sorted({word for sentence in SENTENCES for word in sentence.split()})
     files = {"empty.txt": "\n \n", "few.txt": "a man\nthe cat", "same.txt": "A man\na  man\n" * 30, "a.pdf": "x"}
+    files["same.csv"] = "sentence1,sentence2,score\na man,a man,1\nthe cat,the cat,2\n"
     for file, text in (files | {"words.txt": "\n".join(words)}).items():
         (tmp_path / file).write_text(text)
     table = Dataset.from_dict(ROWS | {"number": list(range(len(TEXTS)))})

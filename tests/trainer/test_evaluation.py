@@ -174,3 +174,18 @@ def test_the_grid_encodes_each_text_once(tiny_model):
 def test_published_sts_results_of_minilm(name, published, minilm, data_dir):
     result = evaluate_sts(minilm, load_sts(str(data_dir / "sts" / f"{name}.csv")), parse_ladder(["6x384"]))
     assert result["spearman"]["6x384"] == pytest.approx(published, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ("a,b,1", "has one row"),
+        ("a,b,2\nc,d,2", "has 2 rows that all have the score 2"),
+        ("a,a,1\nb,b,2", "has 2 rows that all have the same text twice"),
+        ("a,b,1\na,b,2", "has 2 rows that all are of the same two texts"),
+    ],
+)
+def test_rows_without_a_correlation_are_refused(rows, what, tmp_path):
+    (tmp_path / "a.csv").write_text(f"sentence1,sentence2,score\n{rows}\n")
+    with pytest.raises(ValueError, match=rf"^sts_files: .*a\.csv {what}; a correlation needs different"):
+        load_sts(str(tmp_path / "a.csv"))
