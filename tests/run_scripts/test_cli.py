@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import trainer.arguments
 import trainer.objectives
@@ -151,6 +152,7 @@ def life(tmp_path):
         events.append(f"train {resume_from_checkpoint}")
 
     trainer = SimpleNamespace(
+        model=torch.nn.Linear(1, 1),
         train=train,
         stop_signals=SimpleNamespace(received=None),
         accelerator=SimpleNamespace(end_training=lambda: events.append("end")),
