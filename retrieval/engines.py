@@ -307,6 +307,16 @@ class Server(Engine):
         if each is not None and next(each, None) is not None:
             raise ValueError(f"texts: there are more of them than the {len(known)} ids")
 
+    @abc.abstractmethod
+    def _read(self) -> tuple[Layout, int | None] | None:
+        """The layout and the size of the index, None for one that is not complete; None if there is no index."""
+
+    def open(self) -> None:
+        found = self._read()
+        if found is None:
+            raise ValueError(f"index: there is no {self.place}; build it with build_index.py")
+        self.layout, self.size = found
+
     def check_stages(self, stages, k: int) -> list[Stage]:
         if self.size is None:
             raise ValueError(f"index: {self.place} is not complete; run build_index.py again, which adds the rest")

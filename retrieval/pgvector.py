@@ -83,12 +83,6 @@ class PgVector(Server):
             raise ValueError(f"engine_url_env: the database has no pgvector: {_line(error)}") from error
         return connection
 
-    def open(self) -> None:
-        found = self._read()
-        if found is None:
-            raise ValueError(f"index: there is no {self.place}; build it with build_index.py")
-        self.layout, self.size = found
-
     def create(self, layout: Layout, overwrite: bool = False) -> None:
         self.check_layout(layout)
         found = self._read()

@@ -77,12 +77,6 @@ class Qdrant(Server):
                     self._opened = self._library.QdrantClient(url=self._url, api_key=self._key, **more)
         return self._opened
 
-    def open(self) -> None:
-        found = self._read()
-        if found is None:
-            raise ValueError(f"index: there is no {self.place}; build it with build_index.py")
-        self.layout, self.size = found
-
     def create(self, layout: Layout, overwrite: bool = False) -> None:
         self.check_layout(layout)
         found = self._read()
