@@ -29,7 +29,7 @@ class OnnxEncoder:
         import onnxruntime
 
         model.export(folder, format="onnx", dtype=dtype)
-        self.tokenizer, self.max_length = model.tokenizer, model.max_length
+        self.config, self.tokenizer, self.max_length = model.config, model.tokenizer, model.max_length
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # it does not read OMP_NUM_THREADS
         providers = onnxruntime.get_available_providers()

@@ -110,7 +110,9 @@ def texts(folder: Path) -> str:
 
 
 def table(folder: Path, *columns: str) -> str:
-    values = {name: [0.0, 1.0] * 10 if name == "score" else SENTENCES for name in columns}
+    # Each column has texts of its own: pairs of equal texts are refused.
+    values = {name: SENTENCES[place:] + SENTENCES[:place] for place, name in enumerate(columns)}
+    values |= {"score": [0.0, 1.0] * 10} if "score" in columns else {}
     values |= {"label": ["a", "b"] * 10} if "label" in columns else {}
     Dataset.from_dict(values).to_csv(folder / "table.csv", index=False)
     return str(folder / "table.csv")
