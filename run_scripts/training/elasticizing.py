@@ -16,6 +16,7 @@ from datasets import Dataset
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import cli, models, output, plots
+from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -188,7 +189,9 @@ class Work:
         folder = str(self.args.output_dir)
         sample = (self.held_texts or [document.whole for document in self.documents])[: finetuning.COST_ROWS]
         costs = measure_costs(encoder, self.ladder, sample)
-        output.write_json(os.path.join(folder, "results.json"), results | {"costs": costs})
+        written = results | {"corpus": self._corpus(), "effort": self.data_args.effort, "costs": costs}
+        output.write_json(os.path.join(folder, "results.json"), written)
+        save_shares([written], os.path.join(folder, "shares.png"))
         names = [self.data_args.dataset_name] if self.data_args.dataset_name else []
         run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
         finetuning.save_card(*run)
@@ -196,10 +199,12 @@ class Work:
         print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n")
         print(finetuning.usage(folder, results, self.ladder))
 
+    def _corpus(self) -> str:
+        return self.data_args.dataset_name or os.path.basename(os.path.normpath(str(self.data_args.corpus_file)))
+
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
-        data = self.data_args.dataset_name or os.path.basename(os.path.normpath(str(self.data_args.corpus_file)))
-        settings: dict[str, object] = {"corpus": data, "documents": len(self.documents)}
+        settings: dict[str, object] = {"corpus": self._corpus(), "documents": len(self.documents)}
         settings["effort"] = self.data_args.effort
         if self.teacher is not None:
             settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))

@@ -14,11 +14,13 @@ import torch
 import yaml
 from conftest import LADDER, SENTENCES, tiny_config
 from datasets import Dataset, DatasetDict
+from PIL import Image
 from transformers import AutoModel, TrainerCallback
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared import cli
+from run_scripts.shared.shares import save_shares, shares
 from run_scripts.training import elasticizing
 from trainer.evaluation import best_for_cost
 
@@ -112,7 +114,9 @@ def test_fit_keeps_the_full_size_and_brings_the_others_nearer(start, tmp_path, c
     assert after["spearman"]["1x8"] > before["spearman"]["1x8"]
     assert set(results["costs"]) == set(LADDER)
     assert set(results["retrieval"]) == set(results["before"]["retrieval"]) == {elasticizing.PSEUDO_QUERIES}
-    assert {"README.md", "model.safetensors", "tokenizer.json", "modules.json"} <= set(os.listdir(folder))
+    assert (results["corpus"], results["effort"]) == ("beir", "fit")
+    wanted = {"README.md", "model.safetensors", "tokenizer.json", "modules.json", "shares.png"}
+    assert wanted <= set(os.listdir(folder))
     assert not [name for name in os.listdir(folder) if name.startswith(("teacher-", "checkpoint-"))]
     assert "held out for the report" in printed
     assert f"nDCG@10, {elasticizing.PSEUDO_QUERIES}" in printed
@@ -121,6 +125,21 @@ def test_fit_keeps_the_full_size_and_brings_the_others_nearer(start, tmp_path, c
     exec(code, scope)
     best = best_for_cost(json.loads((folder / "results.json").read_text()), scope["model"].config.ladder)
     assert scope["embeddings"].shape == (1, best.dim)
+
+
+def test_the_picture_has_shares_of_the_untouched_full_size(tmp_path):
+    costs = {"1x8": {"relative_time": 0.3}, "4x32": {"relative_time": 1.0}}
+    scores = lambda small, full: {"ndcg@10": {"1x8": small, "4x32": full}}
+    run = {"costs": costs, "corpus": "beir", "effort": "short", "before": {"retrieval": {"beir": scores(0.1, 0.5)}}}
+    run |= {"retrieval": {"beir": scores(0.4, 0.6)}}
+    assert shares(run, "beir") == {"untouched": {"1x8": 0.2, "4x32": 1.0}, "short": {"1x8": 0.8, "4x32": 1.2}}
+    assert save_shares([run, run | {"effort": "fit"}], tmp_path / "shares.png")
+    with Image.open(tmp_path / "shares.png") as picture:
+        assert picture.width > picture.height > 300
+    nothing = run | {"before": {"retrieval": {"beir": scores(0.0, 0.0)}}}
+    assert shares(nothing, "beir") == {}
+    assert not save_shares([nothing], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsys, backbone_path):
