@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LADDER, SENTENCES, tiny_config
+from conftest import LADDER, SENTENCES, cpu_environment, tiny_config
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModel, TrainerCallback
@@ -21,7 +23,7 @@ from modeling_2dmse import TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared import cli
 from run_scripts.shared.shares import save_shares, shares
-from run_scripts.training import elasticizing
+from run_scripts.training import corpus, elasticizing
 from trainer.evaluation import best_for_cost
 
 TEXTS = [f"{a}. {b}." for i, a in enumerate(SENTENCES) for b in SENTENCES[i + 1 : i + 4]]
@@ -95,6 +97,35 @@ def test_every_kind_of_corpus(name, tmp_path, monkeypatch):
     assert (len(held), len(documents)) == (len(TEXTS) // 10, len(TEXTS) - len(TEXTS) // 10)
     found = {document.text: document.title for document in documents + held}
     assert found == dict(zip(TEXTS, ROWS["title"] if titled else [""] * len(TEXTS), strict=True))
+
+
+def test_a_dataset_is_streamed(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": text, "title": "a"} for text in TEXTS])
+    found = corpus.read_corpus(None, str(tmp_path / "data"), None, "train", "text")
+    assert [(document.title, document.text) for document in itertools.islice(found, 3)] == [("a", t) for t in TEXTS[:3]]
+    with pytest.raises(ValueError, match="text_column: dataset_name has no column body among text, title"):
+        next(corpus.read_corpus(None, str(tmp_path / "data"), None, "train", "body"))
+
+
+def test_two_processes_share_the_work(start, tmp_path, backbone_path):
+    words = start.words(per_device_train_batch_size=8, ddp_backend="gloo")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = [*launch, elasticize.__file__, *words]
+    done = subprocess.run(run, env=cpu_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Use it:") == done.stdout.count("documents to learn from") == 1
+    two = json.loads((tmp_path / "out" / "results.json").read_text())
+    state = json.loads((tmp_path / "out" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["global_step"] == 12  # 48 pairs, 2 processes of 8, 4 times
+    # The order of the rows is not that of one process; what is measured before training is.
+    start.run(output_dir=tmp_path / "one")
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert two["before"]["agreement"]["spearman"] == pytest.approx(one["before"]["agreement"]["spearman"])
+    assert set(two["retrieval"]) == set(one["retrieval"])
+    began = TwoDMSEModel.from_backbone(backbone_path("bert")).state_dict()["backbone.embeddings.LayerNorm.weight"]
+    alone, both = (weights(tmp_path / name)["backbone.embeddings.LayerNorm.weight"] for name in ("one", "out"))
+    assert (alone - both).norm() < 0.7 * (alone - began).norm()
 
 
 def test_fit_keeps_the_full_size_and_brings_the_others_nearer(start, tmp_path, capsys, backbone_path):
