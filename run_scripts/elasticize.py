@@ -63,13 +63,13 @@ class CorpusArguments(runs.OverwriteArguments):
     )
     effort: str = field(
         default="short",
-        metadata={"help": "fit (projections only, minutes), short (half an hour on one CPU core) or full; each is "
+        metadata={"help": "fit (projections only, minutes), short (some 40 minutes on one CPU core) or full; each is "
                   "recipes/elasticize-EFFORT.yaml, and flags override it."},
     )  # fmt: skip
     max_documents: int = field(
         default=20_000, metadata={"help": "Most documents that are used, drawn from the whole corpus."}
     )
-    num_pairs: int = field(default=6400, metadata={"help": "Pairs of a query and a passage to train on."})
+    num_pairs: int = field(default=12_800, metadata={"help": "Pairs of a query and a passage to train on."})
     held_out: int = field(
         default=500, metadata={"help": "Documents that are held out for the report, a tenth of the corpus at most."}
     )

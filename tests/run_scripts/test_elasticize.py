@@ -315,7 +315,7 @@ def test_the_recipe_of_the_effort_comes_first():
         _, data, args = cli.Parser(elasticize.ARGUMENTS).parse([*elasticize.with_recipe(flags), *needed])
         assert data.effort == effort
         if effort != "fit":
-            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 6400, "full": 25600}[effort])
+            assert (args.teacher, data.num_pairs) == ("embeddings", {"short": 12_800, "full": 25_600}[effort])
     assert elasticize.with_recipe(["own.yaml", "--seed", "3"]) == ["own.yaml", "--seed", "3"]
 
 
