@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, visual_output
 
+from ..shared.attention import UnreadMaskMixin, nothing_padded
 from ..shared.callbacks import StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
@@ -17,8 +18,11 @@ from .arguments import M3TrainingArguments
 from .conversations import ConversationCollator
 from .levels import LevelScores, join_scores, score_batch
 
+# Conversations whose tokens are kept; 500 tokens of each take about half a gigabyte.
+_KEPT_CONVERSATIONS = 100_000
 
-class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
+
+class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMixin, Trainer):
     """Trains a `MatryoshkaLlavaForConditionalGeneration` at all of its levels (Cai et al. 2024, equation 1).
 
     A step minimizes the weighted mean over the levels of the cross-entropy of the answers. The vision tower runs once.
@@ -70,7 +74,9 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=ConversationCollator(processing_class, list(self.level_shares), args.max_length),
+            data_collator=ConversationCollator(
+                processing_class, list(self.level_shares), args.max_length, _is_read_again(train_dataset, args)
+            ),
             callbacks=[self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
@@ -130,11 +136,17 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             return self.accelerator.unwrap_model(self.model).encode_images(inputs["pixel_values"])
 
     def _level_loss(self, model, inputs: dict, features: torch.Tensor | None, size: int) -> torch.Tensor:
-        if features is None:
-            return model(**inputs).loss
-        with self.accelerator.autocast():
-            tokens = self.accelerator.unwrap_model(model).pool_images(features, size)
-        return model(**inputs, mm_encoder_outputs={"image": visual_output(tokens)}).loss
+        given = {}
+        if features is not None:
+            with self.accelerator.autocast():
+                tokens = self.accelerator.unwrap_model(model).pool_images(features, size)
+            given["mm_encoder_outputs"] = {"image": visual_output(tokens)}
+        if "attention_mask" in inputs:
+            return model(**inputs, **given).loss
+        # Without a mask, transformers would look at the position ids for packed texts.
+        mask = torch.ones_like(inputs["input_ids"])
+        with nothing_padded():
+            return model(**inputs, **given, attention_mask=mask).loss
 
     def _metrics(self, levels: dict[int, LevelScores], prefix: str) -> dict[str, float]:
         metrics = {f"{prefix}_loss": 0.0}
@@ -146,3 +158,12 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             metrics[f"{prefix}_accuracy_{size}"] = correct / rows
             metrics[f"{prefix}_loss"] += self.level_shares[size] * loss / tokens
         return metrics
+
+
+def _is_read_again(rows: Dataset | None, args: M3TrainingArguments) -> bool:
+    """Whether a run reads rows more than once, and they are few enough to keep their tokens."""
+    if rows is None or len(rows) > _KEPT_CONVERSATIONS:
+        return False
+    return args.num_train_epochs > 1 or args.max_steps * args.gradient_accumulation_steps * args.train_batch_size > len(
+        rows
+    )
