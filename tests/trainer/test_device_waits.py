@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import LADDER, SENTENCES
 from datasets import Dataset
-from device_waits import counted_waits
 from tiny_vision import draw_picture
 from tiny_vision import tiny_model as tiny_franca
 from transformers import AutoTokenizer
 
 from modeling_2dmse import StarbucksForMaskedAutoencoding
 from modeling_mrl import MatryoshkaForSequenceClassification
+from run_scripts.shared.waits import counted_waits
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, preparation
 from trainer.franca.trainer import FrancaTrainer, FrancaTrainingArguments
 from trainer.m3.conversations import check_conversations
