@@ -119,7 +119,7 @@ class MatryoshkaLlavaModel(LlavaModel):
             return words
         images = cast("list[torch.Tensor]", mm_encoder_outputs["image"].pooler_output)
         tokens = torch.cat(images).to(words.device, words.dtype)
-        return words.flatten(0, 1).index_copy(0, image_positions, tokens).view_as(words)
+        return words.flatten(0, 1).index_copy(0, image_positions.to(words.device), tokens).view_as(words)
 
     def _default_tokens(self) -> int:
         return cast(int, self.config.default_visual_tokens)  # check_visual_tokens has set it
