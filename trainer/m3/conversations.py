@@ -117,10 +117,10 @@ def encode_conversation(
 class ConversationCollator:
     """Makes a batch of rows from `check_conversations`: the images once, and the texts once for each visual level.
 
-    A batch contains `pixel_values` (images, channels, height, width), if there are images, and `levels`: for each size
-    a dictionary of `input_ids` and `labels`, (rows, length), padded on the right; `attention_mask`, of the same shape,
-    if a row is padded; and `image_positions`, (visual tokens,), the places of the placeholders in `input_ids`,
-    flattened.
+    A batch contains `pixel_values` (images, channels, height, width), if there are images; `levels`: for each size a
+    dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right, and
+    `image_positions`, (visual tokens,), the places of the placeholders in `input_ids`, flattened; and `padded`, the
+    sizes at which a row has padding.
 
     Args:
         processor: LLaVA's processor, with a chat template.
@@ -147,7 +147,9 @@ class ConversationCollator:
         spoken = np.concatenate([own for _, own in encoded])
         if not spoken.any():
             raise ValueError(f"max_length: no answer of the batch lies within {self.max_length} tokens")
-        batch: dict = {"levels": {size: self._level(tokens, spoken, size) for size in self.sizes}}
+        levels = {size: self._level(tokens, spoken, size) for size in self.sizes}
+        padded = [size for size, level in levels.items() if not level["attention_mask"].all()]
+        batch: dict = {"levels": levels, "padded": padded}
         if images:
             batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return batch
@@ -168,8 +170,6 @@ class ConversationCollator:
         real = batch["attention_mask"].bool().numpy()
         labels = np.full(real.shape, IGNORED)
         labels[real] = np.where(np.repeat(spoken, repeats), level.ids, IGNORED)
-        if real.all():
-            del batch["attention_mask"]
         placeholders = (batch["input_ids"].numpy() == self.processor.image_token_id) & real
         positions = np.flatnonzero(placeholders)
         return batch | {"labels": torch.from_numpy(labels), "image_positions": torch.from_numpy(positions)}

@@ -99,7 +99,8 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMi
             last = index == len(self.level_shares) - 1
             # The processes exchange gradients once, with the last level, which reaches every parameter.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._level_loss(model, inputs["levels"][size], whole if last else collected, size)
+                level, images = inputs["levels"][size], whole if last else collected
+                loss = self._level_loss(model, level, images, size, size in inputs["padded"])
                 parts[f"loss/{size}"] = loss.detach()
                 scaled = share * loss / self.current_gradient_accumulation_steps
                 self.accelerator.backward(scaled)
@@ -135,18 +136,14 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMi
         with self.accelerator.autocast():
             return self.accelerator.unwrap_model(self.model).encode_images(inputs["pixel_values"])
 
-    def _level_loss(self, model, inputs: dict, features: torch.Tensor | None, size: int) -> torch.Tensor:
+    def _level_loss(self, model, inputs: dict, features: torch.Tensor | None, size: int, padded: bool) -> torch.Tensor:
         given = {}
         if features is not None:
             with self.accelerator.autocast():
                 tokens = self.accelerator.unwrap_model(model).pool_images(features, size)
             given["mm_encoder_outputs"] = {"image": visual_output(tokens)}
-        if "attention_mask" in inputs:
+        with contextlib.nullcontext() if padded else nothing_padded():
             return model(**inputs, **given).loss
-        # Without a mask, transformers would look at the position ids for packed texts.
-        mask = torch.ones_like(inputs["input_ids"])
-        with nothing_padded():
-            return model(**inputs, **given, attention_mask=mask).loss
 
     def _metrics(self, levels: dict[int, LevelScores], prefix: str) -> dict[str, float]:
         metrics = {f"{prefix}_loss": 0.0}

@@ -146,7 +146,8 @@ def test_a_batch_is_that_of_its_rows_one_by_one(remember, llava_processor, monke
         calls[:] = found
     assert calls[:1] == [3]
     assert calls.count(2) == (0 if remember else 1), "the second batch has no new row"
-    assert "attention_mask" not in collator([rows[0], rows[0]])["levels"][9], "no row is padded"
+    assert batch["padded"] == [1, 9]
+    assert collator([rows[0], rows[0]])["padded"] == []
 
 
 def test_long_texts_are_cut(llava_processor):
