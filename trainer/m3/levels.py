@@ -140,7 +140,7 @@ def level_table(
 
 def _score(model, inputs: dict, visual: torch.Tensor | None, size: int) -> LevelScores:
     given = {} if visual is None else {"mm_encoder_outputs": {"image": visual_output(visual)}}
-    texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_positions")}
+    texts = {name: value for name, value in inputs.items() if name != "labels"}
     hidden = model.model(**texts, use_cache=False, **given).last_hidden_state
     labels = inputs["labels"][:, 1:]
     answers = labels != IGNORED
