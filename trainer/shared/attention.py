@@ -77,8 +77,8 @@ class UnreadMaskMixin(TrainerMixin):
     """Goes before `Trainer`: on a GPU, a step does not wait for the values of attention masks."""
 
     def train(self, *args, **kwargs):
-        unread = leaves_masks_unread(self.args.device) and self.model is not None
-        with unread_masks(self.model) if unread else contextlib.nullcontext():
+        model = self.model if leaves_masks_unread(self.args.device) else None
+        with contextlib.nullcontext() if model is None else unread_masks(model):
             return super().train(*args, **kwargs)
 
 
