@@ -166,7 +166,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         decoder_input_ids: torch.Tensor,
         decoder_labels: torch.Tensor,
@@ -177,7 +177,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
 
         Args:
             input_ids: masked text for the encoder.
-            attention_mask: 1 for real tokens, 0 for padding.
+            attention_mask: 1 for real tokens, 0 for padding; None without padding.
             labels: the encoder's masked tokens, -100 elsewhere.
             decoder_input_ids: the more heavily masked copy of the text.
             decoder_labels: the copy's masked tokens, -100 elsewhere.
@@ -187,7 +187,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         """
         ladder = self.ladder
         layers = sorted({size.num_layers for size in ladder})
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict = {"input_ids": input_ids, "attention_mask": attention_mask}
         states = dict(zip(layers, self.encoder.token_states(layers, inputs), strict=True))
         masked = find_masked(labels) if masked is None else masked
         words, first = [], []
@@ -211,16 +211,17 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         self.config.encoder_config = self.encoder.config
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _decode(self, first: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, copies: int) -> torch.Tensor:
+    def _decode(
+        self, first: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None, copies: int
+    ) -> torch.Tensor:
         """The decoder's states of the text for each size, (copies * batch, length, hidden), size by size."""
         backbone, stack = self.encoder.backbone, self.encoder.config.layer_stack
         if self.config.head["width"] != self.config.hidden_size:
             first = self._embedding_projection()(first)  # ELECTRA's word embeddings are narrower than its layers
         embeddings = self.get_input_embeddings()(input_ids)
         decoder = view(backbone, stack, [FirstTokenReplaced(self.decoder_layer, first)])
-        return decoder(
-            inputs_embeds=embeddings.repeat(copies, 1, 1), attention_mask=mask.repeat(copies, 1)
-        ).last_hidden_state
+        mask = None if mask is None else mask.repeat(copies, 1)
+        return decoder(inputs_embeds=embeddings.repeat(copies, 1, 1), attention_mask=mask).last_hidden_state
 
     def _embedding_projection(self) -> nn.Linear:
         shape = (self.config.hidden_size, self.config.head["width"])

@@ -130,6 +130,25 @@ def tokenize_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return Tokens(tokens, starts, None, tokenizer.pad_token_id or 0), found
 
 
+def tokenize_ends(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool
+) -> tuple[Tokens, np.ndarray]:
+    """Tokenize whole texts with a fast tokenizer.
+
+    Returns:
+        The tokens, of which a text may have none; and (tokens,), int64, where each token ends in its text: the number
+        of characters before its end, 0 for a special token that is not in the text.
+    """
+    backend, _ = _backend(tokenizer, None)
+    encodings = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    ids = [encoding.ids for encoding in encodings]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=starts[-1])
+    spans = itertools.chain.from_iterable(encoding.offsets for encoding in encodings)
+    places = np.fromiter(itertools.chain.from_iterable(spans), dtype=np.int64, count=2 * starts[-1])
+    return Tokens(tokens, starts, None, tokenizer.pad_token_id or 0), places[1::2]
+
+
 # A tokenizer's own settings are never changed: they would be saved with it, and another thread may be using them.
 _backends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.Lock()

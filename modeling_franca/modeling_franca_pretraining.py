@@ -165,6 +165,7 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         local_crops: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         teacher_temperature: float | None = None,
+        masked: torch.Tensor | None = None,
     ) -> FrancaPretrainingOutput:
         """The loss of a batch.
 
@@ -173,6 +174,8 @@ class FrancaForPretraining(FrancaPreTrainedModel):
             local_crops: (batch, L, channels, height, width), smaller crops that only the student sees.
             mask: (batch, G, patches), True where a global crop's patch is hidden from the student.
             teacher_temperature: of this step; default: the configuration's `teacher_temperature`.
+            masked: (hidden patches,), the places in `mask`, flattened, that are True. Found if not given, which waits
+                for a GPU.
 
         Raises:
             ValueError: the size of a crop is not a multiple of the patch size, there is only one crop, or only one
@@ -193,7 +196,8 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         loss_cls = self._loss_of_crops(torch.cat(crops, dim=1), target.pooler_output, shape, temperature)
         loss_patch = torch.zeros_like(loss_cls)
         if hidden is not None:
-            loss_patch = self._loss_of_patches(seen.patch_tokens, target.patch_tokens, hidden, temperature)
+            masked = hidden.flatten().nonzero().squeeze(1) if masked is None else masked
+            loss_patch = self._loss_of_patches(seen.patch_tokens, target.patch_tokens, hidden, masked, temperature)
         koleo = loss_cls.new_zeros(())
         if self.config.koleo_weight:
             each = torch.stack([koleo_loss(crop) for crop in crops[0].unbind(1)])
@@ -214,8 +218,8 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         Returns:
             (sizes,).
         """
-        pairs = torch.ones((shape[1], student.shape[1]), dtype=torch.bool, device=student.device)
-        pairs.fill_diagonal_(False)
+        # Selecting the other pairs would wait for a GPU, because their number would come from the mask.
+        same = torch.eye(shape[1], student.shape[1], dtype=torch.bool, device=student.device)
         losses = []
         scores = self.student_heads["cls"](student.flatten(0, 1))
         with torch.no_grad():
@@ -224,11 +228,16 @@ class FrancaForPretraining(FrancaPreTrainedModel):
             assigned = sinkhorn(target, temperature, self.config.sinkhorn_iterations).unflatten(0, shape)
             own = own.unflatten(0, student.shape[:2])
             each = pairwise_assignment_loss(assigned, own, self.config.student_temperature)
-            losses.append(each[:, pairs].mean())
+            losses.append(each.masked_fill(same, 0.0).sum() / (len(each) * (same.numel() - shape[1])))
         return torch.stack(losses)
 
     def _loss_of_patches(
-        self, student: torch.Tensor, teacher: torch.Tensor, hidden: torch.Tensor, temperature: float
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        hidden: torch.Tensor,
+        masked: torch.Tensor,
+        temperature: float,
     ) -> torch.Tensor:
         """Mean over crops of the mean over a crop's masked patches; a crop without masked patches counts as 0.
 
@@ -236,14 +245,15 @@ class FrancaForPretraining(FrancaPreTrainedModel):
             student: (crops, patches, D), patch tokens.
             teacher: (crops, patches, D), patch tokens.
             hidden: (crops, patches), True where a patch is masked.
+            masked: (masked patches,), their places in `hidden`, flattened.
 
         Returns:
             (sizes,).
         """
-        share = (hidden / hidden.sum(dim=1, keepdim=True).clamp_min(1))[hidden] / len(hidden)
-        scores = self.student_heads["patch"](student[hidden])
+        share = (hidden / hidden.sum(dim=1, keepdim=True).clamp_min(1)).flatten()[masked] / len(hidden)
+        scores = self.student_heads["patch"](student.flatten(0, 1).index_select(0, masked))
         with torch.no_grad():
-            targets = self.teacher_heads["patch"](teacher[hidden])
+            targets = self.teacher_heads["patch"](teacher.flatten(0, 1).index_select(0, masked))
         losses = []
         for own, target in zip(scores, targets, strict=True):
             assigned = sinkhorn(target, temperature, self.config.sinkhorn_iterations)

@@ -107,6 +107,20 @@ class MatryoshkaLlavaModel(LlavaModel):
                 f"images of num_visual_tokens={size}; let the processor expand them to the same number"
             )
 
+    def _place_images(
+        self,
+        input_ids: torch.Tensor,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        image_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """The embeddings (batch, length, hidden) of the tokens, with visual tokens at the places of placeholders."""
+        words = self.get_input_embeddings()(input_ids)
+        if not mm_encoder_outputs:
+            return words
+        images = cast("list[torch.Tensor]", mm_encoder_outputs["image"].pooler_output)
+        tokens = torch.cat(images).to(words.device, words.dtype)
+        return words.flatten(0, 1).index_copy(0, image_positions.to(words.device), tokens).view_as(words)
+
     def _default_tokens(self) -> int:
         return cast(int, self.config.default_visual_tokens)  # check_visual_tokens has set it
 
@@ -123,9 +137,13 @@ class MatryoshkaLlavaModel(LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        image_positions: torch.LongTensor | None = None,
         **kwargs,
     ):
         """LLaVA's forward pass; see `MatryoshkaLlavaForConditionalGeneration.forward` for what is added."""
+        if image_positions is not None and input_ids is not None and pixel_values is None:
+            inputs_embeds = self._place_images(input_ids, mm_encoder_outputs, image_positions)
+            input_ids = mm_encoder_outputs = None
         start = past_key_values is None or past_key_values.get_seq_length() == 0
         num_images = 0 if pixel_values is None else len(pixel_values)
         if (
@@ -190,6 +208,7 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        image_positions: torch.LongTensor | None = None,
         **kwargs,
     ):
         """LLaVA's forward pass at one level.
@@ -209,6 +228,8 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             mm_encoder_outputs: `{"image": visual_output(...)}` from `pool_images`, instead of `pixel_values`.
             num_visual_tokens: tokens per image, the square of a divisor of the grid's side; default:
                 `config.default_visual_tokens`.
+            image_positions: (visual tokens,), the places of the placeholders in `input_ids`, flattened, for
+                `mm_encoder_outputs`. LLaVA finds them itself if they are not given, which waits for a GPU.
             kwargs: passed to LLaVA.
 
         Raises:
@@ -228,6 +249,7 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
+            image_positions=image_positions,
             **kwargs,
         )
 

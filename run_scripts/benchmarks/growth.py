@@ -80,7 +80,9 @@ def _measure(model: TwoDMSEModel, work: str, shape: dict, runs: int) -> tuple[li
 
 
 def _inputs(model: TwoDMSEModel, length: int, batch: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1000, 20_000, (batch, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    words = min(20_000, model.config.backbone_config.vocab_size)
+    ids = torch.randint(words // 20, words, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -25,6 +25,7 @@ from .m3 import m3_cost
 from .memory import memory_cost
 from .smae import smae_cost
 from .startup import startup_cost
+from .step import step_cost
 from .train import train_cost
 
 
@@ -74,6 +75,11 @@ def _gpu(args) -> list[dict]:
     return gpu_cost(args, sources_of(args, read_texts(args), read_tasks(args)), read_rows(args))
 
 
+def _host(args) -> list[dict]:
+    rows = read_rows(args)
+    return host_cost(args, read_texts(args), rows) + step_cost(args, rows)
+
+
 MEASURES = {
     "train": lambda args: train_cost(args, read_rows(args)),
     "encode": _encode,
@@ -86,7 +92,7 @@ MEASURES = {
     "funnel-quality": _funnel_quality,
     "engines": engines_cost,
     "gpu": _gpu,
-    "host": lambda args: host_cost(args, read_texts(args), read_rows(args)),
+    "host": _host,
     "m3": lambda args: m3_cost(args.runs),
 }
 

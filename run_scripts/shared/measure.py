@@ -1,5 +1,6 @@
 """Measuring time and memory of several sides in turn, and the ratios between them."""
 
+import math
 import multiprocessing
 import statistics
 import time
@@ -20,10 +21,15 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """The figures of each side, measured in turn and `runs` times, so that a slow minute affects all of them."""
+def in_turn(runs: int, sides: dict[str, Callable[[], float]], until: float = math.inf) -> dict[str, list[float]]:
+    """The figures of each side, measured in turn and `runs` times, so that a slow minute affects all of them.
+
+    No round but the first begins after `until`, a time of `time.perf_counter()`.
+    """
     figures: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(runs):
+    for number in range(runs):
+        if number and time.perf_counter() > until:
+            break
         for name, side in sides.items():
             figures[name].append(side())
         print("  ".join(f"{name} {values[-1]:.4g}" for name, values in figures.items()), flush=True)

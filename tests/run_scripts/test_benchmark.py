@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modeling_2dmse import parse_ladder
 from run_scripts import benchmark
 from run_scripts.benchmarks import encode, engines, funnel, gpu, grid, m3, memory, registry, smae, train
 from run_scripts.benchmarks.memory import DOCUMENTS, QUERIES, loss_memory
-from run_scripts.shared import cli, models, peer
+from run_scripts.shared import cli, measure, models, peer
 
 
 def test_the_loss_needs_little_memory():
@@ -118,6 +119,15 @@ def test_every_row_of_a_gpu_is_measured_with_a_tiny_model(monkeypatch):
     assert set(lines["gpu.encode.sentences"]["seconds"]) == {"ours", "theirs 2", "theirs 4"}
     assert len(lines["gpu.train.one_size.4"]["samples_per_second"]) == 4
     assert args == benchmark.BenchmarkArguments(runs=2), "the next benchmark gets the same arguments"
+    assert all(line["runs"] == 2 for name, line in lines.items() if "busy" not in name)
+
+
+def test_no_round_begins_after_the_time_is_up():
+    calls = []
+    sides = {name: lambda name=name: float(calls.append(name) or 1) for name in ("ours", "theirs")}
+    assert measure.in_turn(3, sides, time.perf_counter() - 1) == {"ours": [1.0], "theirs": [1.0]}
+    assert calls == ["ours", "theirs"], "the first round is complete"
+    assert len(measure.in_turn(3, sides, time.perf_counter() + 60)["theirs"]) == 3
 
 
 def test_only_kernels_count_as_computing():

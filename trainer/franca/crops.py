@@ -93,6 +93,7 @@ class MultiCrop:
             batch["local_crops"] = self._stack(crop[self.global_crops :] for crop in crops)
         if self.mask_probability:
             batch["mask"] = torch.from_numpy(np.array(masks)).flatten(2)
+            batch["masked"] = batch["mask"].flatten().nonzero().squeeze(1)
         return batch
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:
@@ -122,7 +123,7 @@ class MultiCrop:
     def _stack(self, crops) -> torch.Tensor:
         """(batch, crops, 3, size, size), normalized."""
         pixels = torch.from_numpy(np.array(list(crops))).permute(0, 1, 4, 2, 3)
-        return (pixels.float() / 255 - self.mean) / self.std
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def _jitter(crop: Image.Image, rng: np.random.Generator) -> Image.Image:

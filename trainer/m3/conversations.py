@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset
+
+from modeling_2dmse.tokens import Tokens, from_rows, tokenize_ends
 
 from ..shared import pictures
 from ..shared.tables import READ_ERRORS, load_file, read_reason
@@ -14,6 +17,9 @@ from ..shared.tables import READ_ERRORS, load_file, read_reason
 IGNORED = -100
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+# The ids of a conversation, (length,), and whether the assistant speaks there.
+Encoded = tuple[np.ndarray, np.ndarray]
 
 
 def read_conversations(path: str, image_dir: str | None = None, argument: str = "train_file") -> Dataset:
@@ -104,82 +110,115 @@ def encode_conversation(
     Raises:
         ValueError: the chat template does not write turn after turn, or placeholders and images differ in number.
     """
-    tokenizer = processor.tokenizer
+    ((ids, spoken),) = _encode(processor, [(messages, num_images)], max_length)
+    return torch.from_numpy(ids), torch.from_numpy(np.where(spoken, ids, IGNORED))
+
+
+class ConversationCollator:
+    """Makes a batch of rows from `check_conversations`: the images once, and the texts once for each visual level.
+
+    A batch contains `pixel_values` (images, channels, height, width), if there are images; `levels`: for each size a
+    dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right, and
+    `image_positions`, (visual tokens,), the places of the placeholders in `input_ids`, flattened; and `padded`, the
+    sizes at which a row has padding.
+
+    Args:
+        processor: LLaVA's processor, with a chat template.
+        sizes: the numbers of visual tokens; each placeholder is repeated that often.
+        max_length: maximum length of a text in tokens, where an image counts as one; longer texts are cut at the end.
+        remember: keep the tokens of every conversation, for tables that are read more than once.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+
+    def __init__(self, processor: Any, sizes: Sequence[int], max_length: int | None = None, remember: bool = False):
+        if processor.chat_template is None:
+            raise ValueError("chat_template: the processor has none, which is needed to write conversations as text")
+        self.processor = processor
+        self.sizes = list(sizes)
+        self.max_length = max_length
+        self._known: dict[str, Encoded] | None = {} if remember else None
+
+    def __call__(self, rows: list[dict]) -> dict:
+        images = [image for row in rows for image in row["images"]]
+        encoded = self._encode([(row["messages"], len(row["images"])) for row in rows])
+        tokens = from_rows([ids for ids, _ in encoded], self._pad_id())
+        spoken = np.concatenate([own for _, own in encoded])
+        if not spoken.any():
+            raise ValueError(f"max_length: no answer of the batch lies within {self.max_length} tokens")
+        levels = {size: self._level(tokens, spoken, size) for size in self.sizes}
+        padded = [size for size, level in levels.items() if not level["attention_mask"].all()]
+        batch: dict = {"levels": levels, "padded": padded}
+        if images:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def _encode(self, conversations: list[tuple[list[dict], int]]) -> list[Encoded]:
+        if self._known is None:
+            return _encode(self.processor, conversations, self.max_length)
+        keys = [repr(conversation) for conversation in conversations]
+        new = {key: one for key, one in zip(keys, conversations, strict=True) if key not in self._known}
+        self._known.update(zip(new, _encode(self.processor, list(new.values()), self.max_length), strict=True))
+        return [self._known[key] for key in keys]
+
+    def _level(self, tokens: Tokens, spoken: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+        repeats = np.where(tokens.ids == self.processor.image_token_id, size, 1)
+        starts = np.concatenate([[0], np.cumsum(repeats)])[tokens.starts]
+        level = Tokens(np.repeat(tokens.ids, repeats), starts, None, tokens.pad_id)
+        batch = level.padded()
+        real = batch["attention_mask"].bool().numpy()
+        labels = np.full(real.shape, IGNORED)
+        labels[real] = np.where(np.repeat(spoken, repeats), level.ids, IGNORED)
+        placeholders = (batch["input_ids"].numpy() == self.processor.image_token_id) & real
+        positions = np.flatnonzero(placeholders)
+        return batch | {"labels": torch.from_numpy(labels), "image_positions": torch.from_numpy(positions)}
+
+    def _pad_id(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _encode(processor: Any, conversations: Sequence[tuple[list[dict], int]], max_length: int | None) -> list[Encoded]:
+    """The tokens of conversations, each with its number of images, from one call of the tokenizer."""
+    tokenizer, written = processor.tokenizer, [_write(processor, *one) for one in conversations]
+    # The template may write the first token itself.
+    opened = [tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token) for text, _ in written]
+    found: dict[int, Encoded] = {}
+    for kind in set(opened):
+        rows = [row for row, own in enumerate(opened) if own is kind]
+        tokens, ends = tokenize_ends(tokenizer, [written[row][0] for row in rows], add_special_tokens=not kind)
+        for row, start, stop in zip(rows, tokens.starts[:-1], tokens.starts[1:], strict=True):
+            part = slice(start, stop if max_length is None else min(stop, start + max_length))
+            ids, spans = tokens.ids[part], np.array(written[row][1], dtype=np.int64).reshape(-1, 2)
+            # The first span that does not end before the token does; spans follow each other.
+            span = np.searchsorted(spans[:, 1], ends[part])
+            firsts = np.append(spans[:, 0], np.iinfo(np.int64).max)
+            found[row] = ids, ends[part] > firsts[span]
+            count, num_images = int((ids == processor.image_token_id).sum()), conversations[row][1]
+            if count != num_images:
+                raise ValueError(f"messages: {count} image placeholders do not match {num_images} images")
+    return [found[row] for row in range(len(conversations))]
+
+
+def _write(processor: Any, messages: list[dict], num_images: int) -> tuple[str, list[list[int]]]:
+    """A conversation as text, and the first and last character of each answer."""
     messages = _with_images(messages, processor.image_token, num_images)
     text = processor.apply_chat_template(messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-            after = processor.apply_chat_template(messages[: index + 1])
+            last = index + 1 == len(messages)
+            after = text if last else processor.apply_chat_template(messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise ValueError("chat_template: the text of the first turns must not change when more turns follow")
             spans.append([len(before), len(after)])
-    end = tokenizer.eos_token or ""
+    end = processor.tokenizer.eos_token or ""
     if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(end):
         text += end
         spans[-1][1] = len(text)
-    opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, add_special_tokens=not opened, return_offsets_mapping=True)
-    ids = torch.tensor(encoded["input_ids"][:max_length])
-    stops = torch.tensor([stop for _, stop in encoded["offset_mapping"][:max_length]])[:, None]
-    first, last = torch.tensor(spans, dtype=torch.long).reshape(-1, 2).T
-    spoken = ((stops > first) & (stops <= last)).any(dim=1)
-    labels = ids.masked_fill(~spoken, IGNORED)
-    found = int((ids == processor.image_token_id).sum())
-    if found != num_images:
-        raise ValueError(f"messages: {found} image placeholders do not match {num_images} images")
-    return ids, labels
-
-
-class ConversationCollator:
-    """Makes a batch of rows from `check_conversations`: the images once, and the texts once for each visual level.
-
-    A batch contains `pixel_values` (images, channels, height, width), if there are images, and `levels`: for each size
-    a dictionary of `input_ids`, `attention_mask` and `labels`, (rows, length), padded on the right.
-
-    Args:
-        processor: LLaVA's processor, with a chat template.
-        sizes: the numbers of visual tokens; each placeholder is repeated that often.
-        max_length: maximum length of a text in tokens, where an image counts as one; longer texts are cut at the end.
-
-    Raises:
-        ValueError: the processor has no chat template.
-    """
-
-    def __init__(self, processor: Any, sizes: Sequence[int], max_length: int | None = None):
-        if processor.chat_template is None:
-            raise ValueError("chat_template: the processor has none, which is needed to write conversations as text")
-        self.processor = processor
-        self.sizes = list(sizes)
-        self.max_length = max_length
-
-    def __call__(self, rows: list[dict]) -> dict:
-        images = [image for row in rows for image in row["images"]]
-        encoded = [
-            encode_conversation(self.processor, row["messages"], len(row["images"]), self.max_length) for row in rows
-        ]
-        if all((labels == IGNORED).all() for _, labels in encoded):
-            raise ValueError(f"max_length: no answer of the batch lies within {self.max_length} tokens")
-        batch = {"levels": {size: self._level(encoded, size) for size in self.sizes}}
-        if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
-
-    def _level(self, encoded: list[tuple[torch.Tensor, torch.Tensor]], size: int) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for ids, labels in encoded:
-            counts = torch.where(ids == self.processor.image_token_id, size, 1)
-            columns["input_ids"].append(ids.repeat_interleave(counts))
-            columns["attention_mask"].append(torch.ones_like(columns["input_ids"][-1]))
-            columns["labels"].append(labels.repeat_interleave(counts))
-        filling = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
-        return {
-            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filling[name])
-            for name, values in columns.items()
-        }
+    return text, spans
 
 
 def _messages(turns, place: str) -> list[dict]:

@@ -140,9 +140,8 @@ def level_table(
 
 def _score(model, inputs: dict, visual: torch.Tensor | None, size: int) -> LevelScores:
     given = {} if visual is None else {"mm_encoder_outputs": {"image": visual_output(visual)}}
-    hidden = model.model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **given
-    ).last_hidden_state
+    texts = {name: value for name, value in inputs.items() if name != "labels"}
+    hidden = model.model(**texts, use_cache=False, **given).last_hidden_state
     labels = inputs["labels"][:, 1:]
     answers = labels != IGNORED
     # Logits only of the answers' tokens: those of all tokens would be by far the largest tensor.

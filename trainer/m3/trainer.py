@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, visual_output
 
+from ..shared.attention import UnreadMaskMixin, nothing_padded
 from ..shared.callbacks import StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
@@ -17,8 +18,11 @@ from .arguments import M3TrainingArguments
 from .conversations import ConversationCollator
 from .levels import LevelScores, join_scores, score_batch
 
+# Conversations whose tokens are kept; 500 tokens of each take about half a gigabyte.
+_KEPT_CONVERSATIONS = 100_000
 
-class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
+
+class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMixin, Trainer):
     """Trains a `MatryoshkaLlavaForConditionalGeneration` at all of its levels (Cai et al. 2024, equation 1).
 
     A step minimizes the weighted mean over the levels of the cross-entropy of the answers. The vision tower runs once.
@@ -70,7 +74,9 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=ConversationCollator(processing_class, list(self.level_shares), args.max_length),
+            data_collator=ConversationCollator(
+                processing_class, list(self.level_shares), args.max_length, _is_read_again(train_dataset, args)
+            ),
             callbacks=[self.stop_signals, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
@@ -93,7 +99,8 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             last = index == len(self.level_shares) - 1
             # The processes exchange gradients once, with the last level, which reaches every parameter.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._level_loss(model, inputs["levels"][size], whole if last else collected, size)
+                level, images = inputs["levels"][size], whole if last else collected
+                loss = self._level_loss(model, level, images, size, size in inputs["padded"])
                 parts[f"loss/{size}"] = loss.detach()
                 scaled = share * loss / self.current_gradient_accumulation_steps
                 self.accelerator.backward(scaled)
@@ -129,12 +136,14 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
         with self.accelerator.autocast():
             return self.accelerator.unwrap_model(self.model).encode_images(inputs["pixel_values"])
 
-    def _level_loss(self, model, inputs: dict, features: torch.Tensor | None, size: int) -> torch.Tensor:
-        if features is None:
-            return model(**inputs).loss
-        with self.accelerator.autocast():
-            tokens = self.accelerator.unwrap_model(model).pool_images(features, size)
-        return model(**inputs, mm_encoder_outputs={"image": visual_output(tokens)}).loss
+    def _level_loss(self, model, inputs: dict, features: torch.Tensor | None, size: int, padded: bool) -> torch.Tensor:
+        given = {}
+        if features is not None:
+            with self.accelerator.autocast():
+                tokens = self.accelerator.unwrap_model(model).pool_images(features, size)
+            given["mm_encoder_outputs"] = {"image": visual_output(tokens)}
+        with contextlib.nullcontext() if padded else nothing_padded():
+            return model(**inputs, **given).loss
 
     def _metrics(self, levels: dict[int, LevelScores], prefix: str) -> dict[str, float]:
         metrics = {f"{prefix}_loss": 0.0}
@@ -146,3 +155,12 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer):
             metrics[f"{prefix}_accuracy_{size}"] = correct / rows
             metrics[f"{prefix}_loss"] += self.level_shares[size] * loss / tokens
         return metrics
+
+
+def _is_read_again(rows: Dataset | None, args: M3TrainingArguments) -> bool:
+    """Whether a run reads rows more than once, and they are few enough to keep their tokens."""
+    if rows is None or len(rows) > _KEPT_CONVERSATIONS:
+        return False
+    return args.num_train_epochs > 1 or args.max_steps * args.gradient_accumulation_steps * args.train_batch_size > len(
+        rows
+    )

@@ -12,7 +12,7 @@ from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
 from modeling_mrl.outputs import CascadeOutput
 
-from ..shared.attention import AttentionMixin
+from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.inference import evaluation_mode
@@ -21,7 +21,7 @@ from ..shared.sampling import ResumableOrderMixin
 from .arguments import ClassifierTrainingArguments
 
 
-class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionMixin, Trainer):
+class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionMixin, UnreadMaskMixin, Trainer):
     """Trains a nested classifier: the loss of every size is logged, and every size is evaluated.
 
     Args:

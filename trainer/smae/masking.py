@@ -76,6 +76,8 @@ class WholeWordMasks:
 class MaskingCollator:
     """Turns texts, or packed blocks of tokens, into a batch for `StarbucksForMaskedAutoencoding`.
 
+    `attention_mask` is None if no text is padded.
+
     Examples are `{"text": str}`, or `{"input_ids": [...], "words": [...]}` without special tokens. Examples of an
     endless stream also have a `position`, which replaces the epoch.
 
@@ -124,7 +126,7 @@ class MaskingCollator:
         self.replacements = torch.from_numpy(np.flatnonzero(~self.is_special))
         self.before, self.after = special_tokens_around(tokenizer)
 
-    def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor | None]:
         ids, words, lengths = self._flat(examples)
         key = [examples[0].get("position", 0), zlib.crc32(ids.tobytes())]
         rng = np.random.default_rng([self.seed, self.process_index, self.epoch, *key])
@@ -165,7 +167,7 @@ class MaskingCollator:
         index = np.arange(kept.sum()) + np.repeat(first - (np.cumsum(kept) - kept), kept)
         return ids[index], words[index], kept
 
-    def _pad(self, ids, words, lengths) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+    def _pad(self, ids, words, lengths) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         first, around = len(self.before), len(self.before) + len(self.after)
         width = int(lengths.max()) + around
         width += -width % self.pad_to_multiple_of
@@ -178,8 +180,10 @@ class MaskingCollator:
         numbers[inside] = np.where(self.is_special[ids], -1, words)
         ends = first + lengths[:, None] + np.arange(len(self.after))[None]
         tokens[np.arange(len(lengths))[:, None], ends] = self.after
-        attention = (columns < around + lengths[:, None]).astype(np.int64)
-        return torch.from_numpy(tokens), numbers, torch.from_numpy(attention)
+        attention = columns < around + lengths[:, None]
+        # Without padding there is no mask, so that a GPU uses its faster attention without looking at a mask's values.
+        mask = None if attention.all() else torch.from_numpy(attention.astype(np.int64))
+        return torch.from_numpy(tokens), numbers, mask
 
     def _hide(self, tokens: torch.Tensor, mask: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Tensor]:
         labels = tokens.masked_fill(~mask, IGNORED)

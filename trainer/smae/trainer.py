@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding
 
-from ..shared.attention import AttentionMixin
+from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.part_log import PartLogMixin
@@ -21,7 +21,7 @@ from .masking import IGNORED, MaskingCollator
 PARTS = ("loss_mlm", "loss_mae", "accuracy_mlm", "accuracy_mae")
 
 
-class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionMixin, Trainer):
+class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionMixin, UnreadMaskMixin, Trainer):
     """Pre-trains a `StarbucksForMaskedAutoencoding`: the loss is the mean over all sizes, and every size is evaluated.
 
     Args:

@@ -123,6 +123,8 @@ def test_views_are_a_function_of_seed_epoch_and_index():
     examples = [{"image": draw_picture(i % 2, i), "index": i} for i in range(6)]
     maker = views()
     first, single = maker(examples), views()(examples[4:5])
+    for batch in (first, single):
+        assert torch.equal(batch.pop("masked"), torch.where(batch["mask"].flatten())[0])
     for name in first:
         assert torch.equal(first[name][4:5], single[name]), "views depend on the rest of the batch"
     assert not torch.equal(first["global_crops"][:, 0], first["global_crops"][:, 1])

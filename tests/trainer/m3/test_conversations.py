@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from trainer.m3 import conversations
 from trainer.m3.conversations import (
     IGNORED,
     ConversationCollator,
@@ -100,6 +101,53 @@ def test_batches_contain_every_level(llava_processor):
         assert answers.sum(dim=1).tolist() == [2, 2]
         assert torch.equal(level["labels"][answers], level["input_ids"][answers])
         assert not (level["labels"] == 4).any()
+
+
+def one_by_one(processor, messages: list[dict], num_images: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids and labels of a row at one level, token by token."""
+    ids, labels = encode_conversation(processor, messages, num_images)
+    repeats = [size if token == processor.image_token_id else 1 for token in ids.tolist()]
+    return tuple(
+        torch.tensor([token for token, count in zip(values.tolist(), repeats, strict=True) for _ in range(count)])
+        for values in (ids, labels)
+    )
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_batch_is_that_of_its_rows_one_by_one(remember, llava_processor, monkeypatch):
+    several = [
+        {"role": "user", "content": "<image><image>which is this ?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "digit ?"},
+        {"role": "assistant", "content": "six seven"},
+    ]
+    images = [[picture()], [picture(), picture(9)], []]
+    table = check_conversations(Dataset.from_dict({"images": images, "messages": [ROW, several, BARE]}))
+    rows = list(table)
+    collator, calls = ConversationCollator(llava_processor, [1, 9], remember=remember), []
+    tokenize = conversations.tokenize_ends
+    monkeypatch.setattr(
+        conversations, "tokenize_ends", lambda *args, **more: (calls.append(len(args[1])), tokenize(*args, **more))[1]
+    )
+    for taken in ([0, 1, 2], [2, 1]):
+        batch = collator([rows[row] for row in taken])
+        found = list(calls)
+        for size, level in batch["levels"].items():
+            expected = [one_by_one(llava_processor, rows[row]["messages"], len(images[row]), size) for row in taken]
+            for (ids, labels), own, learned, mask in zip(
+                expected, level["input_ids"], level["labels"], level["attention_mask"], strict=True
+            ):
+                length, padding = len(ids), len(own) - len(ids)
+                assert own.tolist() == [*ids.tolist(), *[llava_processor.tokenizer.pad_token_id] * padding]
+                assert learned.tolist() == [*labels.tolist(), *[IGNORED] * padding]
+                assert mask.tolist() == [1] * length + [0] * padding
+            places = level["input_ids"].flatten()[level["image_positions"]]
+            assert places.tolist() == [llava_processor.image_token_id] * size * sum(len(images[row]) for row in taken)
+        calls[:] = found
+    assert calls[:1] == [3]
+    assert calls.count(2) == (0 if remember else 1), "the second batch has no new row"
+    assert batch["padded"] == [1, 9]
+    assert collator([rows[0], rows[0]])["padded"] == []
 
 
 def test_long_texts_are_cut(llava_processor):
