@@ -60,7 +60,8 @@ class EncodeArguments:
                   "same output_dir; the one that ends last completes it."},
     )  # fmt: skip
     engine: str = field(
-        default="local", metadata={"help": f"{' or '.join(ENGINES)}: workers on GPUs or cores (the extra ray)."}
+        default="local",
+        metadata={"help": "local, or ray for a worker per GPU or core, here or on a cluster (the extra ray)."},
     )
     ray_address: str | None = field(
         default=None, metadata={"help": "Ray cluster: HOST:PORT or auto. Default: Ray is started on this machine."}
