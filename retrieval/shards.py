@@ -35,7 +35,10 @@ class Shard:
     @cached_property
     def key(self) -> int:
         """Checksum of the texts and their ids."""
-        return zlib.crc32(json.dumps(self.texts).encode("utf-8"))
+        value = 0
+        for item in self.texts:
+            value = zlib.crc32(f"{item.id}\0{item.text}\0".encode(), value)
+        return value
 
 
 @dataclass(frozen=True)

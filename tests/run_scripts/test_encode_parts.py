@@ -69,7 +69,7 @@ def encode_part(folder, part: int, parts: int, wait=lambda: None) -> bool:
 def test_parts_at_the_same_time_write_the_files_of_one_process(same, tmp_path):
     assert encode_part(tmp_path / "whole", 0, 1)
     for name in map(str, range(5)):
-        barrier = Barrier(4)
+        barrier = Barrier(4, timeout=60)
         with ThreadPoolExecutor(4) as threads:
             jobs = [
                 threads.submit(encode_part, tmp_path / name, *((0, 1) if same else (part, 4)), barrier.wait)
