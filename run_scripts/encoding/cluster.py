@@ -85,26 +85,26 @@ class Workers:
         self._writing = 0
 
     def __enter__(self) -> Workers:
-        self._ray = ray = _library()
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        self._ray = _library()
         try:
-            if self._args.ray_address is None:
-                ray.init(address="local", include_dashboard=False, **quiet)
-            else:
-                ray.init(address=self._args.ray_address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            place = self._args.ray_address
-            state = "engine: Ray cannot be started" if place is None else f"ray_address: {place} cannot be used"
-            raise ValueError(f"{state}: {_line(error)}") from error
-        try:
+            self._connect()
             self._start()
         except BaseException:
-            ray.shutdown()
+            self._ray.shutdown()
             raise
         return self
 
     def __exit__(self, *error) -> None:
         self._ray.shutdown()
+
+    def _connect(self) -> None:
+        address = self._args.ray_address
+        local = {"include_dashboard": False} if address is None else {}
+        try:
+            self._ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # Ray raises this class itself for a node that does not start in time
+            state = "engine: Ray cannot be started" if address is None else f"ray_address: {address} cannot be used"
+            raise ValueError(f"{state}: {_line(error)}") from error
 
     def _start(self) -> None:
         number, resources, threads = self._plan()
