@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -260,10 +259,12 @@ def _check_ray(args: EncodeArguments) -> None:
             if getattr(args, name) is not None:
                 raise ValueError(f"{name}: only --engine ray has it")
         return
-    if args.ray_address is not None and not re.fullmatch(r"auto|[^\s/]+:[0-9]{1,5}", args.ray_address):
-        raise ValueError(f"ray_address: {args.ray_address!r} is not allowed; write HOST:PORT, or auto")
     if importlib.util.find_spec("ray") is None:
         raise ValueError('engine: Ray is missing; pip install "twodmse[ray]"')
+    if args.ray_address is not None:
+        from run_scripts.encoding.cluster import check_address
+
+        check_address(args.ray_address)
 
 
 def _check_processes(args: EncodeArguments, processes: int) -> None:

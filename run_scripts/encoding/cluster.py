@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
 
 # A shard is the same whoever makes it, so that what a lost worker had is given to another process of it.
 _RESTARTS = 3
+_SECONDS = 10
+# The last one is a change of Ray's that it announces.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def check_address(address: str) -> None:
+    """ValueError unless there is something at a cluster's address; Ray itself would try for minutes."""
+    match = re.fullmatch(r"([^\s/]+):([0-9]{1,5})", address)
+    if match is None and address != "auto":
+        raise ValueError(f"ray_address: {address!r} is not allowed; write HOST:PORT, or auto")
+    if match is not None:
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a host that cannot be one
+            raise ValueError(f"ray_address: {address} cannot be reached: {_line(error)}") from error
 
 
 class Worker:
@@ -171,9 +191,9 @@ class Workers:
 
 
 def _library() -> Any:
-    """Ray, which is not to send statistics, and not to hide GPUs from workers that have none."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # and not to announce that this will change
+    """Ray, which is not to send statistics, and not to print what only its developers can use."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     return ray

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 
 import psutil
@@ -106,7 +107,6 @@ def test_a_worker_refuses_another_model(start):  # noqa: F811
         (("--ray_address", "auto"), "ray_address: only --engine ray has it"),
         (("--ray_cpus", "2"), "ray_cpus: only --engine ray has it"),
         ((*RAY, "--ray_cpus", "0"), "ray_cpus: 0 is not allowed; use a whole number from 1"),
-        ((*RAY, "--ray_address", "ray://a:10001"), "ray_address: 'ray://a:10001' is not allowed; write HOST:PORT"),
         (RAY, 'engine: Ray is missing; pip install "twodmse[ray]"'),
     ],
 )
@@ -116,6 +116,22 @@ def test_wrong_flags_end_in_one_line(more, message, start, monkeypatch, capsys):
         encode.main(flags(start, "out", *more))
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (start / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://a:10001", "ray_address: 'ray://a:10001' is not allowed; write HOST:PORT, or auto"),
+        ("127.0.0.1", "ray_address: '127.0.0.1' is not allowed"),
+        ("127.0.0.1:1", "ray_address: 127.0.0.1:1 cannot be reached: "),
+        ("127.0.0.1:99999", "ray_address: 127.0.0.1:99999 cannot be reached: "),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address, message, monkeypatch):
+    args = encode.EncodeArguments("model", "texts.txt", "out", engine="ray", ray_address=address)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *names: "found")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        encode.check(args)
 
 
 def test_ray_starts_its_own_workers():
