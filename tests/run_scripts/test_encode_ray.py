@@ -16,7 +16,7 @@ from run_scripts import encode
 from run_scripts.encoding import cluster
 
 # Ray gives a node 30 seconds to start, which is enough unless much more runs here than there are cores.
-BUSY = os.getloadavg()[0] > 4 * len(psutil.Process().cpu_affinity())
+BUSY = os.getloadavg()[0] > 4 * (os.cpu_count() or 1)
 HAS_RAY = importlib.util.find_spec("ray") is not None
 RAY = ("--engine", "ray")
 
