@@ -307,6 +307,18 @@ class Server(Engine):
         if each is not None and next(each, None) is not None:
             raise ValueError(f"texts: there are more of them than the {len(known)} ids")
 
+    def begin(self, layout: Layout, overwrite: bool) -> bool:
+        """Check what is there before `create` makes an index; whether there is one to add to."""
+        self.check_layout(layout)
+        found = self._read()
+        if found is not None and overwrite:
+            self.drop()
+            found = None
+        if found is not None:
+            self.check_same(found[0], layout)
+        self.layout, self.size = found or (layout, None)
+        return found is not None
+
     @abc.abstractmethod
     def _read(self) -> tuple[Layout, int | None] | None:
         """The layout and the size of the index, None for one that is not complete; None if there is no index."""

@@ -83,25 +83,21 @@ class PgVector(Server):
             raise ValueError(f"engine_url_env: the database has no pgvector: {_line(error)}") from error
         return connection
 
-    def create(self, layout: Layout, overwrite: bool = False) -> None:
-        self.check_layout(layout)
-        found = self._read()
-        if found is not None and overwrite:
-            self.drop()
-            found = None
-        if found is not None:
-            self.check_same(found[0], layout)
+    def check_layout(self, layout: Layout) -> None:
+        super().check_layout(layout)
         for dim, precision in layout.neighbours():
             if dim > _MOST_DIMS[precision]:
                 raise ValueError(
                     f"approximate: {dim} is not allowed; pgvector builds a graph on 1 to {_MOST_DIMS[precision]} "
                     f"dimensions in {precision}"
                 )
-        self.layout, self.size = found or (layout, None)
-        if found is None:
-            with self._errors(), self._connection.transaction():
-                self._connection.execute(self._definition())
-                self._describe()
+
+    def create(self, layout: Layout, overwrite: bool = False) -> None:
+        if self.begin(layout, overwrite):
+            return
+        with self._errors(), self._connection.transaction():
+            self._connection.execute(self._definition())
+            self._describe()
 
     def _definition(self) -> Any:
         """The table: PostgreSQL itself cuts the prefixes, also those of rows that others insert."""

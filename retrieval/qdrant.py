@@ -78,15 +78,7 @@ class Qdrant(Server):
         return self._opened
 
     def create(self, layout: Layout, overwrite: bool = False) -> None:
-        self.check_layout(layout)
-        found = self._read()
-        if found is not None and overwrite:
-            self.drop()
-            found = None
-        if found is not None:
-            self.check_same(found[0], layout)
-        self.layout, self.size = found or (layout, None)
-        if found is not None:
+        if self.begin(layout, overwrite):
             return
         vectors = {self._name(*entry): self._vector(*entry) for entry in layout.stored()}
         options = {name: value for name, value in self._options.items() if name != "on_disk"}

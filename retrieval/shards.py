@@ -4,8 +4,11 @@ import itertools
 import json
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,98 @@ FORMATS = ("npy", "parquet")
 SETTINGS, SUMMARY, DONE, IDS = "settings.json", "embeddings.json", "done", "ids"
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Texts whose embeddings are in files of their own.
+
+    Args:
+        number: from 0, in the order of the texts.
+        texts: without titles, which are not embedded apart from the text.
+    """
+
+    number: int
+    texts: list[Text]
+
+    @cached_property
+    def key(self) -> int:
+        """Checksum of the texts and their ids."""
+        value = 0
+        for item in self.texts:
+            value = zlib.crc32(f"{item.id}\0{item.text}\0".encode(), value)
+        return value
+
+
+@dataclass(frozen=True)
+class Store:
+    """The shards in a folder. Several processes and machines may write different shards at the same time.
+
+    Args:
+        folder: gets `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
+        sizes: names of the sizes.
+        format: `npy` or `parquet`.
+    """
+
+    folder: Path
+    sizes: Sequence[str]
+    format: str
+
+    def is_done(self, number: int, key: int, checksums: bool = True) -> bool:
+        """Whether a shard is complete.
+
+        Args:
+            number: of the shard.
+            key: checksum of its texts.
+            checksums: whether to compare the checksums of its files too, or only their sizes, which reads no file.
+        """
+        marker = self._marker(number)
+        look = _states if checksums else _lengths
+        try:
+            done = check_fields(
+                json.loads(marker.read_text(encoding="utf-8")), {"crc32": int, "files": dict}, marker.name
+            )
+            known = done["files"] if checksums else {name: state[0] for name, state in done["files"].items()}
+            return done["crc32"] == key and known == look(_shard_files(self.folder, number, self.sizes, self.format))
+        except (OSError, ValueError, RecursionError, TypeError, LookupError):  # of a damaged marker: it is made again
+            return False
+
+    def find_missing(self, keys: Sequence[int]) -> list[int]:
+        """The numbers of the shards that are not complete; `keys` are the checksums of the texts of all shards."""
+        return [number for number, key in enumerate(keys) if not self.is_done(number, key, checksums=False)]
+
+    def write(self, shard: Shard, vectors: dict[str, np.ndarray]) -> None:
+        """Write the embeddings of a shard, {size: (len(shard.texts), dim)}; its marker is the last file."""
+        files, marker = _shard_files(self.folder, shard.number, self.sizes, self.format), self._marker(shard.number)
+        marker.unlink(missing_ok=True)
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # until everything is done again, the folder is not complete
+        _write_shard(files, shard.texts, vectors, self.format)
+        _write_json(marker, {"rows": len(shard.texts), "crc32": shard.key, "files": _states(files)})
+
+    def _marker(self, number: int) -> Path:
+        return self.folder / DONE / f"{number:05d}.json"
+
+
+@dataclass
+class Corpus:
+    """What was read, over all processes and parts.
+
+    Args:
+        rows: number of texts.
+        empty: how many of them are empty.
+        skipped: [line, reason] of each malformed line.
+        keys: checksum of the texts of each shard.
+    """
+
+    rows: int = 0
+    empty: int = 0
+    skipped: list[list] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+
+
 def check_settings(folder: Path, settings: dict) -> None:
     """Record how the embeddings are made; ValueError if the folder has embeddings that were made differently."""
     path = folder / SETTINGS
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, settings)
-        return
+        _write_first(path, settings)
     try:
         before = check_fields(json.loads(path.read_text(encoding="utf-8")), {}, SETTINGS)
     except (ValueError, RecursionError) as error:
@@ -34,6 +122,13 @@ def check_settings(folder: Path, settings: dict) -> None:
                 f"output_dir: {folder} has embeddings made with {name} {before.get(name)}, not {settings[name]}; "
                 "choose another folder"
             )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether encode.py may write into a folder: it is absent or empty, or an earlier or simultaneous run's."""
+    if not folder.is_dir() or (folder / SETTINGS).is_file():
+        return True
+    return all(path.name.startswith(f".{SETTINGS}.") for path in folder.iterdir())
 
 
 def encode_shards(
@@ -47,58 +142,62 @@ def encode_shards(
     processes: int = 1,
     on_error: str = "stop",
     progress: Callable[[int, bool], None] = lambda rows, is_new: None,
-) -> dict:
+) -> Corpus:
     """Write this process's shards: every `processes`-th shard, starting from the `process`-th.
 
     Args:
         texts: in the same order in every process and run.
         encode: from texts to a (len(texts), dim) array per size, by name.
-        folder: gets `SIZE/00000.npy` and `ids/00000.json`, or `SIZE/00000.parquet` with ids.
-        sizes: the names that `encode` returns.
+        folder, sizes, format: see `Store`.
         shard_size: texts per shard.
-        format: `npy` or `parquet`.
         process: number of this process, from 0.
         processes: number of processes.
         on_error: `stop` with a ValueError at the first malformed line, or `skip` it.
         progress: called for each finished shard with its rows, and whether they were encoded now.
 
     Returns:
-        {"rows": number of texts, "empty": how many of them are empty, "shards": number of shards, "skipped": [[line,
-        reason], ...]} over all processes.
+        What all processes have read.
 
     Raises:
         ValueError: a line is malformed and `on_error` is `stop`.
     """
-    skipped: list[list] = []
-    rows = shards = empty = 0
-    for number, shard in enumerate(_shards(texts, shard_size, on_error, skipped)):
-        rows, shards = rows + len(shard), number + 1
-        empty += sum(not item.text.strip() for item in shard)
-        if number % processes != process:
-            continue
-        key = zlib.crc32(json.dumps(shard).encode("utf-8"))
-        marker = folder / DONE / f"{number:05d}.json"
-        files = _shard_files(folder, number, sizes, format)
-        is_new = not _is_done(marker, key, files.values())
-        if is_new:
-            marker.unlink(missing_ok=True)
-            (folder / SUMMARY).unlink(missing_ok=True)  # until everything is done again, the folder is not complete
-            _write_shard(files, shard, encode([item.text for item in shard]), format)
-            _write_json(marker, {"rows": len(shard), "crc32": key, "files": _states(files.values())})
-        progress(len(shard), is_new)
-    return {"rows": rows, "empty": empty, "shards": shards, "skipped": skipped}
+    store = Store(folder, sizes, format)
+
+    def make(shard: Shard) -> None:
+        store.write(shard, encode([item.text for item in shard.texts]))
+        progress(len(shard.texts), True)
+
+    return make_shards(texts, make, store, shard_size, process, processes, on_error, progress)
 
 
-def _is_done(marker: Path, key: int, files: Iterable[Path]) -> bool:
-    """Whether a marker is that of texts with this checksum, and the files of the shard are as they were written.
+def make_shards(
+    texts: Iterable[Text | Malformed],
+    make: Callable[[Shard], None],
+    store: Store,
+    shard_size: int,
+    process: int = 0,
+    processes: int = 1,
+    on_error: str = "stop",
+    progress: Callable[[int, bool], None] = lambda rows, is_new: None,
+) -> Corpus:
+    """Call `make` for each shard of this process that is not complete, and `progress` for the others.
 
-    A shard whose marker is not as expected is made again.
+    See `encode_shards` for the arguments. `make` may return before the shard is written.
     """
-    try:
-        done = check_fields(json.loads(marker.read_text(encoding="utf-8")), {"crc32": int, "files": dict}, marker.name)
-        return done["crc32"] == key and done["files"] == _states(files)
-    except (OSError, ValueError, RecursionError):
-        return False
+    corpus = Corpus()
+    good = _good(texts, on_error, corpus.skipped)
+    while items := list(itertools.islice(good, shard_size)):
+        shard = Shard(len(corpus.keys), items)
+        corpus.rows += len(items)
+        corpus.empty += sum(not item.text.strip() for item in items)
+        corpus.keys.append(shard.key)
+        if shard.number % processes != process:
+            continue
+        if store.is_done(shard.number, shard.key):
+            progress(len(items), False)
+        else:
+            make(shard)
+    return corpus
 
 
 def _shard_files(folder: Path, number: int, sizes: Iterable[str], format: str) -> dict[str, Path]:
@@ -107,18 +206,27 @@ def _shard_files(folder: Path, number: int, sizes: Iterable[str], format: str) -
     return files | ({IDS: folder / IDS / f"{number:05d}.json"} if format == "npy" else {})
 
 
-def _states(files: Iterable[Path]) -> dict[str, list[int]]:
+def _states(files: dict[str, Path]) -> dict[str, list[int]]:
     """Bytes and checksum of each file, by folder and name."""
-    contents = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+    contents = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files.values()}
     return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
 
 
-def finish(folder: Path, settings: dict, summary: dict) -> None:
-    """Delete shards of an earlier, longer input and what killed runs have left, and write the summary."""
+def _lengths(files: dict[str, Path]) -> dict[str, int]:
+    return {f"{path.parent.name}/{path.name}": path.stat().st_size for path in files.values()}
+
+
+def finish(folder: Path, settings: dict, corpus: Corpus) -> None:
+    """Delete shards of an earlier, longer input and what killed runs have left, and write the summary.
+
+    All shards must be complete. Several processes may do it at the same time.
+    """
+    shards = len(corpus.keys)
     for path in folder.glob("*/*.*"):
-        partial = re.fullmatch(r"\.\d+\.(npy|parquet|json)", path.name)
-        if partial or (path.stem.isdigit() and int(path.stem) >= summary["shards"]):
-            path.unlink()
+        partial = re.fullmatch(r"\.\d+\.(npy|parquet|json)(\.[0-9a-f]+)?", path.name)
+        if partial or (path.stem.isdigit() and int(path.stem) >= shards):
+            path.unlink(missing_ok=True)
+    summary = {"rows": corpus.rows, "empty": corpus.empty, "shards": shards, "skipped": corpus.skipped}
     _write_json(folder / SUMMARY, settings | summary)
 
 
@@ -188,7 +296,7 @@ def _check_states(marker: Path, files: Iterable[Path]) -> None:
     done = check_fields(json.loads(marker.read_text(encoding="utf-8")), {}, marker.name)
     known = check_fields(done.get("files", {}), {}, marker.name)
     for path in files:
-        ((name, state),) = _states([path]).items()
+        ((name, state),) = _states({path.parent.name: path}).items()
         if known.get(name, state) != state:
             raise ValueError(f"embeddings: {path} is damaged, its checksum is wrong; encode it again")
 
@@ -205,12 +313,6 @@ def _checked(path: Path, ids, rows: np.ndarray, size: str) -> tuple[list[str], n
             "encode it again"
         )
     return ids, rows
-
-
-def _shards(texts: Iterable[Text | Malformed], size: int, on_error: str, skipped: list[list]) -> Iterator[list[Text]]:
-    good = _good(texts, on_error, skipped)
-    while shard := list(itertools.islice(good, size)):
-        yield shard
 
 
 def _good(texts: Iterable[Text | Malformed], on_error: str, skipped: list[list]) -> Iterator[Text]:
@@ -233,7 +335,7 @@ def _write_shard(files: dict[str, Path], shard: list[Text], vectors: dict[str, n
     for size, rows in vectors.items():
         path = files[size]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
+        partial = _partial(path)
         if format == "npy":
             with open(partial, "wb") as file:
                 np.save(file, rows)
@@ -249,6 +351,25 @@ def _write_shard(files: dict[str, Path], shard: list[Text], vectors: dict[str, n
 
 def _write_json(path: Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
+    partial = _partial(path)
     partial.write_text(json.dumps(content), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _write_first(path: Path, content) -> None:
+    """Write a file, unless another process has written it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        os.link(partial, path)  # unlike os.replace, it never replaces a file
+    except FileExistsError:
+        pass
+    except OSError:  # of a file system without hard links
+        os.replace(partial, path)
+    partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A new name beside a file: another process may be writing the same file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval.reading import STDIN, count_lines, read_texts
-from retrieval.shards import FORMATS, check_settings, encode_shards, finish
+from retrieval.reading import STDIN, Malformed, Text, count_lines, read_texts
+from retrieval.shards import FORMATS, Corpus, Store, check_settings, encode_shards, finish, is_ours, make_shards
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
 from twodmse import __version__
 
 if TYPE_CHECKING:
     from modeling_2dmse import Size, TwoDMSEModel
+
+ENGINES = ("local", "ray")
 
 
 @dataclass
@@ -49,6 +53,21 @@ class EncodeArguments:
     max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens. Default: the model's."})
     prompt_name: str | None = field(default=None, metadata={"help": "The model's prompt to put before each text."})
     on_error: str = field(default="stop", metadata={"help": "What to do at a malformed line: stop or skip."})
+    part: str = field(
+        default="1/1",
+        metadata={"help": "Part of the shards to make, for array jobs: 3/64 is the third of 64. All parts have the "
+                  "same output_dir; the one that ends last completes it."},
+    )  # fmt: skip
+    engine: str = field(
+        default="local",
+        metadata={"help": "local, or ray for a worker per GPU or core, here or on a cluster (the extra ray)."},
+    )
+    ray_address: str | None = field(
+        default=None, metadata={"help": "Ray cluster: HOST:PORT or auto. Default: Ray is started on this machine."}
+    )
+    ray_cpus: int | None = field(
+        default=None, metadata={"help": "Cores of each Ray worker where there are no GPUs. Default: 1."}
+    )
     trust_remote_code: bool = remote_code.trust_flag()
 
 
@@ -62,52 +81,105 @@ def main(argv=None) -> None:
         import torch
         from accelerate import PartialState
 
-        from modeling_2dmse import Size
-        from modeling_2dmse.formats import check_precision
-        from run_scripts.shared import models, output, runs
+        from run_scripts.shared import output, runs
 
         runs.use_all_cores()
         state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not find each other
-        if args.input == STDIN and state.num_processes > 1:
-            raise ValueError("input: only one process can read standard input; start encode.py as a single process")
-        model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        models.check_max_length(model, args.max_length)
-        model = model.to(state.device)
-        sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
-        prompt = model.find_prompt(name=args.prompt_name)
-        check_precision(args.precision, model.config.similarity)
-        folder, settings = Path(args.output_dir), describe(args, model, sizes, prompt)
+        _check_processes(args, state.num_processes)
+        encoder = Encoder(args, "cpu" if args.engine == "ray" else state.device)
+        folder = Path(args.output_dir)
         with state.main_process_first():
-            check_settings(folder, settings)
-        progress = Progress(args.input, state.num_processes)
+            check_settings(folder, encoder.settings)
+        part, parts = checks.parse_part(args.part)
+        # The processes of a part share its shards: every `parts`-th one.
+        share = (part + parts * state.process_index, parts * state.num_processes)
+        progress = Progress(args.input, share[1])
         started = time.perf_counter()
-        summary = encode_shards(
-            texts,
-            lambda batch: embed(model, batch, sizes, prompt, args, progress.bar.update),
-            folder,
-            settings["sizes"],
-            args.shard_size,
-            args.format,
-            state.process_index,
-            state.num_processes,
-            args.on_error,
-            progress,
-        )
+        corpus = encode_corpus(args, encoder, texts, share, progress)
         progress.bar.close()
-        if not summary["rows"]:
+        if not corpus.rows:
             raise ValueError(f"input: {args.input} has no texts")
         state.wait_for_everyone()
         if state.is_main_process:
-            finish(folder, settings, summary)
-    for line, reason in summary["skipped"]:
+            complete(folder, encoder.settings, corpus, parts)
+    for line, reason in corpus.skipped:
         output.say(f"line {line} was left out: {reason}")
-    if summary["empty"]:
-        output.say(f"{summary['empty']} of the texts are empty; each has the embedding of a text without words")
+    if corpus.empty:
+        output.say(f"{corpus.empty} of the texts are empty; each has the embedding of a text without words")
     seconds = time.perf_counter() - started
     output.say(
-        f"{summary['rows']} texts in {summary['shards']} shards, {len(summary['skipped'])} lines left out; "
+        f"{corpus.rows} texts in {len(corpus.keys)} shards, {len(corpus.skipped)} lines left out; "
         f"{progress.new} encoded here in {seconds:.1f} s ({progress.new / seconds:.0f} texts/s); written to {folder}"
     )
+
+
+class Encoder:
+    """A model and what of it is stored.
+
+    Args:
+        args: of the script.
+        device: for the model.
+
+    Attributes:
+        settings: what must be the same for shards to belong together.
+
+    Raises:
+        ValueError: the model cannot be loaded, or an argument does not fit it.
+    """
+
+    def __init__(self, args: EncodeArguments, device):
+        from modeling_2dmse import Size
+        from modeling_2dmse.formats import check_precision
+        from run_scripts.shared import models
+
+        model = models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        models.check_max_length(model, args.max_length)
+        self.args, self.model = args, model.to(device)
+        self.sizes = choose_sizes(model, args.sizes) if args.sizes else [Size(model.num_layers, model.config.dim)]
+        self.prompt = model.find_prompt(name=args.prompt_name)
+        check_precision(args.precision, model.config.similarity)
+        self.settings = describe(args, model, self.sizes, self.prompt)
+
+    def __call__(self, texts: list[str], progress=None) -> dict:
+        """See `embed`."""
+        return embed(self.model, texts, self.sizes, self.prompt, self.args, progress)
+
+
+def encode_corpus(
+    args: EncodeArguments,
+    encoder: Encoder,
+    texts: Iterable[Text | Malformed],
+    share: tuple[int, int],
+    progress: Progress,
+) -> Corpus:
+    """Make the shards of this process, here or by Ray's workers; `share` is its number and the number of processes."""
+    folder, sizes = Path(args.output_dir), encoder.settings["sizes"]
+    options = (*share, args.on_error, progress)
+    if args.engine == "local":
+        embed_here = partial(encoder, progress=progress.bar.update)
+        return encode_shards(texts, embed_here, folder, sizes, args.shard_size, args.format, *options)
+    from run_scripts.encoding.cluster import Workers
+
+    with Workers(args, encoder.settings, progress) as workers:
+        corpus = make_shards(texts, workers.make, Store(folder, sizes, args.format), args.shard_size, *options)
+        workers.wait()
+    return corpus
+
+
+def complete(folder: Path, settings: dict, corpus: Corpus, parts: int) -> None:
+    """Write the summary of the folder, unless shards of other parts are missing, which is said."""
+    from run_scripts.shared import output
+
+    missing = Store(folder, settings["sizes"], settings["format"]).find_missing(corpus.keys)
+    if not missing:
+        finish(folder, settings, corpus)
+        return
+    state = f"{len(missing)} of {len(corpus.keys)} shards are not in {folder}"
+    if parts == 1:
+        raise ValueError(f"output_dir: {state}; name a folder that all workers share, and run the command again")
+    names = sorted({number % parts + 1 for number in missing})
+    listed = ", ".join(f"{name}/{parts}" for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    output.say(f"{state} yet, of --part {listed}; the part that ends last, or any part that is run again, completes it")
 
 
 class Progress:
@@ -138,13 +210,15 @@ class Progress:
 
 def check(args: EncodeArguments) -> None:
     """ValueError for a flag that is not allowed."""
-    for name, allowed in (("format", FORMATS), ("precision", checks.PRECISIONS), ("on_error", ("stop", "skip"))):
+    for name, allowed in (("format", FORMATS), ("precision", checks.PRECISIONS), ("on_error", ("stop", "skip")),
+                          ("engine", ENGINES)):  # fmt: skip
         checks.check_choice(name, getattr(args, name), allowed)
-    for name in ("batch_size", "shard_size", "max_length"):
+    for name in ("batch_size", "shard_size", "max_length", "ray_cpus"):
         checks.check_at_least(name, getattr(args, name), 1)
-    checks.check_at_least("max_length", args.max_length, 1)
+    checks.parse_part(args.part)
+    _check_ray(args)
     checks.check_no_file(args.output_dir)
-    if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not _is_ours(args.output_dir):
+    if not is_ours(Path(args.output_dir)):
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
     if args.sizes:
         checks.check_chosen_sizes(args.sizes)
@@ -179,8 +253,26 @@ def embed(
     }
 
 
-def _is_ours(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "settings.json"))
+def _check_ray(args: EncodeArguments) -> None:
+    if args.engine != "ray":
+        for name in ("ray_address", "ray_cpus"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}: only --engine ray has it")
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError('engine: Ray is missing; pip install "twodmse[ray]"')
+    if args.ray_address is not None:
+        from run_scripts.encoding.cluster import check_address
+
+        check_address(args.ray_address)
+
+
+def _check_processes(args: EncodeArguments, processes: int) -> None:
+    """ValueError for what only one process can do."""
+    if processes > 1 and args.engine == "ray":
+        raise ValueError("engine: ray starts its own workers; start encode.py as a single process")
+    if processes > 1 and args.input == STDIN:
+        raise ValueError("input: only one process can read standard input; start encode.py as a single process")
 
 
 if __name__ == "__main__":

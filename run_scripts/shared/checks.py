@@ -25,6 +25,20 @@ def check_at_least(argument: str, value: int | None, lowest: int) -> None:
         raise ValueError(f"{argument}: {value} is not allowed; use a whole number from {lowest}")
 
 
+def parse_part(text: str, argument: str = "part") -> tuple[int, int]:
+    """The number of a part, from 0, and the number of parts, of a text like `3/64`; ValueError for anything else.
+
+    >>> parse_part("3/64")
+    (2, 64)
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(
+            f"{argument}: {text!r} is not allowed; write NUMBER/PARTS with NUMBER from 1 to PARTS, as in 3/64"
+        )
+    return int(match[1]) - 1, int(match[2])
+
+
 def check_sizes(sizes: Sequence[str], argument: str = "sizes") -> None:
     """ValueError if one of the sizes is not written LAYERSxDIM. Whether a model has them is checked with the model."""
     for size in sizes:

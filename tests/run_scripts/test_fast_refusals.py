@@ -48,6 +48,12 @@ WRONG = {
     "encode: model": ("encode", [*MODEL, *OUT, "--input", "x"], "model_name_or_path: ./absent does not exist"),
     "encode: precision": ("encode", [*MODEL, *OUT, "--input", "x", "--precision", "int4"], "precision: 'int4' is unk"),
     "encode: input": ("encode", ["--model_name_or_path", "a", *OUT, "--input", "x.txt"], "input: x.txt is not a file"),
+    "encode: part": (
+        "encode",
+        [*MODEL, *OUT, "--input", "x", "--part", "0/4"],
+        "part: '0/4' is not allowed; write",
+    ),
+    "encode: cluster": ("encode", [*MODEL, *OUT, "--input", "x", "--ray_address", "a:1"], "ray_address: only --engine"),
     "evaluate: file": ("evaluate", [*MODEL, *OUT, "--sts_files", "x.csv"], "sts_files: x.csv is not a file"),
     "evaluate: folder": ("evaluate", [*MODEL, *OUT, "--beir_dirs", "x"], "x/corpus.jsonl is missing"),
     "evaluate: sizes": (
