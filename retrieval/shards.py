@@ -115,9 +115,9 @@ def _states(files: Iterable[Path]) -> dict[str, list[int]]:
 
 def finish(folder: Path, settings: dict, summary: dict) -> None:
     """Delete shards of an earlier, longer input and what killed runs have left, and write the summary."""
-    for path in folder.glob("*/*.*"):
-        partial = re.fullmatch(r"\.\d+\.(npy|parquet|json)", path.name)
-        if partial or (path.stem.isdigit() and int(path.stem) >= summary["shards"]):
+    for path in itertools.chain.from_iterable((folder / name).glob("*") for name in (*settings["sizes"], IDS, DONE)):
+        match = re.fullmatch(r"(\.?)([0-9]{5,})\.(npy|parquet|json)", path.name)
+        if match is not None and (match[1] or int(match[2]) >= summary["shards"]):
             path.unlink()
     _write_json(folder / SUMMARY, settings | summary)
 

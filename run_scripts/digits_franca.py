@@ -40,7 +40,8 @@ def main(argv=None) -> None:
     means = {head: mean_scores(scores) for head, scores in runs.items()}
     print(f"\nkNN accuracy, mean over seeds:\n\n{output.score_table(means, list(means['slice']), 'size')}")
     results = {"seeds": args.seeds, "steps": args.steps, "validation": args.validation, "runs": runs, "mean": means}
-    output.write_json(os.path.join(args.output_dir, "results.json"), results)
+    with cli.writing(args.output_dir):
+        output.write_json(os.path.join(args.output_dir, "results.json"), results)
 
 
 if __name__ == "__main__":

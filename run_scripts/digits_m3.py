@@ -50,8 +50,8 @@ def main(argv=None) -> None:
         folder = os.path.join(args.output_dir, "model")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    for split, table in tables.items():
-        table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
+        for split, table in tables.items():
+            table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
     sizes = ", ".join(f"{len(table)} {split}" for split, table in tables.items())
     print(f"{sizes} rows and {model.num_parameters():,} random parameters; written to {args.output_dir}")
 

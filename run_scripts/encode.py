@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval.reading import STDIN, count_lines, read_texts
-from retrieval.shards import FORMATS, check_settings, encode_shards, finish
+from retrieval.shards import FORMATS, SETTINGS, check_settings, encode_shards, finish
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
 from twodmse import __version__
@@ -180,7 +180,8 @@ def embed(
 
 
 def _is_ours(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "settings.json"))
+    """Whether encode.py has written the folder; one that was killed at once has left an unfinished file at most."""
+    return os.path.isfile(os.path.join(folder, SETTINGS)) or os.listdir(folder) == [f".{SETTINGS}"]
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, pat
     import matplotlib
     import numpy as np
 
+    from run_scripts.shared import plots
     from trainer.franca.evaluation import patch_features, patch_grid, pca_maps
 
     matplotlib.use("Agg")
@@ -213,7 +214,7 @@ def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, pat
             axis.imshow(content)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
     plt.close(figure)
 
 
