@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import SENTENCES, cpu_environment
 
 from modeling_2dmse import Size
+from modeling_2dmse.loading import check_weights
 from retrieval.reading import Text
 from retrieval.shards import encode_shards, finish
 from run_scripts import build_index, digits_franca, elasticize, encode, evaluate, mine_negatives, plan
@@ -158,3 +160,13 @@ def test_a_full_disk_at_the_end_of_other_scripts(tmp_path, capsys, monkeypatch):
     trainer.results, trainer.is_world_process_zero = lambda tasks, sizes: scores, lambda: True
     evaluated = lambda _: finetuning.evaluate(trainer, SimpleNamespace(num_layers=1), ["a"], scores)
     assert refused(evaluated, [], capsys).startswith(f"output_dir: {tmp_path} could not be written: ")
+
+
+def test_saved_buffers_must_be_finite():
+    """The statistics of a norm, for example."""
+    norm = torch.nn.BatchNorm1d(2)
+    norm.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+    check_weights(norm, "m")
+    norm.running_var.fill_(torch.nan)
+    with pytest.raises(ValueError, match="m: the values of running_var are not finite"):
+        check_weights(norm, "m")
