@@ -102,16 +102,17 @@ def encode_conversation(
         two tensors (length,): the ids, and the labels, which are -100 where the assistant does not speak.
 
     Raises:
-        ValueError: the chat template does not write turn after turn, or placeholders and images differ in number.
+        ValueError: the chat template is damaged or does not write turn after turn, or placeholders and images differ in
+            number.
     """
     tokenizer = processor.tokenizer
     messages = _with_images(messages, processor.image_token, num_images)
-    text = processor.apply_chat_template(messages)
+    text = _write(processor, messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-            after = processor.apply_chat_template(messages[: index + 1])
+            before = _write(processor, messages[:index], add_generation_prompt=True)
+            after = _write(processor, messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise ValueError("chat_template: the text of the first turns must not change when more turns follow")
             spans.append([len(before), len(after)])
@@ -130,6 +131,16 @@ def encode_conversation(
     if found != num_images:
         raise ValueError(f"messages: {found} image placeholders do not match {num_images} images")
     return ids, labels
+
+
+def _write(processor: Any, messages: list[dict], **options: bool) -> str:
+    """The turns as the processor's chat template writes them; ValueError if the template is damaged."""
+    import jinja2  # what transformers applies templates with, an optional library
+
+    try:
+        return processor.apply_chat_template(messages, **options)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat_template: the processor's template cannot be applied: {error}") from error
 
 
 class ConversationCollator:
