@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
 
 
 @dataclass
@@ -24,7 +24,8 @@ def main(argv=None) -> None:
     """Parse, train, measure, print, write."""
     with cli.user_errors():
         (args,) = cli.Parser((DigitArguments,)).parse(argv)
-        if args.steps < 1 or not args.seeds:
+        checks.check_seeds(args.seeds)
+        if args.steps < 1:
             raise ValueError(f"steps: {args.steps} with {len(args.seeds)} seeds is nothing to train; use at least 1")
 
         from run_scripts.benchmarks.digits import HEADS, load_parts, mean_scores, score_digits, train_digits

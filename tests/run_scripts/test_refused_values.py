@@ -16,11 +16,24 @@ from modeling_2dmse import Size
 from modeling_2dmse.loading import check_weights
 from retrieval.reading import Text
 from retrieval.shards import encode_shards, finish
-from run_scripts import build_index, digits_franca, elasticize, encode, evaluate, mine_negatives, plan
+from run_scripts import (
+    build_index,
+    compare,
+    digits_franca,
+    digits_m3,
+    elasticize,
+    encode,
+    evaluate,
+    evaluate_franca,
+    evaluate_m3,
+    mine_negatives,
+    plan,
+)
 from run_scripts.benchmarks import digits
 from run_scripts.comparing.store import Store
 from run_scripts.shared import output, plots
-from run_scripts.training import finetuning
+from run_scripts.training import finetuning, franca
+from trainer.mrl.trainer import evaluate_classifier
 
 
 @pytest.fixture
@@ -62,6 +75,32 @@ def test_values_that_mean_nothing(run, flag, value, message, tmp_path, monkeypat
     words = [word for name in names if name != flag for word in (f"--{name}", "x")]
     assert refused(run.main, [*words, f"--{flag}", value], capsys).startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+MODEL = ("--model_name_or_path", "m")
+SAME = ("--eval_file", "x", "--sts_files", "x", "--methods", "2dmse", "--train_file", "x", "--recipe", "x")
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "message"),
+    [
+        (compare, [*SAME, "--learning_rates", "nan", "1e-3"], "learning_rates: [nan, 0.001] is not allowed"),
+        (compare, [*SAME, "--learning_rates", "1e-3", "inf"], "learning_rates: [0.001, inf] is not allowed"),
+        (compare, [*SAME, "--seeds", "0", "-1"], "seeds: -1 is not allowed; use whole numbers from 0 to 4294967295"),
+        (compare, [*SAME, "--train", "../x"], "train: '../x' is not allowed; use the name of a file"),
+        (digits_franca, ["--seeds", "-1", "--output_dir", "x"], "seeds: -1 is not allowed"),
+        (digits_m3, ["--seed", str(2**32), "--output_dir", "x"], "seed: 4294967296 is not allowed"),
+        (
+            evaluate_franca,
+            evaluate_m3,
+            ["--seed", "-1", "--model_name_or_path", "m", "--output_dir", "x"],
+            "seed: -1 is not allowed",
+        ),
+    ],
+)
+def test_rates_seeds_and_names(run, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert refused(run.main, words, capsys).startswith(message)
 
 
 def test_any_path_can_be_printed():
@@ -170,3 +209,15 @@ def test_saved_buffers_must_be_finite():
     norm.running_var.fill_(torch.nan)
     with pytest.raises(ValueError, match="m: the values of running_var are not finite"):
         check_weights(norm, "m")
+
+
+def test_scores_that_are_not_finite():
+    logits = torch.tensor([[[0.5, torch.nan]]])
+    model = SimpleNamespace(config=SimpleNamespace(ladder=[Size(1, 8)]), collect_logits=lambda *_: (logits, None))
+    with pytest.raises(ValueError, match="the model's scores are not finite"):
+        evaluate_classifier(model, None, None)
+    evaluate_m3.check_losses({4: 0.5})
+    with pytest.raises(ValueError, match="the loss at 36 visual tokens is nan"):
+        evaluate_m3.check_losses({4: 0.5, 36: float("nan")})
+    with pytest.raises(ValueError, match="is not JSON: maximum recursion depth"):
+        franca._read_backbone_config("[" * 100_000)
