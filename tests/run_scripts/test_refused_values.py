@@ -92,7 +92,6 @@ SAME = ("--eval_file", "x", "--sts_files", "x", "--methods", "2dmse", "--train_f
         (digits_m3, ["--seed", str(2**32), "--output_dir", "x"], "seed: 4294967296 is not allowed"),
         (
             evaluate_franca,
-            evaluate_m3,
             ["--seed", "-1", "--model_name_or_path", "m", "--output_dir", "x"],
             "seed: -1 is not allowed",
         ),
