@@ -58,7 +58,8 @@ def check_loaded(model: nn.Module, info: dict, name: object, hint: str) -> None:
 
 
 def check_weights(model: nn.Module, name: object) -> None:
-    """ValueError that names a parameter which is not finite, or has no floating-point numbers; `name` is the model."""
+    """ValueError that names a parameter or saved buffer that is not finite, or a parameter of other numbers than
+    floating-point ones; `name` is the model."""
     quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     check_stored(name, quantized)
     for key, parameter in model.named_parameters():
@@ -68,6 +69,10 @@ def check_weights(model: nn.Module, name: object) -> None:
             raise ValueError(f"{name}: the weights of {key} are {parameter.dtype}, not floating-point numbers")
         if not parameter.isfinite().all():
             raise ValueError(f"{name}: the weights of {key} are not finite; every embedding would be wrong")
+    saved = model.state_dict().keys()  # buffers that are not saved may have infinities, masks for example
+    for key, buffer in model.named_buffers():
+        if key in saved and not buffer.is_meta and buffer.is_floating_point() and not buffer.isfinite().all():
+            raise ValueError(f"{name}: the values of {key} are not finite; every embedding would be wrong")
 
 
 def _check_filled(absent: list[str], name: object, hint: str) -> None:

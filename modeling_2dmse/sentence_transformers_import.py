@@ -71,16 +71,20 @@ class _Folder:
             **self._hub_kwargs,
         )
 
-    def json(self, *files: str):
-        """The content of the first of the files that exists; None if none does."""
-        path = next(filter(None, map(self.path, files)), None)
+    def json(self, *files: str, kind: type = dict):
+        """The content, of type `kind`, of the first of the files that exists; None if none does."""
+        file, path = next(((file, path) for file in files if (path := self.path(file))), (None, None))
         if path is None:
             return None
         try:
-            with open(path, encoding="utf-8") as file:
-                return json.load(file)
-        except ValueError as error:
+            with open(path, encoding="utf-8") as opened:
+                content = json.load(opened)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"name_or_path: {self.name} has a broken {os.path.basename(path)}: {error}") from error
+        if not isinstance(content, kind):
+            wanted = "object" if kind is dict else "list"
+            raise self.refuse(f"a {file} that is not a JSON {wanted}", "as sentence-transformers writes")
+        return content
 
     def refuse(self, what: str, rest: str = "which an elastic model cannot take over") -> ValueError:
         return ValueError(f"name_or_path: {self.name} has {what}, {rest}")
@@ -99,11 +103,9 @@ def read_folder(name_or_path: str, pooling: str | None = None, **hub_kwargs) -> 
             names it.
     """
     folder = _Folder(name_or_path, hub_kwargs)
-    modules = folder.json("modules.json")
+    modules = folder.json("modules.json", kind=list)
     if modules is None:
         settings = None if pooling else folder.json("1_Pooling/config.json")
-        if not isinstance(settings, dict | None):
-            raise folder.refuse("a 1_Pooling/config.json that is not a JSON object", "as sentence-transformers writes")
         return Imported(pooling or _pooling(folder, "1_Pooling", settings or {}))
     found = Imported()
     entries = [(_kind(folder, entry), _relative(folder, entry)) for entry in modules]
@@ -117,6 +119,8 @@ def read_folder(name_or_path: str, pooling: str | None = None, **hub_kwargs) -> 
 
 def _kind(folder: _Folder, entry: dict) -> str:
     """The class of a module: its last name if it is one of sentence-transformers, else its full name."""
+    if not isinstance(entry, dict):
+        raise folder.refuse(f"{json.dumps(entry)} in modules.json", "which is not a module")
     kind = str(entry.get("type", ""))
     return kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
 
@@ -166,6 +170,8 @@ def _read_modules(folder: _Folder, entries: list[tuple[str, str]], found: Import
         settings = (folder.json(f"{path}/config.json") if path else None) or {}
         try:
             if kind == "Pooling" and not pooled:
+                if not settings:  # the mean would be a guess
+                    raise folder.refuse("a Pooling module", f"whose settings are missing in {path}/config.json")
                 found.pooling, pooled, unit_length = _pooling(folder, path, settings), True, False
             elif kind == "Normalize" and pooled and _on_sentences(settings):
                 unit_length = True

@@ -66,7 +66,7 @@ class PgVector(Server):
         psycopg = self._psycopg
         try:
             psycopg.conninfo.conninfo_to_dict(url)
-        except psycopg.Error:  # its message has parts of the URL, and so perhaps of a password
+        except (psycopg.Error, UnicodeError):  # the message has parts of the URL, and so perhaps of a password
             raise ValueError("engine_url_env: its value is not a URL such as postgresql://user@host/database") from None
         try:
             connection = psycopg.connect(url, autocommit=True, connect_timeout=10)

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pickle
+import sqlite3
 import time
 import uuid
 import zlib
@@ -21,6 +23,9 @@ _LOCAL = "index"
 _META = "meta.json"
 _ROWS, _BATCH = 1024, 256
 _SECONDS = 60
+# What the client's local mode raises for files that are damaged: it uses JSON, SQLite and pickles as it finds them.
+_DAMAGED = (sqlite3.Error, pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, RecursionError,
+            TypeError, ValueError)  # fmt: skip
 # Of the ids of points, which are made of the documents' ids.
 _NAMESPACE = uuid.UUID("6f0a2f0e-8a5c-5d3c-9c52-2d2f5a0b7c11")
 
@@ -70,12 +75,22 @@ class Qdrant(Server):
         """The client, made when it is first used: the local mode makes its folder."""
         if self._opened is None:
             with self._errors():
-                if self._folder is not None:
-                    self._opened = self._library.QdrantClient(path=os.fspath(self._folder))
-                else:
-                    more = {"check_compatibility": False, "timeout": _SECONDS}
-                    self._opened = self._library.QdrantClient(url=self._url, api_key=self._key, **more)
+                self._opened = self._connect()
         return self._opened
+
+    def _connect(self) -> Any:
+        if self._folder is None:
+            more = {"check_compatibility": False, "timeout": _SECONDS}
+            return self._library.QdrantClient(url=self._url, api_key=self._key, **more)
+        try:
+            return self._library.QdrantClient(path=os.fspath(self._folder))
+        except _DAMAGED as error:
+            raise ValueError(f"engine: {self.place} is damaged: {type(error).__name__}: {_line(error)}") from error
+
+    def open(self) -> None:
+        super().open()
+        if self._folder is not None and self.size is not None and self.count() < self.size:
+            raise ValueError(f"engine: {self.place} is damaged: it has {self.count()} of its {self.size} vectors")
 
     def create(self, layout: Layout, overwrite: bool = False) -> None:
         if self.begin(layout, overwrite):

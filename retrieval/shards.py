@@ -222,9 +222,10 @@ def finish(folder: Path, settings: dict, corpus: Corpus) -> None:
     All shards must be complete. Several processes may do it at the same time.
     """
     shards = len(corpus.keys)
-    for path in folder.glob("*/*.*"):
-        partial = re.fullmatch(r"\.\d+\.(npy|parquet|json)(\.[0-9a-f]+)?", path.name)
-        if partial or (path.stem.isdigit() and int(path.stem) >= shards):
+    for path in itertools.chain.from_iterable((folder / name).glob("*") for name in (*settings["sizes"], IDS, DONE)):
+        partial = re.fullmatch(r"\.[0-9]{5,}\.(npy|parquet|json)(\.[0-9a-f]+)?", path.name)
+        whole = re.fullmatch(r"([0-9]{5,})\.(npy|parquet|json)", path.name)
+        if partial or (whole is not None and int(whole[1]) >= shards):
             path.unlink(missing_ok=True)
     summary = {"rows": corpus.rows, "empty": corpus.empty, "shards": shards, "skipped": corpus.skipped}
     _write_json(folder / SUMMARY, settings | summary)

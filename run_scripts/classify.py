@@ -180,7 +180,7 @@ def evaluate(argv) -> None:
         table, seen = classifying.read_unseen(classifier, args.eval_file, "eval_file", ["train", "fit"])
         os.makedirs(args.output_dir, exist_ok=True)
     results = {"model": args.model_name_or_path, "left_out": seen}
-    with cli.reading_pictures():
+    with cli.user_errors(), cli.reading_pictures():
         results |= evaluate_classifier(model, table, collator, args.batch_size)
     print(f"{len(table)} rows; {seen} were left out, as training or the cascade have seen them\n")
     print(classifying.table_of(results, model.config))

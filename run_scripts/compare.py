@@ -4,8 +4,10 @@
 Run again, or in several processes at once, it continues with what is not finished.
 """
 
+import math
 from dataclasses import dataclass, field
 
+from retrieval.checking import check_name
 from run_scripts.comparing.methods import BEST, METHODS, SAME_RECIPE, SMAE, Budget
 from run_scripts.shared import checks, cli
 
@@ -59,11 +61,11 @@ def check(args: ComparisonArguments, budget: Budget) -> None:
     """ValueError for what would fail after hours."""
     for method in args.methods:
         checks.check_choice("methods", method, METHODS)
-    if not args.learning_rates or min(args.learning_rates) <= 0:
+    if not args.learning_rates or not all(0 < rate < math.inf for rate in args.learning_rates):
         raise ValueError(f"learning_rates: {args.learning_rates} is not allowed; name numbers above 0")
     checks.check_at_least("rates_per_method", args.rates_per_method, 2)
-    if not args.seeds:
-        raise ValueError("seeds: name at least one")
+    checks.check_seeds(args.seeds)
+    check_name(args.train, "train")  # it is a part of the names of files
     cli.exactly_one(budget, "train_file", "dataset_name", "the training data")
     checks.check_files("recipe", budget.recipe)
     if SMAE in args.methods:

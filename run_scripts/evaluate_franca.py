@@ -98,6 +98,7 @@ def check(args: EvaluationArguments) -> None:
         raise ValueError(f"model_name_or_path: {', '.join(names)} must differ from each other and from {RANDOM}")
     for name, lowest in (("k", 1), ("batch_size", 1), ("rasa_iterations", 1), ("rasa_images", 0)):
         checks.check_at_least(name, getattr(args, name), lowest)
+    checks.check_seeds([args.seed], "seed")
     checks.check_choice("rasa_method", args.rasa_method, checks.RASA_METHODS)
     if args.save_rasa and not args.rasa_images:
         raise ValueError("save_rasa: there is nothing to fold in with --rasa_images 0")
@@ -130,6 +131,8 @@ def _name(path: str) -> str:
 
 
 def _load(path: str, trust_remote_code: bool) -> FrancaModel:
+    import numpy as np
+    from PIL import Image
     from transformers import AutoImageProcessor
 
     from modeling_2dmse.loading import check_weights
@@ -143,6 +146,8 @@ def _load(path: str, trust_remote_code: bool) -> FrancaModel:
         model = FrancaModel.from_pretrained(path, **trust) if is_ours else FrancaModel.from_backbone(path, **trust)
         check_weights(model, path)
         model.image_processor = AutoImageProcessor.from_pretrained(path, **trust)
+        if not np.isfinite(model.encode([Image.new("RGB", (64, 64), "grey")])).all():
+            raise ValueError("its embeddings are not finite")
     return models.to_device(model).eval()
 
 
@@ -195,6 +200,7 @@ def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, pat
     import matplotlib
     import numpy as np
 
+    from run_scripts.shared import plots
     from trainer.franca.evaluation import patch_features, patch_grid, pca_maps
 
     matplotlib.use("Agg")
@@ -213,7 +219,7 @@ def save_pca(model: FrancaModel, projector: RasaProjector, images: Sequence, pat
             axis.imshow(content)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
     plt.close(figure)
 
 

@@ -4,6 +4,7 @@ Rows of the table: each level; the oracle, which takes the fewest tokens that an
 cascade that goes to the next level while the answer is not confident.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -61,8 +62,9 @@ def main(argv=None) -> None:
         collator([rows[0]])  # shows here what does not fit the processor's template
     model = models.to_device(model).eval()
     batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
-    with cli.reading_pictures():
+    with cli.user_errors(), cli.reading_pictures():
         levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
+        check_losses({size: scores.loss for size, scores in levels.items()})
     table = level_table(model, levels, args.cascade_threshold)
     results = {"model": args.model_name_or_path, "data": os.path.basename(args.data_file), "n": len(rows)}
     if args.cascade_threshold is not None:
@@ -82,6 +84,14 @@ def check(args: EvaluationArguments) -> None:
     checks.check_no_results(args.output_dir, args.overwrite)
     checks.check_files("data_file", args.data_file)
     checks.check_model(args.model_name_or_path)
+
+
+def check_losses(losses: dict[int, float]) -> None:
+    """ValueError if the loss at a number of visual tokens is not finite."""
+    for size, loss in losses.items():
+        if not math.isfinite(loss):
+            raise ValueError(f"model_name_or_path: the loss at {size} visual tokens is {loss}; a model or a processor "
+                             "with finite values has a finite one")  # fmt: skip
 
 
 def format_table(table: dict[str, dict[str, float]]) -> str:

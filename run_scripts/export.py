@@ -72,7 +72,8 @@ def main(argv=None) -> None:
         print(f"{task.name}: Spearman {after:.4f}, in the model {before:.4f} ({after - before:+.4f})")
         rows.append(f"| {task.name} | {after:.4f} | {before:.4f} |")
     if rows:
-        add_scores(args.output_dir, rows)
+        with cli.writing(args.output_dir):
+            add_scores(args.output_dir, rows)
 
 
 def check(args: ExportArguments) -> None:

@@ -111,7 +111,8 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] | None = None) -> None:
             encoder = finetuning.save(trainer, model_args)
         results = finetuning.evaluate(trainer, encoder, tasks, before)
         if trainer.is_world_process_zero():
-            finetuning.write_card(trainer, encoder, model_args, data_args, results)
+            with cli.writing(args.output_dir):
+                finetuning.write_card(trainer, encoder, model_args, data_args, results)
             finetuning.push(trainer)
             print(f"\nDone in {time.perf_counter() - started:.0f} s. Use it:\n")
             print(finetuning.usage(args.output_dir, results, trainer.ladder))

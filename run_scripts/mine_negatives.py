@@ -110,10 +110,12 @@ def check(args: MiningArguments) -> None:
         raise ValueError(f"output_file: {args.output_file} is a folder")
     if os.path.exists(args.output_file) and not args.overwrite:
         raise ValueError(f"output_file: {args.output_file} exists; choose another or pass --overwrite true")
-    for name in ("train_file", "corpus_file"):
-        path = getattr(args, name)
+    read = [("train_file", args.train_file), ("corpus_file", args.corpus_file)]
+    if args.beir_dir is not None:
+        read += [("beir_dir", os.path.join(args.beir_dir, name)) for name in ("corpus.jsonl", "queries.jsonl")]
+    for argument, path in read:
         if path is not None and os.path.realpath(path) == os.path.realpath(args.output_file):
-            raise ValueError(f"output_file: {args.output_file} is the {name}, which is not replaced; choose another")
+            raise ValueError(f"output_file: {args.output_file} is read as {argument} and not replaced; choose another")
     for name in ("batch_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     for name in ("train_file", "corpus_file"):

@@ -1,11 +1,13 @@
 """Choose a size for a budget: `python run_scripts/plan.py --model_name_or_path M --results R/results.json ...`."""
 
+import itertools
 import json
+import math
 import os
 from dataclasses import dataclass, field
 
 from retrieval.planning import BYTES, Cell, Limits, as_rows, choose, pareto, plan
-from retrieval.reading import Text, read_texts
+from retrieval.reading import Malformed, read_texts
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
 
@@ -52,6 +54,8 @@ def main(argv=None) -> None:
         model = models.to_device(models.load_encoder(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
         models.check_max_length(model, args.max_length)
         sizes = choose_sizes(model, args.sizes)
+        if scores is not None and not any(str(size) in scores for size in sizes):
+            raise ValueError(f"results: {args.results} has scores of {', '.join(scores)}, and of none of the sizes")
         texts = _texts(args.texts)
         cells = plan(model, sizes, texts, scores, args.precision, args.max_length)
         print(table(cells, args.corpus_size))
@@ -85,7 +89,10 @@ def read_scores(path: str) -> dict[str, float]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            return mean_scores(json.load(file))
+            scores = mean_scores(json.load(file))
+        if not all(map(math.isfinite, scores.values())):
+            raise ValueError("it has a score that is not finite")
+        return scores
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"results: {path} is not a results.json of evaluate.py: {error}") from error
 
@@ -128,7 +135,7 @@ def draw(cells: list[Cell], path: str, model: str) -> None:
     axis.legend(fontsize=8)
     plots.set_title(axis, plots.public_name(model))
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
 
 
 def _texts(path: str | None) -> list[str]:
@@ -136,7 +143,15 @@ def _texts(path: str | None) -> list[str]:
         from run_scripts.shared.quickstart import python_docs
 
         return python_docs()[1]["anchor"][:128]
-    return [item.text for item in read_texts(path) if isinstance(item, Text)][:128]
+    texts = []
+    try:
+        for item in itertools.islice(read_texts(path), 128):
+            if isinstance(item, Malformed):
+                raise ValueError(f"texts: line {item.line} of {path} is malformed: {item.reason}")
+            texts.append(item.text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("input:", "texts:", 1)) from error
+    return texts
 
 
 if __name__ == "__main__":

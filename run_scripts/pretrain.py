@@ -76,8 +76,9 @@ def main(argv=None) -> None:
                 trainer.model.save_encoder(encoder)
         metrics = trainer.evaluate() if evaluates else {}
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-            pretraining.report(trainer, before, metrics)
+            with cli.writing(args.output_dir):
+                trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+                pretraining.report(trainer, before, metrics)
             print(f"\nFine-tune it: accelerate launch run_scripts/finetune.py --model_name_or_path {encoder} ...")
 
 

@@ -97,7 +97,8 @@ def main(argv=None) -> None:
             if args.should_save:
                 trainer.model.teacher.save_backbone(backbone)
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+            with cli.writing(args.output_dir):
+                trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
             print(f"\nMeasure it: python run_scripts/evaluate_franca.py --model_name_or_path {args.output_dir} ...")
 
 

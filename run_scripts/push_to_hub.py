@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from huggingface_hub.errors import HfHubHTTPError
 
 from run_scripts.demo import CorpusArguments, check_corpus, offered, read_documents
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, remote_code
 from trainer.shared import hub
 
 
@@ -49,7 +49,7 @@ def main(argv=None) -> None:
         if args.space:
             check_corpus(corpus)
         if not on_hub:
-            hub.check_loads(args.model_name_or_path)
+            check_works(args.model_name_or_path)
         if args.dry_run is not None and args.dry_run.lower() != "false":
             show(args, corpus)
             return
@@ -62,6 +62,23 @@ def main(argv=None) -> None:
         except HfHubHTTPError as error:
             raise ValueError(f"repo_id: the Hub refused: {error}") from error
     print(f"{len(files)} files: {address}")
+
+
+def check_works(folder: str) -> None:
+    """ValueError unless a model folder works: configuration, weights, tokenizer and the files of sentence-transformers.
+
+    No code of the folder is run.
+    """
+    from modeling_2dmse.sentence_transformers_import import read_folder
+    from run_scripts.shared import models
+
+    try:
+        models.load_encoder(folder, trust_remote_code=False)
+        with remote_code.named(folder):
+            read_folder(folder)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"model_name_or_path: {folder} does not load: ")
+        raise ValueError(f"model_name_or_path: {folder} does not load, so it is not published: {reason}") from error
 
 
 def show(args: PushArguments, corpus: CorpusArguments) -> None:
@@ -82,8 +99,11 @@ def stage(args: PushArguments, corpus: CorpusArguments, folder: str) -> list[str
     from modeling_2dmse import TwoDMSEConfig
     from run_scripts.demonstration.corpus import example_queries
     from run_scripts.demonstration.space import stage_space
+    from run_scripts.shared import models
 
-    config = TwoDMSEConfig.from_pretrained(args.model_name_or_path)
+    config = models.read_config(args.model_name_or_path)
+    if not isinstance(config, TwoDMSEConfig):
+        raise ValueError(f"model_name_or_path: {args.model_name_or_path} is not an elastic model")
     documents, source = read_documents(corpus)
     examples = example_queries(documents, source)
     return stage_space(folder, args.model_name_or_path, offered(config), documents, source, examples)

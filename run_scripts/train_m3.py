@@ -66,9 +66,10 @@ def main(argv=None) -> None:
             trainer.save_model()
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-            if metrics:
-                output.write_json(os.path.join(args.output_dir, "results.json"), metrics)
+            with cli.writing(args.output_dir):
+                trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+                if metrics:
+                    output.write_json(os.path.join(args.output_dir, "results.json"), metrics)
             for size in trainer.level_shares if metrics else ():
                 accuracy, loss = (metrics[f"eval_{name}_{size}"] for name in ("accuracy", "loss"))
                 print(f"{size:>5} visual tokens: accuracy {accuracy:.4f}, loss {loss:.4f}")

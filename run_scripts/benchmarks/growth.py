@@ -63,7 +63,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, label in zip(axes[:, 0], ("seconds", "GB above the weights"), strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend()
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
 
 
 def _measure(model: TwoDMSEModel, work: str, shape: dict, runs: int) -> tuple[list[float], float]:

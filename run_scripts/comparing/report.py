@@ -119,4 +119,4 @@ def draw(
     axis.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right center")
     plots.set_title(axis, title)
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_2dmse import parse_ladder
-from run_scripts.shared import models, plots
+from run_scripts.shared import models, output, plots
 from run_scripts.shared.peer import check_installed
 from trainer.evaluation import RetrievalData, StsData, evaluate_tasks, load_beir, load_sts, name_apart
 
@@ -135,7 +135,8 @@ class Comparison:
         text += f"\nWhat was tried, chosen by the mean over sizes on {self.tasks[0].name}\n\n{tried_table(entries)}\n"
         print(f"\n{text}")
         start = f"{os.path.splitext(self.args.results_file)[0]}-{self.args.train}"
-        Path(f"{start}.md").write_text(text, encoding="utf-8")
+        with output.replacing(f"{start}.md") as partial:
+            Path(partial).write_text(text, encoding="utf-8")
         title = f"{plots.public_name(self.budget.arguments()[0].model_name_or_path)}, trained on {self.args.train}"
         draw(scores, self.ladder, f"{start}.png", title, names)
 

@@ -11,6 +11,7 @@ try:
 except ImportError:  # Windows: one process at a time
     fcntl = None
 
+from retrieval.checking import Kinds, check_fields
 from run_scripts.shared import output
 
 # Entries of a row that identify its run.
@@ -84,10 +85,14 @@ class Store:
         if not self.path.is_file():
             return {"settings": {}, "search": [], "rows": [], "tried": []}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            parts = {name: content[name] for name in ("settings", "search", "rows")}
-            return parts | {"tried": content.get("tried", [])}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            kinds: Kinds = {"settings": dict, "search": list, "rows": list}
+            content = check_fields(json.loads(self.path.read_text(encoding="utf-8")), kinds, "the file")
+            parts = {name: content[name] for name in kinds} | {"tried": content.get("tried", [])}
+            for name in ("search", "rows", "tried"):
+                if not all(isinstance(row, dict) for row in parts[name]):
+                    raise ValueError(f"{name} has an entry that is not an object")
+            return parts
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"results_file: {self.path} is not a file of this script: {error}") from error
 
     def _write(self, content: dict) -> None:

@@ -39,6 +39,15 @@ def parse_part(text: str, argument: str = "part") -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
+def check_seeds(seeds: Sequence[int], argument: str = "seeds") -> None:
+    """ValueError if there is no seed, or if one is not what the random generators of numpy and torch take."""
+    if not seeds:
+        raise ValueError(f"{argument}: name at least one")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{argument}: {seed} is not allowed; use whole numbers from 0 to {2**32 - 1}")
+
+
 def check_sizes(sizes: Sequence[str], argument: str = "sizes") -> None:
     """ValueError if one of the sizes is not written LAYERSxDIM. Whether a model has them is checked with the model."""
     for size in sizes:

@@ -67,6 +67,7 @@ class Parser(HfArgumentParser):
         Raises:
             ValueError: the recipe cannot be read, or a flag is unknown or has a new name.
         """
+        screen.show_any_text()
         argv = list(sys.argv[1:] if argv is None else argv)
         recipe = self.default_recipe if not argv else None
         if argv and not argv[0].startswith("-"):
@@ -78,6 +79,7 @@ class Parser(HfArgumentParser):
         values, unknown = self.parse_known_args(flags)
         if unknown:
             raise ValueError(f"flags: {' '.join(unknown)} belongs to no flag; --help lists the flags")
+        self._refuse_senseless(values)
         screen.hide_noise()
         parsed: list = []
         for number, kind in enumerate(self.dataclass_types, 1):
@@ -108,6 +110,19 @@ class Parser(HfArgumentParser):
             near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             raise ValueError(f"flags: {name} is unknown; {hint}")
+
+    def _refuse_senseless(self, values: argparse.Namespace) -> None:
+        """What no flag can mean: an empty value (of a variable that a shell did not set, for example), a NUL, and a
+        number that no computer counts to."""
+        for action in self._actions:
+            given = getattr(values, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                if value == "" != action.default:  # transformers' own default of some flags is empty
+                    raise ValueError(f"{action.dest}: its value is empty; name one, or leave the flag out")
+                if isinstance(value, str) and "\0" in value:
+                    raise ValueError(f"{action.dest}: {value!r} has a NUL character, which is not allowed")
+                if isinstance(value, int) and abs(value) > sys.maxsize:
+                    raise ValueError(f"{action.dest}: {value} is not allowed; use a number below {sys.maxsize}")
 
     def error(self, message):
         fail(message)

@@ -1,7 +1,9 @@
 """The flags of an engine, which build_index.py and search.py share, and the engine that they name."""
 
 import os
+import re
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import yaml
@@ -52,6 +54,8 @@ class EngineArguments:
             options: of Qdrant's collection, as JSON or YAML.
         """
         self.check()
+        if self.has_server() and re.search("[\ud800-\udfff]", place):
+            raise ValueError(f"collection: {place!r} is not valid Unicode")
         settings = _parse_options(options)
         if settings and not self.engine_url:
             raise ValueError("engine_options: only a Qdrant server has options; name it by --engine_url")
@@ -68,8 +72,12 @@ def _check_url(url: str) -> None:
         parts, is_url = None, False
     if parts is None or not is_url:
         raise ValueError(f"engine_url: {url!r} is not a URL; write for example http://localhost:6333")
-    if parts.username or parts.password:
-        raise ValueError("engine_url: a user or password is not allowed in it; name the key's variable instead")
+    if parts.username or parts.password or parts.query or parts.fragment:  # it is shown in messages
+        raise ValueError("engine_url: a user, password or query is not allowed in it; name the key's variable instead")
+    try:
+        cast(str, parts.hostname).encode("idna")
+    except UnicodeError as error:
+        raise ValueError(f"engine_url: {url!r} has a host that is not allowed: {error}") from error
 
 
 def _variable(flag: str, name: str | None) -> str | None:

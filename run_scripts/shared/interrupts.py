@@ -1,8 +1,13 @@
 """Ctrl-C in a script: one line instead of a traceback, at any moment, also while libraries are imported."""
 
+import _thread
 import os
 import sys
+import threading
 from types import TracebackType
+
+# Until Ctrl-C is raised again, if Python could not raise it; by then, what could not be interrupted has returned.
+_DELAY_S = 0.05
 
 
 def install() -> None:
@@ -23,3 +28,16 @@ def install() -> None:
 
     hook.shows_one_line = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+    earlier = sys.unraisablehook
+
+    def raise_again(lost: "sys.UnraisableHookArgs") -> None:
+        # During a callback of the garbage collector or of a weak reference, Python cannot raise an exception: it would
+        # print a traceback and let the program run on. Imports have thousands of such callbacks.
+        if lost.exc_type is None or not issubclass(lost.exc_type, KeyboardInterrupt):
+            earlier(lost)
+            return
+        timer = threading.Timer(_DELAY_S, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = raise_again

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,17 +17,24 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def write_json(path: str | Path, content) -> None:
-    """Write atomically: a reader sees either the old file or the complete new one."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[str]:
+    """Write atomically: the name under which the block writes a file, which then gets its own name. A reader sees
+    either the old file or the complete new one."""
     partial = f"{path}.partial"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+        yield partial
         os.replace(partial, path)
     finally:  # of a full disk, for example
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write atomically, see `replacing`."""
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
 
 
 def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], header: str) -> str:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from run_scripts.shared.output import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from modeling_2dmse import Size
 
@@ -79,7 +82,13 @@ def save_heatmap(results: dict, sizes: Sequence["Size"], ladder: Sequence["Size"
         axis.set(xlabel="dimensions (framed: trained sizes)", ylabel="layers")
         axis.set_xticks(range(len(dims)), dims)
         axis.set_yticks(range(len(layers)), layers)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
+
+
+def save_picture(figure: "Figure", path: str | Path) -> None:
+    """Write a picture atomically, as PNG."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def _draw_grid(axis: "Axes", values: dict[str, float], sizes, layers: list[int], dims: list[int]) -> None:

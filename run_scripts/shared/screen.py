@@ -3,7 +3,9 @@
 Only scripts call this, when they have read their flags; importing the library changes nothing.
 """
 
+import io
 import logging
+import sys
 import warnings
 
 from transformers.utils import logging as transformers_logging
@@ -23,6 +25,15 @@ def hide_noise() -> None:
     for start in _WARNINGS:
         warnings.filterwarnings("ignore", message=start.replace("'", "."))
     transformers_logging.set_tqdm_hook(_make_bar)
+
+
+def show_any_text() -> None:
+    """Let standard output show a character that it cannot encode as an escape, instead of ending the program.
+
+    A file name of other bytes than UTF-8 has such characters, and on Windows many texts have.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

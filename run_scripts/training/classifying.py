@@ -188,7 +188,7 @@ def draw(results: dict, config: MatryoshkaConfig, path: str) -> None:
         axis.margins(x=0.1, y=0.1)  # room for the names
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
 
 
 def _split(table: Dataset, data: DataArguments, columns: list[str], seed: int):

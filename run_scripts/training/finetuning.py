@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import models, output, plots, secrets
+from run_scripts.shared import cli, models, output, plots, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
 from trainer.base_card import BaseFacts, read_base_facts
@@ -152,8 +152,9 @@ def evaluate(trainer: TwoDMSETrainer, encoder: TwoDMSEModel, tasks, before: dict
     results |= trainer.results(tasks, sizes)
     results["before"] = before
     if trainer.is_world_process_zero():
-        output.write_json(os.path.join(folder, "results.json"), results)
-        plots.save_heatmap(results, sizes, trainer.ladder, os.path.join(folder, "heatmap.png"))
+        with cli.writing(folder):
+            output.write_json(os.path.join(folder, "results.json"), results)
+            plots.save_heatmap(results, sizes, trainer.ladder, os.path.join(folder, "heatmap.png"))
         old, new = mean_scores(before), mean_scores(results)
         gain = {size: new[size] - old[size] for size in old}
         metric = "Spearman" if "sts" in results else "nDCG@10"

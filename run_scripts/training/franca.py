@@ -58,8 +58,8 @@ def _load_model(model_args: ModelArguments, settings: FrancaSettings) -> FrancaF
 def _read_backbone_config(text: str):
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"backbone_config: {text} is not JSON: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"backbone_config: {text[:200]} is not JSON: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f'backbone_config: {text} must be like {{"model_type": "dinov2", "hidden_size": 192}}')
     try:

@@ -113,6 +113,21 @@ def test_folders_of_older_versions(backbone_path, tmp_path):
     assert_equal(models.load_encoder(str(folder)), str(folder))
     edit(folder / "1_Pooling", "config.json", pooling_mode_cls_token=False)  # no flag at all is the mean
     assert_equal(TwoDMSEModel.from_backbone(folder), str(folder))
+    for content, message in (
+        ("[]", "has a 1_Pooling/config.json that is not a JSON object"),
+        ("[" * 100_000, "has a broken config.json: maximum recursion depth"),
+        ("{}", "has a Pooling module, whose settings are missing in 1_Pooling/config.json"),
+        (None, "has a Pooling module, whose settings are missing in 1_Pooling/config.json"),
+    ):
+        (folder / "1_Pooling" / "config.json").unlink()
+        if content is not None:
+            (folder / "1_Pooling" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            TwoDMSEModel.from_backbone(folder)
+    for content, message in (("{}", "modules.json that is not a JSON list"), ("[3]", "has 3 in modules.json")):
+        (folder / "modules.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            TwoDMSEModel.from_backbone(folder)
 
 
 def test_a_real_model_on_long_texts():

@@ -124,6 +124,10 @@ def test_rows_that_were_seen_are_left_out(files, tmp_path, capsys):
     run("eval", judged | {"--eval_file": [str(tmp_path / "both.csv")]})
     assert "40 rows; 120 were left out, as training or the cascade have seen them" in capsys.readouterr().out
     assert json.loads((tmp_path / "r" / "results.json").read_text())["n"] == 40
+    (tmp_path / "out" / "classify_rows.npz").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run("eval", judged | {"--eval_file": [str(tmp_path / "both.csv")]})
+    assert "out has no classify_rows.npz, so what training has seen is not known" in capsys.readouterr().err
 
 
 def test_images(tmp_path, capsys):

@@ -93,7 +93,10 @@ def test_wrong_flags_end_in_one_line(encoded, tmp_path, capsys, monkeypatch, qdr
         ([*base, "--engine", "qdrant"], "output_dir: the engine qdrant needs a folder"),
         ([*base, "--engine_url", "http://localhost", "--output_dir", "x"], "engine_url: local has no URL here"),
         ([*server, "no url"], "engine_url: 'no url' is not a URL; write for example http://localhost:6333"),
-        ([*server, "http://u:pw@localhost"], "engine_url: a user or password is not allowed in it"),
+        ([*server, "http://u:pw@localhost"], "engine_url: a user, password or query is not allowed in it"),
+        ([*server, "http://localhost/?api_key=abcdef"], "engine_url: a user, password or query is not allowed in it"),
+        ([*server, "http://a\udcff"], "engine_url: 'http://a\\udcff' has a host that is not allowed"),
+        ([*server, "http://127.0.0.1:1", "--collection", "c\udcff"], "collection: 'c\\udcff' is not valid Unicode"),
         ([*server, "http://localhost:99999"], "is not a URL"),
         ([*server, "http://127.0.0.1:1"], "engine_url: http://127.0.0.1:1 cannot be reached"),
         ([*server, "http://127.0.0.1:1", "--engine_api_key_env", "NONE"], "environment variable 'NONE' is not set"),
@@ -114,6 +117,22 @@ def test_wrong_flags_end_in_one_line(encoded, tmp_path, capsys, monkeypatch, qdr
     monkeypatch.delenv("DATABASE_URL", raising=False)
     fails(search.main, ["table", "a", "--engine", "pgvector"], "variable 'DATABASE_URL' is not set", capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("part", ["meta.json", "collection/index/storage.sqlite"])
+def test_a_damaged_local_collection_is_named(part, encoded, tmp_path, capsys, qdrant):
+    words = ["--embeddings", str(encoded / "embeddings"), "--engine", "qdrant", "--output_dir", str(tmp_path / "index")]
+    build_index.main(words)
+    path = tmp_path / "index" / part
+    whole = path.read_bytes()
+    damages = [b"[]", b"{}", b"\xff", whole[:-20]] if part == "meta.json" else [b"x" * 1000, whole[: len(whole) // 2]]
+    for damage in damages:
+        path.write_bytes(damage)
+        for run, flags in ((build_index.main, words), (search.main, [str(tmp_path / "index"), "a", *words[2:4]])):
+            fails(run, flags, f"engine: {tmp_path / 'index'} is damaged: ", capsys)
+    if part != "meta.json":
+        path.unlink()
+        fails(search.main, [str(tmp_path / "index"), "a", *words[2:4]], "it has 0 of its 20 vectors", capsys)
 
 
 class Noting(http.server.BaseHTTPRequestHandler):

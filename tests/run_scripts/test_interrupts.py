@@ -38,6 +38,13 @@ def test_one_line_and_the_exit_code_of_ctrl_c():
     assert "Traceback" in done.stderr, "an error of the program keeps its traceback"
 
 
+def test_ctrl_c_is_not_lost_in_a_callback():
+    lost = "import os, signal, time, weakref; A = type('A', (), {}); a = A(); kill = lambda _: os.kill(os.getpid(), 2)"
+    done = interrupted(f"{lost}; r = weakref.ref(a, kill); del a; time.sleep(60); print('went on')")
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+    assert done.stderr == "encode.py: stopped by Ctrl-C\n"
+
+
 def test_every_script_ends_so():
     assert len(SCRIPTS) > 15
     assert [path.name for path in SCRIPTS if "\nfrom run_scripts.shared" not in path.read_text()] == []

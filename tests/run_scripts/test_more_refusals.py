@@ -150,13 +150,16 @@ def test_texts_and_judgements(start, tmp_path, capsys):
     refused(evaluate.main, [*files, "--beir_dirs", tmp_path / "beir", "--max_query_length", "49"], "beir_dirs", capsys)
 
 
-@pytest.mark.parametrize("damage", ["nan", "int8", "missing"])
+@pytest.mark.parametrize("damage", ["nan", "int8", "missing", "mean"])
 def test_weights_of_franca(damage, tmp_path, capsys):
     tiny_franca().save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     name = "teacher.backbone.embeddings.patch_embeddings.projection.weight"
     value = weights.pop(name)
-    if damage != "missing":
+    if damage == "mean":
+        weights[name], path = value, tmp_path / "model" / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [float("nan")] * 3}))
+    elif damage != "missing":
         weights[name] = value * float("nan") if damage == "nan" else value.to(torch.int8)
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     pictures = write_pictures(tmp_path / "pictures", 2)

@@ -250,3 +250,20 @@ def test_what_does_not_load_is_not_published(model_folder, tmp_path, capsys):
     for changed in ("{", "[]", json.dumps(settings | {"backbone_config": wide}), json.dumps(settings | {"sizes": 5})):
         config.write_text(changed)
         refused(model_folder, tmp_path / "dry", capsys, "does not load, so it is not published: ")
+    config.write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json", "modules.json"):
+        kept = (model_folder / name).read_text()
+        (model_folder / name).write_text("[3" if name == "modules.json" else "[]")
+        refused(model_folder, tmp_path / "dry", capsys, "does not load, so it is not published: ")
+        (model_folder / name).write_text(kept)
+
+
+def test_nothing_is_written_for_a_damaged_card(model_folder, tmp_path, capsys):
+    (model_folder / "README.md").write_text("---\na: [b\n---\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    words = ["--model_name_or_path", str(model_folder), "--repo_id", "org/elastic", "--dry_run"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, str(tmp_path / "link")])
+    assert "README.md is not YAML" in capsys.readouterr().err
+    assert list((tmp_path / "empty").iterdir()) == []

@@ -9,6 +9,8 @@ from trainer.arguments import TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainingArguments
 from trainer.m3.trainer import M3TrainingArguments
 from trainer.mrl.trainer import ClassifierTrainingArguments
+from trainer.shared import arguments as shared_arguments
+from trainer.shared.part_log import PartLogMixin
 from trainer.smae.arguments import SmaeTrainingArguments
 
 KINDS = [
@@ -44,6 +46,30 @@ def test_bf16_follows_the_launcher(kind, tmp_path, monkeypatch):
                 monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
             assert kind(output_dir=str(tmp_path), use_cpu=True).bf16 is expected, (capable, launched)
             assert kind(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+
+
+class Started:
+    """A trainer as far as its mixins see it."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def train(self):
+        """Nothing."""
+
+
+def test_bf16_by_default_is_said_once_when_training_starts(tmp_path, monkeypatch):
+    """Not when the arguments are made: it would be one more line above an error."""
+    said: list[str] = []
+    monkeypatch.setattr(shared_arguments.logger, "warning", said.append)
+    monkeypatch.setattr(shared_arguments, "cpu_has_bf16", lambda: True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    args = TwoDMSETrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.bf16
+    assert said == []
+    trainer = type("Trained", (PartLogMixin, Started), {})(args)
+    trainer.train(), trainer.train()
+    assert said == ["bf16 is on: this CPU has instructions for it (turn it off with --bf16 false)"]
 
 
 def test_the_names_in_the_arguments_are_those_of_the_implementations():

@@ -108,7 +108,8 @@ def encode_conversation(
         two tensors (length,): the ids, and the labels, which are -100 where the assistant does not speak.
 
     Raises:
-        ValueError: the chat template does not write turn after turn, or placeholders and images differ in number.
+        ValueError: the chat template is damaged or does not write turn after turn, or placeholders and images differ in
+            number.
     """
     ((ids, spoken),) = _encode(processor, [(messages, num_images)], max_length)
     return torch.from_numpy(ids), torch.from_numpy(np.where(spoken, ids, IGNORED))
@@ -204,13 +205,13 @@ def _encode(processor: Any, conversations: Sequence[tuple[list[dict], int]], max
 def _write(processor: Any, messages: list[dict], num_images: int) -> tuple[str, list[list[int]]]:
     """A conversation as text, and the first and last character of each answer."""
     messages = _with_images(messages, processor.image_token, num_images)
-    text = processor.apply_chat_template(messages)
+    text = _apply_template(processor, messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+            before = _apply_template(processor, messages[:index], add_generation_prompt=True)
             last = index + 1 == len(messages)
-            after = text if last else processor.apply_chat_template(messages[: index + 1])
+            after = text if last else _apply_template(processor, messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise ValueError("chat_template: the text of the first turns must not change when more turns follow")
             spans.append([len(before), len(after)])
@@ -219,6 +220,16 @@ def _write(processor: Any, messages: list[dict], num_images: int) -> tuple[str, 
         text += end
         spans[-1][1] = len(text)
     return text, spans
+
+
+def _apply_template(processor: Any, messages: list[dict], **options: bool) -> str:
+    """The turns as the processor's chat template writes them; ValueError if the template is damaged."""
+    import jinja2  # what transformers applies templates with, an optional library
+
+    try:
+        return processor.apply_chat_template(messages, **options)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat_template: the processor's template cannot be applied: {error}") from error
 
 
 def _messages(turns, place: str) -> list[dict]:

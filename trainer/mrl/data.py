@@ -105,9 +105,10 @@ def save_seen(folder: str, **keys: Sequence[str]) -> None:
     """Save the `row_key`s of one or more kinds (`train`, `fit`) in a classifier's folder; other kinds are kept."""
     hashes = {kind: np.array([int(key, 16) for key in values], dtype=np.uint64) for kind, values in keys.items()}
     path = Path(folder, SEEN_FILE)
-    partial = path.with_suffix(".partial.npz")
+    partial = f"{path}.partial"
     arrays: dict[str, Any] = {**_load_seen(folder), **hashes}
-    np.savez(partial, **arrays)
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
     os.replace(partial, path)
 
 
@@ -126,8 +127,13 @@ def _load_seen(folder: str) -> dict[str, np.ndarray]:
 
 
 def leave_out_seen(table: Dataset, folder: str, kinds: Sequence[str], argument: str) -> tuple[Dataset, int]:
-    """The rows that a classifier has not seen, and the number of rows that it has; ValueError if none is left."""
+    """The rows that a classifier has not seen, and the number of rows that it has.
+
+    ValueError if none is left, or if it is not known what it has seen.
+    """
     known = _load_seen(folder)
+    if "train" not in known:
+        raise ValueError(f"model_name_or_path: {folder} has no {SEEN_FILE}, so what training has seen is not known")
     seen = np.concatenate([np.empty(0, np.uint64), *(known[kind] for kind in kinds if kind in known)])
     rows = np.array([int(key, 16) for key in table["row_key"]], dtype=np.uint64)
     unseen = np.flatnonzero(~np.isin(rows, seen))

@@ -96,6 +96,8 @@ def evaluate_classifier(
     """
     ladder = model.config.ladder
     logits, found = model.collect_logits(dataset, collator, batch_size, disable_tqdm)
+    if not logits.isfinite().all():
+        raise ValueError("model_name_or_path: the model's scores are not finite, so that no class is the highest")
     labels = cast(torch.Tensor, found)
     correct = logits.argmax(dim=-1) == labels
     accuracy = correct.double().mean(dim=1).tolist()

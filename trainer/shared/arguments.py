@@ -104,8 +104,7 @@ class BaseTrainingArguments(TrainingArguments):
             chosen = launched == "no" and (cpu_has_bf16() if on_cpu else gpu_has_bf16())
             self.bf16 = not self.fp16 and (chosen or launched == "bf16")
             if chosen and self.bf16:
-                where = "CPU" if on_cpu else "GPU"
-                logger.warning(f"bf16 is on: this {where} has instructions for it (turn it off with --bf16 false)")
+                self._bf16_chosen_for = "CPU" if on_cpu else "GPU"
         # Without use_cpu, transformers refuses bf16 on a machine without a GPU.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and not on_cpu  # without a GPU, torch warns of it
@@ -115,6 +114,13 @@ class BaseTrainingArguments(TrainingArguments):
             self.accelerator_config.non_blocking = True  # copies from pinned memory need not be waited for
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
+
+    def say_precision(self) -> None:
+        """Say, once, that bf16 is on although nobody has asked for it. Trainers do when they start to train: before,
+        it would be one more line above an error."""
+        where = self.__dict__.pop("_bf16_chosen_for", None)
+        if where is not None:
+            logger.warning(f"bf16 is on: this {where} has instructions for it (turn it off with --bf16 false)")
 
     @property
     def n_gpu(self) -> int:

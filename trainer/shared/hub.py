@@ -8,9 +8,7 @@ import stat
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
 
 # In the snippets of a card, the owner of a model that is not on the Hub yet.
 OWNER = "your-name"
@@ -28,19 +26,6 @@ def check_model_folder(folder: str) -> None:
     missing = [name for name in needed if name not in names and not (sharded and name == "model.safetensors")]
     if missing:
         raise ValueError(f"model_name_or_path: {folder} is not a saved elastic model: {', '.join(missing)} is missing")
-
-
-def check_loads(folder: str) -> None:
-    """ValueError unless the configuration and the weights of a model folder load; no code of the folder is run."""
-    from modeling_2dmse import TwoDMSEModel  # takes seconds; what is checked before does not need it
-
-    try:
-        TwoDMSEModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (SafetensorError, StrictDataclassError, ArithmeticError, AttributeError, ImportError, LookupError, OSError,
-            RuntimeError, TypeError, ValueError) as error:  # fmt: skip
-        # The folder may contain anything, and each of its mistakes ends in another of these.
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model_name_or_path: {folder} does not load, so it is not published: {reason}") from error
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -80,24 +65,28 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
     if _is_inside(target, folder):
         raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
     _check_real(folder)
+    card = _renamed_card(folder, repo_id) if os.path.isfile(os.path.join(folder, "README.md")) else None
     shutil.copytree(folder, target, ignore=_ignore, dirs_exist_ok=True)
-    card_path = os.path.join(target, "README.md")
-    if os.path.isfile(card_path):
-        try:
-            card = ModelCard.load(card_path)
-            old = (card.data.to_dict().get("model-index") or [{"name": None}])[0]["name"] or _title(card.text)
-        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            shutil.rmtree(target)
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
-        if old:
-            for quoted in (f'"{old}"', f'"{OWNER}/{old}"'):
-                card.content = card.content.replace(quoted, f'"{repo_id}"')
-            card.content = card.content.replace(f"# {old}\n", f"# {repo_id}\n")
-            card.content = card.content.replace(f"- name: {old}\n", f"- name: {repo_id}\n")
-        card.save(card_path)
+    if card is not None:
+        card.save(os.path.join(target, "README.md"))
     found = [os.path.join(root, name) for root, _, names in os.walk(target) for name in names]
     return sorted(os.path.relpath(path, target) for path in found)
+
+
+def _renamed_card(folder: str, repo_id: str) -> ModelCard:
+    """The card of a model folder with the Hub name instead of its name; ValueError if its head is damaged."""
+    try:
+        card = ModelCard.load(os.path.join(folder, "README.md"))
+        old = (card.data.to_dict().get("model-index") or [{"name": None}])[0]["name"] or _title(card.text)
+    except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: the head of {folder}/README.md is not YAML: {reason}") from error
+    if old:
+        for quoted in (f'"{old}"', f'"{OWNER}/{old}"'):
+            card.content = card.content.replace(quoted, f'"{repo_id}"')
+        card.content = card.content.replace(f"# {old}\n", f"# {repo_id}\n")
+        card.content = card.content.replace(f"- name: {old}\n", f"- name: {repo_id}\n")
+    return card
 
 
 def check_target(target: str) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import BaseTrainingArguments
 from .mixin import TrainerMixin
 
 
@@ -26,6 +27,11 @@ class PartLogMixin(TrainerMixin):
     A step does not wait for the GPU. Its values are copied to the host while the next steps run, and are looked at when
     they have arrived, at the latest before the next log entry or checkpoint.
     """
+
+    def train(self, *args, **kwargs):
+        if isinstance(self.args, BaseTrainingArguments):
+            self.args.say_precision()
+        return super().train(*args, **kwargs)
 
     def record(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
         """Add the parts of a step to the sums since the last log entry.

@@ -204,7 +204,11 @@ def test_a_processor_without_a_template_is_refused(llava_processor):
     processor.chat_template = None
     with pytest.raises(ValueError, match="chat_template: the processor has none"):
         ConversationCollator(processor, [1])
-    processor.chat_template = "{{ messages | length }}" + llava_processor.chat_template
     table = check_conversations(Dataset.from_list([{"image": picture(), "messages": ROW}]))
+    for damaged in ("{% for", "{{ messages | novel }}", "{{ raise_exception('no') }}"):
+        processor.chat_template = damaged
+        with pytest.raises(ValueError, match="chat_template: the processor's template cannot be applied: "):
+            encode_conversation(processor, table[0]["messages"], 1)
+    processor.chat_template = "{{ messages | length }}" + llava_processor.chat_template
     with pytest.raises(ValueError, match="chat_template: the text of the first turns must not change"):
         encode_conversation(processor, table[0]["messages"], 1)
