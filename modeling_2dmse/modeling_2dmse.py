@@ -29,7 +29,7 @@ from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
-from .sentence_transformers_files import write_sentence_transformers_files
+from .sentence_transformers_files import share_weights, write_sentence_transformers_files
 from .tokens import write_truncation
 from .truncation import check_whole, cut_model
 
@@ -306,6 +306,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
+        share_weights(str(save_directory), os.path.join(save_directory, "config.json"))
         max_length = None
         try:
             self.tokenizer.save_pretrained(save_directory)
