@@ -198,7 +198,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         Raises:
             ValueError: arguments are given together that exclude each other, or the model does not have the layers.
         """
-        if output_hidden_states or output_attentions:
+        # sentence-transformers' losses over layers set it in the configuration.
+        if output_hidden_states or output_attentions or self.config.output_hidden_states:
             raise ValueError(
                 "output_hidden_states: this model returns pooled states only; name exits in layers instead"
             )
