@@ -102,7 +102,8 @@ def test_adapters_for_feature_extraction(tiny_model):
 
 @pytest.mark.parametrize("name", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
 def test_losses_over_layers_of_sentence_transformers_are_refused(name, tiny_model, tmp_path):
-    from sentence_transformers import SentenceTransformer, losses
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
 
     tiny_model().save_pretrained(tmp_path)
     stock = SentenceTransformer(str(tmp_path), device="cpu")
