@@ -29,7 +29,7 @@ from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
-from .sentence_transformers_files import write_sentence_transformers_files
+from .sentence_transformers_files import share_weights, write_sentence_transformers_files
 from .tokens import write_truncation
 from .truncation import check_whole, cut_model
 
@@ -198,7 +198,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         Raises:
             ValueError: arguments are given together that exclude each other, or the model does not have the layers.
         """
-        if output_hidden_states or output_attentions:
+        # sentence-transformers' losses over layers set it in the configuration.
+        if output_hidden_states or output_attentions or self.config.output_hidden_states:
             raise ValueError(
                 "output_hidden_states: this model returns pooled states only; name exits in layers instead"
             )
@@ -306,6 +307,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
+        share_weights(str(save_directory), os.path.join(save_directory, "config.json"))
         max_length = None
         try:
             self.tokenizer.save_pretrained(save_directory)

@@ -88,11 +88,16 @@ def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None
 
 
 def share_mode(folder: str, like: str) -> None:
-    """Give all files below a folder the mode of one of them: safetensors' are for their owner only."""
-    mode = os.stat(os.path.join(folder, like)).st_mode & 0o777
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            os.chmod(os.path.join(parent, name), mode)
+    """Give all weights below an exported folder the mode of one of its files: safetensors writes for the owner only."""
+    for parent, _, _ in os.walk(folder):
+        share_weights(parent, os.path.join(folder, like))
+
+
+def share_weights(folder: str, like: str) -> None:
+    """Give the files of safetensors in a folder the mode of the file `like`, which was written as the umask says."""
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            os.chmod(os.path.join(folder, name), os.stat(like).st_mode & 0o777)
 
 
 def _write_json(path: str, content) -> None:

@@ -227,6 +227,8 @@ def finish(folder: Path, settings: dict, corpus: Corpus) -> None:
         whole = re.fullmatch(r"([0-9]{5,})\.(npy|parquet|json)", path.name)
         if partial or (whole is not None and int(whole[1]) >= shards):
             path.unlink(missing_ok=True)
+    for path in folder.glob(f".{SETTINGS}.*"):
+        path.unlink(missing_ok=True)
     summary = {"rows": corpus.rows, "empty": corpus.empty, "shards": shards, "skipped": corpus.skipped}
     _write_json(folder / SUMMARY, settings | summary)
 
@@ -364,10 +366,9 @@ def _write_first(path: Path, content) -> None:
     partial.write_text(json.dumps(content), encoding="utf-8")
     try:
         os.link(partial, path)  # unlike os.replace, it never replaces a file
-    except FileExistsError:
-        pass
-    except OSError:  # of a file system without hard links
-        os.replace(partial, path)
+    except OSError:  # it is there, or the file system has no hard links
+        if not path.exists():
+            os.replace(partial, path)
     partial.unlink(missing_ok=True)
 
 

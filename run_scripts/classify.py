@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, output, remote_code, runs
+from run_scripts.shared import checks, cli, early, output, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.mrl.arguments import ClassifierTrainingArguments
 
 
@@ -104,7 +104,8 @@ def main(argv=None) -> None:
     with cli.user_errors():
         name = argv.pop(0) if argv and not argv[0].startswith("-") else None
         if name not in commands and not {"-h", "--help"} & set(argv):
-            raise ValueError(f"command: {name!r} is unknown; choose one of {', '.join(commands)}")
+            problem = "is missing" if name is None else f"{name!r} is unknown"
+            raise ValueError(f"command: {problem}; choose one of {', '.join(commands)}")
     if name not in commands:
         print(__doc__)
         return

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 
 from retrieval.reading import STDIN
-from run_scripts.shared import checks, cli, remote_code, runs
+from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.arguments import TwoDMSETrainingArguments
 
 EFFORTS = ("fit", "short", "full")

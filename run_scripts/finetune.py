@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli, remote_code, runs
+from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.arguments import TwoDMSETrainingArguments
 
 if TYPE_CHECKING:

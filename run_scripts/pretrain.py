@@ -6,7 +6,7 @@ The encoder to fine-tune from is written to OUT/encoder.
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, remote_code, runs
+from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.smae.arguments import SmaeTrainingArguments
 
 

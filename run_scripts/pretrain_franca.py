@@ -6,7 +6,7 @@ OUT contains student, teacher and heads; OUT/backbone the teacher's backbone as 
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, remote_code, runs
+from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.franca.arguments import FrancaTrainingArguments
 
 

@@ -6,7 +6,7 @@ The model is a stock LLaVA, or an earlier output of this script.
 import os
 from dataclasses import dataclass, field
 
-from run_scripts.shared import checks, cli, output, remote_code, runs
+from run_scripts.shared import checks, cli, early, output, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.m3.arguments import M3TrainingArguments
 
 

@@ -19,7 +19,7 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
         "rows": len(trainer.train_dataset),
         "sizes": " ".join(map(str, trainer.ladder)),
         "loss": args.loss,
-        "alignment": trainer.objective.kind,
+        "alignment": trainer.training_objective.kind,
         "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": trainer.state.max_steps,
         "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
@@ -29,7 +29,7 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
         name: value
         for name, value, default in (
             ("alignment weight", args.alignment_weight, None),
-            ("feature_kl form", trainer.objective.kind == "feature_kl" and args.feature_kl_form, False),
+            ("feature_kl form", trainer.training_objective.kind == "feature_kl" and args.feature_kl_form, False),
             ("teacher", args.teacher, "largest"),
             ("cross size weight", args.cross_size_weight, 0),
             ("embedding weight", args.embedding_weight, 0),
@@ -43,7 +43,7 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
             ("guide", trainer.guide and trainer.guide.name, None),
             ("loss scale", args.loss_scale, SCALES[config.similarity]),
             ("dropout", args.dropout, True),
-            ("weight on unlabeled texts", trainer.objective.unlabeled_weight, 0),
+            ("weight on unlabeled texts", trainer.training_objective.unlabeled_weight, 0),
         )
         if value != default
     }

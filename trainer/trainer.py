@@ -79,7 +79,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
     """
 
     args: TwoDMSETrainingArguments
-    objective: Objective
+    # `objective` is the score of a trial in transformers' hyper-parameter search.
+    training_objective: Objective
     train_dataset: Dataset
     eval_dataset: Any
 
@@ -159,7 +160,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         set_comparison(self.encoder, self.args)
         self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
         self._prepare_projections(model, self.args)
-        self.objective = make_objective(self.encoder, self.ladder, self.args, self._has_unlabeled)
+        self.training_objective = make_objective(self.encoder, self.ladder, self.args, self._has_unlabeled)
 
     def call_model_init(self, trial=None):
         """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
@@ -233,7 +234,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             return output
         if initial is not None:
             average_with_initial(self.encoder, initial, self.args.initial_share)
-        others = set(range(1, self.encoder.num_layers + 1)).difference(self.objective.exits)
+        others = set(range(1, self.encoder.num_layers + 1)).difference(self.training_objective.exits)
         if fitted and others and self.is_fsdp_enabled:
             logger.warning(
                 f"exit_projections: the exits {sorted(others)}, which are not on the ladder, keep their initial fit, "
@@ -335,7 +336,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         lengths, targets = inputs.pop("lengths", None), inputs.pop("targets", None)
         if "attention_mask" not in inputs:
             inputs["packing"] = Packing(lengths, inputs["input_ids"].device)
-        return inputs, lengths, rows, self.objective.plan(self._step_generator()), targets
+        return inputs, lengths, rows, self.training_objective.plan(self._step_generator()), targets
 
     def _buckets(self, inputs: dict, lengths: list[int] | None) -> dict[str, Any]:
         """How the rows of a padded batch run; those of a packed one run as they are."""
@@ -355,7 +356,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
         name = model_name or os.path.basename(os.path.normpath(folder))
         facts = {"base_model": finetuned_from, "license": license, "repo_id": self.args.hub_model_id}
-        write_card(folder, build_card(self.encoder, self.objective, Run(name, self.describe(), results, **facts)))
+        run = Run(name, self.describe(), results, **facts)
+        write_card(folder, build_card(self.encoder, self.training_objective, run))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

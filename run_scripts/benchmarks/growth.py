@@ -41,11 +41,11 @@ def growth_cost(args) -> list[dict]:
             rows.append(line | {"x": points, "seconds": middle, "gb": held})
             print(f"{work} over {name}:", *(f"{x}: {s:.3g} s" for x, s in zip(points, middle, strict=True)), flush=True)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    draw(rows, Path(args.output_dir) / "growth.png")
+    draw(rows, Path(args.output_dir) / "growth.png", plots.public_name(args.model_name_or_path))
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], path: Path, title: str) -> None:
     """Plot seconds above and GB below, a column per quantity and a line per kind of work, on logarithmic axes."""
     from matplotlib.figure import Figure
 
@@ -63,6 +63,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, label in zip(axes[:, 0], ("seconds", "GB above the weights"), strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend()
+    figure.suptitle(title, fontsize=10)
     plots.save_picture(figure, path)
 
 

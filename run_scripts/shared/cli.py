@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -74,8 +74,8 @@ class Parser(HfArgumentParser):
             recipe = argv.pop(0)
         flags = [*(recipe_flags(recipe) if recipe else []), *argv]
         secrets.remember(flags)
-        self._refuse_renamed(flags)
-        self._refuse_unknown(flags)
+        refuse_renamed(flags, self._option_string_actions)
+        refuse_unknown(flags, self._option_string_actions)
         values, unknown = self.parse_known_args(flags)
         if unknown:
             raise ValueError(f"flags: {' '.join(unknown)} belongs to no flag; --help lists the flags")
@@ -91,25 +91,6 @@ class Parser(HfArgumentParser):
             except ImportError as error:  # of a library that only a flag needs, such as DeepSpeed
                 raise ValueError(f"flags: {error}") from error
         return tuple(parsed)
-
-    def _refuse_renamed(self, flags: Sequence[str]) -> None:
-        for flag in flags:
-            old = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-            new = RENAMED.get(old) if flag.startswith("--") else None
-            if new is not None and f"--{new}" in self._option_string_actions:
-                raise ValueError(f"flags: --{old} is now --{new}")
-
-    def _refuse_unknown(self, flags: Sequence[str]) -> None:
-        """Before argparse, which would first ask for a required flag, perhaps the one that is misspelled."""
-        for flag in flags:
-            name = flag.partition("=")[0]
-            if not re.fullmatch(r"--?[A-Za-z]\S*", name) or name in self._option_string_actions:
-                continue
-            known = [option for option in self._option_string_actions if "-" not in option.lstrip("-")]
-            wanted = f"--{name.lstrip('-').replace('-', '_')}"
-            near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            raise ValueError(f"flags: {name} is unknown; {hint}")
 
     def _refuse_senseless(self, values: argparse.Namespace) -> None:
         """What no flag can mean: an empty value (of a variable that a shell did not set, for example), a NUL, and a
@@ -147,6 +128,29 @@ class _HelpAll(argparse.Action):
         parser.shows_all = True
         parser.print_help()
         parser.exit()
+
+
+def refuse_renamed(flags: Sequence[str], options: Collection[str]) -> None:
+    """ValueError for a flag that has a new name among the options of a script."""
+    for flag in flags:
+        old = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        new = RENAMED.get(old) if flag.startswith("--") else None
+        if new is not None and f"--{new}" in options:
+            raise ValueError(f"flags: --{old} is now --{new}")
+
+
+def refuse_unknown(flags: Sequence[str], options: Collection[str]) -> None:
+    """ValueError for a flag that is no option; argparse would first ask for a required flag, perhaps the one that is
+    misspelled."""
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if not re.fullmatch(r"--?[A-Za-z]\S*", name) or name in options:
+            continue
+        known = [option for option in options if "-" not in option.lstrip("-")]
+        wanted = f"--{name.lstrip('-').replace('-', '_')}"
+        near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise ValueError(f"flags: {name} is unknown; {hint}")
 
 
 def exactly_one(args, first: str, second: str, what: str) -> None:

@@ -5,13 +5,23 @@ Only scripts call this, when they have read their flags; importing the library c
 
 import io
 import logging
+import re
 import sys
 import warnings
 
 from transformers.utils import logging as transformers_logging
 
-# Lines of a logger that start like this.
-_LINES = {"transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",)}
+# Lines of a logger that are like this. The second says that a resumed run has other flags than its checkpoint: wrongly
+# for those that Trainer or LogShortRuns turn into steps, the default of logging_steps and fractions of the run.
+_LINES = {
+    "transformers.trainer_utils": (
+        re.compile("The tokenizer has new PAD/BOS/EOS tokens that differ from the model config"),
+        re.compile(
+            r"Warning: The following arguments do not match the ones in the `trainer_state.json`[^\n]*"
+            r"(\n\t(logging_steps: 500|(logging|eval|save)_steps: 0\.\d+) \(from args\)[^\n]*)+$"
+        ),
+    )
+}
 # Warnings that start like this.
 _WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
 # Bars that appear only if the work takes seconds, and only for more than one item.
@@ -37,7 +47,7 @@ def show_any_text() -> None:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_LINES[record.name])
+    return not any(line.match(record.getMessage()) for line in _LINES[record.name])
 
 
 def _make_bar(factory, args, kwargs):

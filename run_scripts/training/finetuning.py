@@ -211,7 +211,7 @@ def save_card(
         languages=facts.languages,
         repo_id=trainer.args.hub_model_id,
     )
-    card = model_card.build_card(encoder, trainer.objective, run)
+    card = model_card.build_card(encoder, trainer.training_objective, run)
     card.content = secrets.hide(card.content)
     model_card.write_card(folder, card)
 

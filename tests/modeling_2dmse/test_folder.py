@@ -157,3 +157,12 @@ def test_a_model_without_a_tokenizer_saves_and_says_what_is_missing(tmp_path):
         model.encode(["a"])
     model.save_pretrained(tmp_path)
     assert TwoDMSEModel.from_pretrained(tmp_path).num_layers == 2
+
+
+def test_the_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    weights = [path.stat().st_mode for path in tmp_path.rglob("*.safetensors")]
+    assert len(weights) > 2
+    assert set(weights) == {(tmp_path / "config.json").stat().st_mode}

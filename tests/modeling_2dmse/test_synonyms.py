@@ -100,6 +100,21 @@ def test_adapters_for_feature_extraction(tiny_model):
         adapted(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
 
 
+@pytest.mark.parametrize("name", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_losses_over_layers_of_sentence_transformers_are_refused(name, tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    tiny_model().save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    base = losses.MultipleNegativesRankingLoss(stock)
+    loss = getattr(losses, name)(stock, base, **({"matryoshka_dims": [32, 8]} if name == "Matryoshka2dLoss" else {}))
+    batch = [stock.preprocess(SENTENCES[:3]), stock.preprocess(SENTENCES[3:6])]
+    with pytest.raises(ValueError, match="output_hidden_states: this model returns pooled states only"):
+        loss(batch, None)
+    assert len(stock.encode(SENTENCES[:2])) == 2, "the model is as it was"
+
+
 def test_the_saved_tokenizer_truncates_at_the_longest_input_of_the_model(tiny_model, tmp_path):
     model = tiny_model()
     model.tokenizer.backend_tokenizer.enable_truncation(5)

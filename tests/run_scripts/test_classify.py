@@ -218,7 +218,7 @@ def test_other_wrong_input(files, tmp_path, backbone_path, capsys):
     results = ["--output_dir", str(tmp_path / "r")]
     for argv, message in (
         (["fit"], "command: 'fit' is unknown; choose one of train, fit-cascade, eval"),
-        ([], "command: None is unknown"),
+        ([], "command: is missing; choose one of train, fit-cascade, eval"),
         (["fit-cascade", *model, "--fit_file", str(tmp_path / "one.csv")], "all 2 rows are of class 1"),
         (["fit-cascade", *model, "--fit_file", str(tmp_path / "odd.csv")], "fit_file: the model has no class perhaps"),
         (["fit-cascade", *model, "--fit_file", str(tmp_path / "half.csv")], "fit_file: the label in row 1 is 1.5"),

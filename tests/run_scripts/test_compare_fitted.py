@@ -97,7 +97,7 @@ def test_a_separate_model_has_the_start_as_its_teacher(folder, monkeypatch):  # 
     class Watched(TwoDMSETrainer):
         def __init__(self, *args, teacher_embeddings, **kwargs):
             super().__init__(*args, teacher_embeddings=teacher_embeddings, **kwargs)
-            seen.update(teacher=teacher_embeddings, plan=self.objective.plan(random.Random(0)))
+            seen.update(teacher=teacher_embeddings, plan=self.training_objective.plan(random.Random(0)))
 
     monkeypatch.setattr(fitting, "TwoDMSETrainer", Watched)
     budget = dataclasses.replace(make_budget(), unlabeled_file="plain.txt")

@@ -1,6 +1,8 @@
 """Scripts answer --help and refuse wrong input before they load the libraries that take seconds."""
 
+import dataclasses
 import functools
+import importlib
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from modeling_franca import rasa
 from retrieval.planning import BYTES
 from run_scripts import benchmark
 from run_scripts.benchmarks import registry
-from run_scripts.shared import checks
+from run_scripts.shared import checks, cli, early
 from trainer.shared.tables import read_table
 from twodmse.__main__ import COMMANDS
 
@@ -177,7 +179,26 @@ def test_training_scripts_load_no_more_than_their_flags_need(name):
     answered, refused = run(name)
     assert not NEVER_YET.intersection(refused.modules)
     assert (answered.code, answered.err) == (0, "")
-    check_refusal(refused, name, "")
+    check_refusal(refused, name, "flags: --nonsense is unknown")
+
+
+@pytest.mark.parametrize("start", [["run_scripts/finetune.py"], ["-m", "twodmse", "finetune"]])
+def test_training_scripts_refuse_a_typo_before_torch_is_imported(start):
+    command = [sys.executable, "-X", "importtime", *start, "--leerning_rate", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: flags: --leerning_rate is unknown; did you mean --learning_rate?\n" in done.stderr
+    assert not re.search(r"\| +(torch|accelerate)$", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_flags_are_known_without_torch(name):
+    """Those of a script's own parser, which `--help_all` shows."""
+    script = importlib.import_module(f"run_scripts.{name}")
+    kinds = [kind for kind in vars(script).values() if dataclasses.is_dataclass(kind)]
+    if name == "classify":  # its commands have flags of the same names
+        kinds = [script.ModelArguments, script.DataArguments, script.ClassifierTrainingArguments]
+    assert set(cli.Parser(kinds)._option_string_actions) <= set(early.find_options(name))
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from modeling_2dmse import parse_ladder
 from retrieval.planning import Cell
 from run_scripts import plan
+from run_scripts.benchmarks import growth
 from run_scripts.comparing.methods import BEST, METHODS
 from run_scripts.comparing.report import draw
 from run_scripts.shared import plots
@@ -102,6 +103,19 @@ def test_the_picture_of_a_plan(figures):
     )
     colors = {to_hex(points.get_facecolor()[0]) for points in axis.collections}
     assert colors == {plots.COLORS["front"], plots.COLORS["other"]}
+
+
+def test_the_picture_of_growth(figures):
+    rows = [
+        {"id": f"growth.{work}.{name}", "x": (32, 192, 256), "seconds": [1, 2, 3], "gb": [0.1, 0.2, 0.3]}
+        for work in growth.WORK
+        for name in ("length", "dims")
+    ]
+    growth.draw(rows, "x.png", "org/elastic")
+    (figure,) = figures
+    assert figure.get_suptitle() == "org/elastic"
+    colors = {to_hex(line.get_color()) for axis in figure.axes for line in axis.lines}
+    assert colors == {plots.COLORS[work] for work in growth.WORK}
 
 
 def test_names_for_titles(tmp_path):

@@ -148,9 +148,9 @@ def test_encode_deletes_its_own_files_only(tmp_path):
 
 def test_encode_resumes_after_a_kill_at_its_first_file(start):
     (start / "out").mkdir()
-    (start / "out" / ".settings.json").write_text('{"mod')
+    (start / "out" / ".settings.json.1f").write_text('{"mod')
     encode.main(["--model_name_or_path", "model", "--input", "texts.txt", "--output_dir", "out"])
-    assert not (start / "out" / ".settings.json").exists()
+    assert not (start / "out" / ".settings.json.1f").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"settings": [], "search": [], "rows": []}',

@@ -6,10 +6,12 @@ import logging
 import pkgutil
 import typing
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SENTENCES
+from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 import run_scripts
@@ -160,6 +162,26 @@ def test_lines_warnings_and_bars_of_other_libraries(capsys, monkeypatch):
     assert "Writing" not in shown
     assert "Loading" not in shown
     assert "Mine" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ({"logging_steps": 500, "eval_steps": 0.25}, False),
+        ({"logging_steps": 500, "eval_steps": 5}, True),
+        ({"per_device_train_batch_size": 9}, True),
+    ],
+)
+def test_a_resumed_run_with_the_same_flags_is_not_warned_about_them(flags, shown, monkeypatch):
+    from transformers import trainer_utils
+
+    screen.hide_noise()
+    state = TrainerState(logging_steps=2, eval_steps=4, train_batch_size=8)
+    same = {"logging_steps": 2, "eval_steps": 4, "per_device_train_batch_size": 8, "n_gpu": 1}
+    args, written = SimpleNamespace(**same | flags), []
+    monkeypatch.setattr(trainer_utils.logger, "callHandlers", written.append)
+    trainer_utils.compare_trainer_and_checkpoint_args(args, state)
+    assert bool(written) == shown
 
 
 def test_scripts_hide_noise_when_they_have_read_their_flags(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from conftest import LADDER, SENTENCES, run_elsewhere
 from datasets import Dataset
 from tokenizers import Tokenizer
+from transformers import TrainerCallback
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -56,6 +57,20 @@ def test_model_init_may_take_the_trial_of_a_search(tiny_model, tmp_path):
         TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS, model_init=tiny_model)
     with pytest.raises(ValueError, match="model: give either model or model_init"):
         TwoDMSETrainer(None, arguments(tmp_path), ROWS)
+
+
+def test_a_search_keeps_its_score_in_the_trainer(tiny_model, tmp_path):
+    """As the backends of `hyperparameter_search` do after each evaluation of a trial."""
+
+    class Report(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.objective = 0.5
+
+    trainer = TwoDMSETrainer(None, arguments(tmp_path), ROWS, model_init=tiny_model, callbacks=[Report()])
+    for _ in range(2):
+        trainer.objective = None
+        trainer.train()
+        assert trainer.objective == 0.5
 
 
 def test_predict(tiny_model, tmp_path):

@@ -75,7 +75,7 @@ def plain_step(trainer: TwoDMSETrainer, micro_batches) -> tuple[float, dict[str,
     for index, indices in enumerate(micro_batches):
         inputs = batch_of(trainer, indices)
         rows = Rows.of_batch(inputs)
-        plan = trainer.objective.plan(random.Random(f"{trainer.args.seed}-0-{index}"))
+        plan = trainer.training_objective.plan(random.Random(f"{trainer.args.seed}-0-{index}"))
         states = model(**inputs, layers=plan.layers).layer_embeddings
         loss = plan_loss(plan, states, rows, trainer.args.loss, trainer.args.loss_scale)[0]
         (loss / len(micro_batches)).backward()
@@ -162,7 +162,7 @@ def check_start(start: str, folder: str, rank: int, counts: list[int]) -> None:
         ours = gradients(wrapped)
         inputs = batch_of(trainer, range(sum(counts)))
         rows = Rows(inputs.pop("counts"), unlabeled=inputs.pop("unlabeled"))
-        plan = trainer.objective.plan(random.Random(0))
+        plan = trainer.training_objective.plan(random.Random(0))
         with torch.no_grad():
             taught = trainer._start(**inputs, layers=(4,)).layer_embeddings[0]
         states = model(**inputs, layers=plan.layers).layer_embeddings

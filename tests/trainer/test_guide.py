@@ -49,7 +49,7 @@ def test_a_step_with_a_guide_of_another_tokenizer_and_width(tiny_model, tmp_path
     embeddings = torch.from_numpy(guide.encode(prompted))
     rows = Rows((6, 6, 6, 2), guide=embeddings)
     assert rows.false_negatives.any()
-    plan = trainer.objective.plan(random.Random(0))
+    plan = trainer.training_objective.plan(random.Random(0))
     expected, _ = plan_loss(plan, model.encode_states(texts, (1, 2, 4)).clone(), rows, "infonce")
     assert losses[:2] == pytest.approx([expected.item()] * 2, rel=1e-4)
     assert abs(losses[2] - losses[0]) > 1e-3
@@ -69,7 +69,7 @@ def check_guide(start: str, folder: str) -> None:
     inputs = batch_of(trainer, range(sum(counts)))
     rows = Rows.of_batch(inputs, trainer.guide.embeddings(inputs.pop("guide")))
     assert rows.false_negatives.any()
-    plan = trainer.objective.plan(random.Random(0))
+    plan = trainer.training_objective.plan(random.Random(0))
     expected, _ = plan_loss(plan, model(**inputs, layers=plan.layers).layer_embeddings, rows, "infonce")
     expected.backward()
     assert abs(loss - expected.item()) < 1e-5 * expected.item()

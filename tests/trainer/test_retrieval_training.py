@@ -250,7 +250,7 @@ def test_a_step_of_the_trainer(loss, tiny_model, tmp_path):
     owners = torch.tensor([*range(6), *range(6), 0, 3])
     scores = torch.tensor([TAUGHT[c][i] for c in ("positive_score", "negative_score") for i in range(6)] + [1.5, 2.1])
     taught = {} if loss == "infonce" else {"teacher_scores": scores, "owners": owners}
-    plan = trainer.objective.plan(random.Random(0))
+    plan = trainer.training_objective.plan(random.Random(0))
     expected, _ = plan_loss(plan, states, Rows((6, 6, 6, 2), **taught), loss, 1.0)
     assert value == pytest.approx(expected.item(), rel=1e-4)
     assert cached == pytest.approx(value, rel=1e-5)

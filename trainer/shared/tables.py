@@ -142,7 +142,9 @@ def _read_saved(path: str, argument: str, split: str) -> Dataset:
 def _hint(path: str, suffix: str, cause: str) -> str:
     """What is probably wrong with a file, as the end of an error; nothing if there is no sign."""
     if "codec can't decode" in cause or "utf-8" in cause.lower():
-        return "; it is not UTF-8, perhaps Latin-1: convert it with iconv -f latin1 -t utf-8"
+        # Excel's "Unicode text" is UTF-16; its files start with the bytes ff fe.
+        encoding = ("UTF-16", "utf-16") if "byte 0xff in position 0" in cause else ("Latin-1", "latin1")
+        return f"; it is not UTF-8, perhaps {encoding[0]}: convert it with iconv -f {encoding[1]} -t utf-8"
     if suffix == ".csv":
         opener = gzip.open if path.lower().endswith(".gz") else open
         heading = ""
@@ -154,8 +156,9 @@ def _hint(path: str, suffix: str, cause: str) -> str:
             return ""
         if "\t" in heading:
             return "; its columns seem to be separated by tabs: name it .tsv"
-        if ";" in heading:
-            return "; its columns seem to be separated by semicolons: separate them by commas, or by tabs as .tsv"
+        for mark, name in ((";", "semicolons"), ("|", "vertical bars")):
+            if mark in heading:
+                return f"; its columns seem to be separated by {name}: separate them by commas, or by tabs as .tsv"
     return ""
 
 

@@ -91,6 +91,8 @@ def test_lists_of_positives_and_negatives():
     [
         (b"anchor\tpositive\na\tb\n", "seem to be separated by tabs: name it .tsv"),
         (b"anchor;positive\na;b, c, d\n", "seem to be separated by semicolons"),
+        (b"anchor|positive\na|b\n", "seem to be separated by vertical bars"),
+        ("anchor,positive\na,b\n".encode("utf-16"), "perhaps UTF-16: convert it with iconv -f utf-16 -t utf-8"),
         (
             "anchor,positive\ncaf\u00e9,b\n".encode("latin-1"),
             "perhaps Latin-1: convert it with iconv -f latin1 -t utf-8",
