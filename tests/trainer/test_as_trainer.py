@@ -66,7 +66,7 @@ def test_a_search_keeps_its_score_in_the_trainer(tiny_model, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             trainer.objective = 0.5
 
-    trainer = TwoDMSETrainer(None, arguments(tmp_path), ROWS, model_init=tiny_model, callbacks=[Report()])
+    trainer = TwoDMSETrainer(None, arguments(tmp_path), ROWS, model_init=lambda: tiny_model(), callbacks=[Report()])
     for _ in range(2):
         trainer.objective = None
         trainer.train()
