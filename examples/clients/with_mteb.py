@@ -3,6 +3,7 @@
 import sys
 
 import mteb
+from datasets import Dataset
 from mteb.types import PromptType
 from shared import TEXTS, report
 from torch.utils.data import DataLoader
@@ -10,6 +11,6 @@ from torch.utils.data import DataLoader
 folder = sys.argv[1]
 model = mteb.SentenceTransformerEncoderWrapper(folder, device="cpu")  # mteb.get_model reads registered names only
 task = mteb.get_task("STS12")
-loader = DataLoader([{"text": text} for text in TEXTS], batch_size=2)
+loader = DataLoader(Dataset.from_dict({"text": TEXTS}), batch_size=2)
 where = {"hf_split": "test", "hf_subset": "default", "prompt_type": PromptType.document}
 report(folder, model.encode(loader, task_metadata=task.metadata, **where))
