@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
 
 def check_batch_size(batch_size: int) -> None:
     """ValueError unless `batch_size` is a whole number from 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} is not allowed; use a whole number from 1")
 
 

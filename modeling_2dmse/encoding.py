@@ -1,6 +1,7 @@
 """`encode` and what belongs to it: the tokenizer, prompts, and pooled states of several exits."""
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ else:
 
 def check_between(name: str, value: int, highest: int) -> None:
     """ValueError unless `value` is a whole number from 1 to `highest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
         raise ValueError(f"{name}: {value!r} is not allowed; this model has 1 to {highest}")
 
 
@@ -257,11 +258,11 @@ class EncodeMixin(_Model):
             check_between("num_layers" if len(layers) == 1 else "layers", n, self.num_layers)
         if not layers or sorted(set(layers)) != layers:
             raise ValueError(f"layers: {layers} must ascend and name each layer once, from 1 to {self.num_layers}")
-        return layers
+        return list(map(int, layers))
 
     def _check_max_length(self, max_length: int) -> None:
         lowest = self.tokenizer.num_special_tokens_to_add() + 1
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < lowest:
+        if isinstance(max_length, bool) or not isinstance(max_length, Integral) or max_length < lowest:
             raise ValueError(
                 f"max_length: {max_length!r} is not allowed; use a whole number from {lowest}, the fewest tokens of a "
                 "text that is not empty"
@@ -269,4 +270,4 @@ class EncodeMixin(_Model):
 
     def _check_dim(self, dim: int) -> int:
         check_between("dim", dim, self.config.hidden_size)
-        return dim
+        return int(dim)

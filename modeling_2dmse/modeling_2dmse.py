@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Self, cast
 
 import torch
@@ -134,6 +135,9 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        for name in {"num_layers", "dim"} & set(kwargs):
+            if isinstance(kwargs[name], Integral):
+                kwargs[name] = int(kwargs[name])  # JSON, which a configuration is written as, has no others
         if isinstance(kwargs.get("config"), TwoDMSEConfig):
             kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)

@@ -28,6 +28,20 @@ def test_names_of_a_size(tiny_model):
             model.encode(SENTENCES, **given)
 
 
+def test_integers_of_numpy(tiny_model, tmp_path):
+    model, two, dim = tiny_model(), np.int64(2), np.int32(16)
+    expected = model.encode(SENTENCES, 2, 16, batch_size=4, max_length=8)
+    assert (model.encode(SENTENCES, two, dim, batch_size=np.int64(4), max_length=np.int16(8)) == expected).all()
+    model.truncate(two, dim).save_pretrained(tmp_path / "cut")
+    assert (TwoDMSEModel.from_pretrained(tmp_path / "cut").encode(SENTENCES, max_length=8) == expected).all()
+    model.save_pretrained(tmp_path / "whole")
+    loaded = TwoDMSEModel.from_pretrained(tmp_path / "whole", num_layers=two, dim=dim)
+    loaded.save_pretrained(tmp_path / "loaded")
+    assert (loaded.encode(SENTENCES, max_length=8) == expected).all()
+    with pytest.raises(ValueError, match=r"batch_size: np\.float64"):
+        model.encode(SENTENCES, batch_size=np.float64(4))
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, -1, 2.5, True, "8"])
 def test_lengths_that_are_not_allowed(length, tiny_model):
     with pytest.raises(ValueError, match=r"max_length: .* is not allowed; use a whole number from 3"):
