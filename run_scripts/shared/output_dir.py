@@ -20,7 +20,7 @@ _WRITTEN = {
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "*.bpe.model", "spiece.model", "chat_template.*", "*processor_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[1-4]_*", "README.md"),
-    *("results.json", "heatmap.png", "accuracy.png", "pca.png", "plan.json", "plan.png"),
+    *("results.json", "heatmap.png", "accuracy.png", "pca.png", "shares.png", "plan.json", "plan.png"),
     *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", "teacher-*", "__pycache__"),
     *(path.name for path in Path(__file__).resolve().parents[2].glob("modeling_*/*.py")),
 }

@@ -54,8 +54,12 @@ def two_cores():
 
 def workers_here() -> list[psutil.Process]:
     """The processes of this test's workers."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker")]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # of one that has ended meanwhile
+            if "".join(process.cmdline()[:1]).startswith("ray::Worker"):
+                found.append(process)
+    return found
 
 
 @needs_ray

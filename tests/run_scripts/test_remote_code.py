@@ -36,7 +36,7 @@ from run_scripts import (
     search,
     train_m3,
 )
-from run_scripts.benchmarks import host
+from run_scripts.benchmarks import host, step
 from run_scripts.shared import models  # noqa: F401, it must be imported before a test changes the time limit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,11 +222,20 @@ def test_code_of_the_folder_is_refused_in_one_line(name, kind, request, tmp_path
 def test_a_benchmark_runs_the_code_with_the_flag(elastic, tmp_path, monkeypatch):
     marker = add_code(elastic, "tokenizer")
     monkeypatch.setattr(host, "TRIPLETS", 4)
+    monkeypatch.setattr(step, "TRIPLETS", 4)
     words = ["host", "--texts", texts(tmp_path), "--train_file", table(tmp_path, "anchor", "positive"), "--runs", "1"]
-    benchmark.main([*words, MODEL, str(elastic), OUT, str(tmp_path / "out"), "--trust_remote_code", "true"])
+    benchmark.main(
+        [*words, "--sizes", *LADDER, MODEL, str(elastic), OUT, str(tmp_path / "out"), "--trust_remote_code", "true"]
+    )
     assert marker.exists()
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
-    assert [line["id"] for line in rows] == ["host.encode", "host.train", "host.train.again"]
+    assert [line["id"] for line in rows] == [
+        "host.encode",
+        "host.train",
+        "host.train.again",
+        "step.launches",
+        "step.syncs",
+    ]
 
 
 def test_such_a_folder_is_asked_about_without_the_word(elastic, monkeypatch):
