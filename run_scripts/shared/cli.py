@@ -98,7 +98,8 @@ class Parser(HfArgumentParser):
         for action in self._actions:
             given = getattr(values, action.dest, None)
             for value in given if isinstance(given, list) else [given]:
-                if value == "" != action.default:  # transformers' own default of some flags is empty
+                empty = value == "" != action.default  # transformers' own default of some flags is empty
+                if empty and not action.dest.endswith("_prompt"):
                     raise ValueError(f"{action.dest}: its value is empty; name one, or leave the flag out")
                 if isinstance(value, str) and "\0" in value:
                     raise ValueError(f"{action.dest}: {value!r} has a NUL character, which is not allowed")

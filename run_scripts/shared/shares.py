@@ -72,7 +72,7 @@ def save_shares(runs: Sequence[dict], path: str | Path) -> bool:
         _draw(axis, name, members)
     axes[0].set_ylim(0, max(1.2, 1.1 * max(axis.dataLim.ymax for axis in axes)))
     axes[0].set_ylabel("nDCG@10, share of the untouched full size")
-    figure.savefig(path, dpi=120)
+    plots.save_picture(figure, path)
     return True
 
 

@@ -26,12 +26,13 @@ from run_scripts import (
     evaluate,
     evaluate_franca,
     evaluate_m3,
+    finetune,
     mine_negatives,
     plan,
 )
 from run_scripts.benchmarks import digits
 from run_scripts.comparing.store import Store
-from run_scripts.shared import output, plots
+from run_scripts.shared import cli, output, plots
 from run_scripts.training import finetuning, franca
 from trainer.mrl.trainer import evaluate_classifier
 
@@ -52,6 +53,12 @@ def refused(run, words, capsys) -> str:
         run(words)
     (line,) = capsys.readouterr().err.splitlines()
     return line.partition("error: ")[2]
+
+
+def test_a_prompt_may_be_empty(tmp_path):
+    flags = ["--document_prompt", "", "--query_prompt", "query: ", "--output_dir", str(tmp_path)]
+    *_, args = cli.Parser(finetune.ARGUMENTS).parse([str(cli.RECIPES / "minilm-best.yaml"), *flags])
+    assert (args.query_prompt, args.document_prompt) == ("query: ", "")
 
 
 @pytest.mark.parametrize(
