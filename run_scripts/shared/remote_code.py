@@ -52,6 +52,8 @@ def named(name_or_path: str, argument: str = _DEFAULT) -> Iterator[None]:
             if head not in _FIELDS:
                 raise
             raise ValueError(f"{argument}: {name_or_path}: {reason}") from error
+        if reason.startswith("Weights only load failed"):  # what follows advises to run the file's code
+            reason = "its weights are a pickle that torch does not read, because it could run code; use safetensors"
         reason = reason or type(error).__name__
         raise ValueError(f"{argument}: {name_or_path} does not load: {reason[:_SHOWN]}") from error
     finally:

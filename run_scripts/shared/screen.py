@@ -23,7 +23,10 @@ _LINES = {
     )
 }
 # Warnings that start like this.
-_WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
+_WARNINGS = (
+    "'pin_memory' argument is set as true but no accelerator is found",
+    "Detected pickle protocol",  # an error that says what to do follows
+)
 # Bars that appear only if the work takes seconds, and only for more than one item.
 _BARS, _SECONDS = ("Loading weights", "Writing model shards"), 2
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -227,3 +228,14 @@ def test_scores_that_are_not_finite():
         evaluate_m3.check_losses({4: 0.5, 36: float("nan")})
     with pytest.raises(ValueError, match="is not JSON: maximum recursion depth"):
         franca._read_backbone_config("[" * 100_000)
+
+
+def test_weights_that_are_a_pickle(tiny_model, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    (tmp_path / "texts.txt").write_text("a\n")
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--input", str(tmp_path / "texts.txt")]
+    reason = "its weights are a pickle that torch does not read, because it could run code; use safetensors"
+    found = refused(encode.main, [*words, "--output_dir", str(tmp_path / "out")], capsys)
+    assert found == f"model_name_or_path: {tmp_path}/model does not load: {reason}"
