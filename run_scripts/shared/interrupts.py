@@ -2,8 +2,10 @@
 
 import _thread
 import os
+import signal
 import sys
 import threading
+import time
 from types import TracebackType
 
 # Until Ctrl-C is raised again, if Python could not raise it; by then, what could not be interrupted has returned.
@@ -36,8 +38,15 @@ def install() -> None:
         if lost.exc_type is None or not issubclass(lost.exc_type, KeyboardInterrupt):
             earlier(lost)
             return
-        timer = threading.Timer(_DELAY_S, _thread.interrupt_main)
-        timer.daemon = True
-        timer.start()
+        # Not threading.Timer: its start waits for the new thread, and an interrupt in here would be lost again.
+        _thread.start_new_thread(_interrupt_later, ())
 
     sys.unraisablehook = raise_again
+
+
+def _interrupt_later() -> None:
+    time.sleep(_DELAY_S)
+    if hasattr(signal, "pthread_kill"):  # unlike interrupt_main, it ends what the main thread waits for
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
