@@ -104,6 +104,10 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             "help": "Give each exit its own square matrix, fitted to the full size's embeddings and then trained."
         },
     )
+    refine_projections: bool = field(
+        default=False,
+        metadata={"help": "After training, refine the projections of the exits of at most half of the layers."},
+    )
     loss: str | None = field(
         default=None,
         metadata={"help": f"Base loss: {', '.join(LOSSES)}. Default: infonce for anchors and positives, distill_kl if "

@@ -157,6 +157,8 @@ def make_objective(
     )
     if args.shallow_steps:
         _check_shallow_steps(objective)
+    if args.refine_projections:
+        _check_refining(encoder, ladder)
     if args.embedding_weight and encoder.config.similarity != "cosine":
         raise ValueError("embedding_weight: the distance is that of unit vectors; it needs similarity cosine")
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
@@ -184,6 +186,16 @@ def _check_shallow_steps(objective: Objective) -> None:
         raise ValueError(
             f"shallow_steps: no size has at most {objective.shallow_layers} layers, a third of the model's; "
             "add one to --sizes"
+        )
+
+
+def _check_refining(encoder: TwoDMSEModel, ladder: Sequence[Size]) -> None:
+    if encoder.exit_projections is None:
+        raise ValueError("refine_projections: the model has no exit projections; add --exit_projections true")
+    half = encoder.num_layers // 2
+    if all(size.num_layers > half for size in ladder):
+        raise ValueError(
+            f"refine_projections: no size has at most {half} layers, half of the model's; add one to --sizes"
         )
 
 

@@ -1,6 +1,6 @@
 """Training exit projections alone, on states that are computed once: seconds instead of minutes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ def refine_exit_projections(
     steps: int = STEPS,
     seed: int = 0,
     states: torch.Tensor | None = None,
+    layers: Collection[int] | None = None,
     **encode: Any,
 ) -> None:
     """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
@@ -35,8 +36,8 @@ def refine_exit_projections(
     are not the few dimensions that tell near texts from far ones best. This function multiplies the projection of each
     exit by a matrix P that starts as the identity, and trains P with Adam on `alignment.query_kl` between the
     similarities of some texts to thousands of others at each size of the exit and those of the targets. So many others
-    include a text's near neighbors, which a batch rarely does. The exit of the last layer is left alone: it is the full
-    size's.
+    include a text's near neighbors, which a batch rarely does. By default the exit of the last layer is left alone: it
+    is the full size's.
 
     Args:
         encoder: the model with exit projections, which is changed in place.
@@ -46,6 +47,7 @@ def refine_exit_projections(
         steps: number of steps for each exit.
         seed: seed of the batches.
         states: (N, len(texts), hidden), what `fit_exit_projections` returned for the texts; computed by default.
+        layers: the exits to refine, by default all but the last that `sizes` name.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
@@ -55,7 +57,8 @@ def refine_exit_projections(
         raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
-    layers = sorted({size.num_layers for size in sizes if size.num_layers < encoder.num_layers})
+    named = {size.num_layers for size in sizes}
+    layers = sorted(named & set(range(1, encoder.num_layers) if layers is None else layers))
     if not layers:
         return
     given = states if states is None else states[[n - 1 for n in layers]]

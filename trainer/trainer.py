@@ -42,6 +42,7 @@ from .preparation import (
     set_comparison,
 )
 from .projections import fit_exit_projections
+from .refining import refine_exit_projections
 from .scoring import ScoringMixin, Task, as_tasks
 from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
@@ -117,6 +118,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         if train_dataset is not None:
             rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
         self.guide = None if guide is None else Guide(guide, args)
+        self._teacher_embeddings = teacher_embeddings
         if rows is not None:
             check_teacher(args, teacher_embeddings, guide)
         tasks = as_tasks(eval_dataset)
@@ -196,6 +198,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             self._check_whole("initial_share: the average")
         if self.args.teacher == "start":
             self._check_whole("teacher: start")
+        if self.args.refine_projections:
+            self._check_whole("refine_projections: the refining")
         check_checkpointing(self.args)
         if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
@@ -217,10 +221,11 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
 
         New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
         averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
-        of exits that no step has trained are fitted again.
+        of shallow exits are refined (`refine_projections`), and those of exits that no step has trained are fitted
+        again.
 
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
-        last two steps.
+        last steps.
         """
         self._starts = True
         try:
@@ -234,6 +239,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
             return output
         if initial is not None:
             average_with_initial(self.encoder, initial, self.args.initial_share)
+        if self.args.refine_projections:
+            self._refine_on_training_texts()
         others = set(range(1, self.encoder.num_layers + 1)).difference(self.training_objective.exits)
         if fitted and others and self.is_fsdp_enabled:
             logger.warning(
@@ -259,15 +266,32 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         with evaluation_mode(self.encoder):
-            fit_exit_projections(
-                self.encoder,
-                texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts),
-                layers=layers,
-                max_length=self.args.max_length,
-                batch_size=self.args.per_device_eval_batch_size,
-                show_progress_bar=False if self.args.disable_tqdm else None,
-            )
+            fit_exit_projections(self.encoder, self._texts_to_fit(), layers=layers, **self._encoding())
         self._fit_projections = False
+
+    def _texts_to_fit(self) -> list[str]:
+        return texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts)
+
+    def _encoding(self) -> dict[str, Any]:
+        """How the texts of a fit are encoded."""
+        return {
+            "max_length": self.args.max_length,
+            "batch_size": self.args.per_device_eval_batch_size,
+            "show_progress_bar": False if self.args.disable_tqdm else None,
+        }
+
+    def _refine_on_training_texts(self) -> None:
+        """Refine the exits of at most half of the layers, whose teacher is that of the steps."""
+        texts, layers = self._texts_to_fit(), range(1, self.encoder.num_layers // 2 + 1)
+        with evaluation_mode(self.encoder):
+            if self._teacher_embeddings is not None:
+                targets = self._teacher_embeddings(texts)
+            else:
+                teacher = self._start or self.encoder
+                targets = teacher.encode_states(texts, [teacher.num_layers], **self._encoding())[0]
+            refine_exit_projections(
+                self.encoder, texts, targets, self.ladder, seed=self.args.seed, layers=layers, **self._encoding()
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""

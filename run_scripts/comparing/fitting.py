@@ -3,17 +3,18 @@
 import torch
 from datasets import Dataset
 
-from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import finetune
 from run_scripts.shared import cli, models
 from run_scripts.training import finetuning
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_projections
 from trainer.data import UNLABELED, query_document_prompts, text_columns, texts_to_fit
 from trainer.preparation import prepare_rows, set_comparison
+from trainer.refining import refine_exit_projections
 from trainer.teacher_embeddings import TeacherEmbeddings
 from trainer.unlabeled import read_unlabeled_texts
 
-from .methods import PCA, Budget, Unit
+from .methods import PCA, PROJECTIONS, REFINED, Budget, Unit
 
 # A run of the comparison is evaluated afterwards, on all tasks at once.
 QUIET = ("--max_eval_samples", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
@@ -27,22 +28,42 @@ def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabe
     Write the encoder of a recipe with new exit projections, which are fitted as its training would fit them, or to PCA.
 
     Args:
-        method: `pca` for `fit_principal_components`, anything else for `fit_exit_projections`.
+        method: `pca` for `fit_principal_components`, `projections` for `fit_exit_projections`, and
+            `projections-refined` for both this and `refine_exit_projections`.
         recipe: of finetune.py.
         seed: draws the rows and the texts, as in a run of finetune.py.
         unlabeled_file: further texts, as for finetune.py.
     """
-    model_args, data, args = _arguments(recipe, seed, budget)
-    tables, _ = finetuning.load_tables(data, args)
+    model_args, _, args = _arguments(recipe, seed, budget)
     encoder = models.to_device(finetuning.load_model(model_args, args))
     set_comparison(encoder, args)
+    texts = _training_texts(encoder, recipe, seed, budget, unlabeled_file)
+    if method == PCA:
+        fit_principal_components(encoder, texts, **_encoding(args))
+    else:
+        states = fit_exit_projections(encoder, texts, keep_states=method == REFINED, **_encoding(args))
+        if method == REFINED:
+            refine_exit_projections(encoder, texts, states[-1], parse_ladder(args.sizes), seed=seed, states=states)
+    encoder.save_pretrained(folder)
+
+
+def _training_texts(
+    encoder: TwoDMSEModel, recipe: str, seed: int, budget: Budget, unlabeled_file: str | None
+) -> list[str]:
+    """The texts that a run of finetune.py would fit projections to."""
+    _, data, args = _arguments(recipe, seed, budget)
+    tables, _ = finetuning.load_tables(data, args)
     unlabeled = unlabeled_file and read_unlabeled_texts(unlabeled_file, sum(map(len, tables)), seed + 1)
     rows = prepare_rows(tables, args, encoder.config.ladder, unlabeled)
-    texts = texts_to_fit(tables, rows, seed, encoder.config.prompts)
-    fitter = fit_principal_components if method == PCA else fit_exit_projections
-    batch = args.per_device_eval_batch_size
-    fitter(encoder, texts, max_length=args.max_length, batch_size=batch, show_progress_bar=False)
-    encoder.save_pretrained(folder)
+    return texts_to_fit(tables, rows, seed, encoder.config.prompts)
+
+
+def _encoding(args: TwoDMSETrainingArguments) -> dict:
+    return {
+        "max_length": args.max_length,
+        "batch_size": args.per_device_eval_batch_size,
+        "show_progress_bar": False,
+    }
 
 
 @torch.no_grad()
@@ -76,8 +97,7 @@ def write_start(seed: int, budget: Budget, folder: str) -> None:
     """Write the full model from which `best` starts with a seed: it is fitted, if the recipe has projections."""
     model_args, _, args = _arguments(budget.best_recipe, seed, budget)
     if args.exit_projections:
-        unlabeled = budget.unlabeled_file
-        fit("projections", budget.best_recipe, seed, budget, folder, unlabeled)
+        fit(PROJECTIONS, budget.best_recipe, seed, budget, folder, budget.unlabeled_file)
     else:
         finetuning.load_model(model_args, args).save_pretrained(folder)
 
@@ -88,7 +108,8 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
 
     The model is `start`, cut to the size: its projection is fitted to the embeddings of the full size. If the recipe's
     teacher is the start, the size learns the similarities of the whole embeddings of `start`, on texts without labels
-    too. If it is the largest size of the step, there is none.
+    too. If it is the largest size of the step, there is none. If the recipe refines projections, that of the size is
+    refined like its exit in `best`.
 
     Args:
         start: folder of the model that `write_start` writes.
@@ -107,7 +128,23 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
         teacher = _teacher(full, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
         return TwoDMSETrainer(**given, teacher_embeddings=teacher)
 
+    flags += ["--refine_projections", "false"]  # the only exit of this model is its last one, which that would leave
     finetune.main([*flags, "--teacher", "embeddings", "--output_dir", folder], make_trainer)
+    if args.refine_projections:
+        _refine_separate(folder, start, seed, budget)
+
+
+def _refine_separate(folder: str, start: str, seed: int, budget: Budget) -> None:
+    """Refine the exit of a separate model in its folder, if the same exit of `best` is refined."""
+    _, _, args = _arguments(budget.best_recipe, seed, budget)
+    full, small = (models.to_device(models.load_encoder(path)) for path in (start, folder))
+    if 2 * small.num_layers > full.num_layers:
+        return
+    texts = _training_texts(small, budget.best_recipe, seed, budget, budget.unlabeled_file)
+    targets = full.encode_states(texts, [full.num_layers], **_encoding(args))[0]
+    last = [small.num_layers]
+    refine_exit_projections(small, texts, targets, small.config.ladder, seed=seed, layers=last, **_encoding(args))
+    small.save_pretrained(folder)
 
 
 def _teacher(

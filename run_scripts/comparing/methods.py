@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from run_scripts.finetune import ModelArguments
     from trainer import TwoDMSETrainingArguments
 
-UNTRAINED, PROJECTIONS, PCA = "untrained", "projections", "pca"
+UNTRAINED, PROJECTIONS, REFINED, PCA = "untrained", "projections", "projections-refined", "pca"
 SEPARATE, SAME_RECIPE = "separate", "separate-same-recipe"
 PEER, PEER_ALL = "sentence-transformers-2d", "sentence-transformers-2d-all"
 SMAE, BEST = "smae-starbucks", "best"
@@ -27,8 +27,9 @@ FLAGS = {
     "starbucks-score_kl": ("--objective", "starbucks", "--alignment", "score_kl"),
     SMAE: ("--objective", "starbucks", "--alignment", "score_kl"),
 }
-# Without training: nothing, exit projections fitted to the full size, or to each exit's own principal components.
-WITHOUT_TRAINING = (UNTRAINED, PROJECTIONS, PCA)
+# Without training: nothing, exit projections fitted to the full size (and refined), or to each exit's own principal
+# components.
+WITHOUT_TRAINING = (UNTRAINED, PROJECTIONS, REFINED, PCA)
 # A model for each size.
 PER_SIZE = (SEPARATE, SAME_RECIPE)
 METHODS = (*WITHOUT_TRAINING, *FLAGS, PEER, PEER_ALL, SAME_RECIPE, BEST)

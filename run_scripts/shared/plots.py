@@ -19,6 +19,7 @@ OURS = "best"
 COLORS = {
     "untrained": "#999999",
     "projections": "#f0e442",
+    "projections-refined": "#ddaa33",
     "pca": "#555555",
     "separate": "#000000",
     "separate-same-recipe": "#882255",

@@ -15,8 +15,9 @@ from run_scripts import compare
 from run_scripts.comparing import fitting, methods
 from run_scripts.comparing.report import tried, tried_table
 from trainer import TwoDMSETrainer
+from trainer.alignment import score_kl
 
-FITTED = ("projections", "pca", "separate-same-recipe")
+FITTED = ("projections", "projections-refined", "pca", "separate-same-recipe")
 
 
 @pytest.fixture
@@ -41,11 +42,11 @@ def test_two_runs_with_one_seed_give_the_same_digits_and_tell_what_was_tried(bei
         digits = json.dumps([[row["scores"], row["retrieval"]] for row in rows])
         found.append(json.dumps(json.loads(digits, parse_float=lambda text: f"{float(text):.4f}")))
     assert found[0] == found[1]
-    assert [row["retrieval"]["mini"].keys() for row in rows] == [{*LADDER}, {*LADDER}, {"1x8"}, {"4x32"}]
+    assert [row["retrieval"]["mini"].keys() for row in rows] == [{*LADDER}, {*LADDER}, {*LADDER}, {"1x8"}, {"4x32"}]
 
     entries = {(entry["method"], entry.get("size")): entry for entry in content["tried"]}
     assert {key: entry["settings"] for key, entry in entries.items()} == {
-        ("projections", None): 0, ("pca", None): 0,
+        ("projections", None): 0, ("projections-refined", None): 0, ("pca", None): 0,
         ("separate-same-recipe", "1x8"): 2, ("separate-same-recipe", "4x32"): 2,
     }  # fmt: skip
     for (_, size), entry in entries.items():
@@ -129,6 +130,26 @@ def test_a_separate_model_has_no_teacher_if_that_of_best_is_the_largest_size(fol
     assert "| teacher |" not in card
     small, start = (TwoDMSEModel.from_pretrained(name) for name in ("small", "start"))
     assert not torch.equal(small.exit_projections[3].weight, start.exit_projections[3].weight)
+
+
+def test_separate_models_are_refined_as_the_exits_of_best_are(folder):  # noqa: F811
+    budget = make_budget()
+    fitting.write_start(0, budget, "start")
+    found = {}
+    for refined in (False, True):
+        recipe = (folder / "best.yaml").read_text() + f"\nrefine_projections: {str(refined).lower()}\n"
+        (folder / "refining.yaml").write_text(recipe)
+        changed = dataclasses.replace(budget, best_recipe="refining.yaml")
+        for size in ("1x8", "4x32"):
+            target = f"{size}-{refined}"
+            fitting.train_same_recipe(methods.Unit(methods.SAME_RECIPE, size), 1e-2, 0, changed, target, "start")
+            found[target] = TwoDMSEModel.from_pretrained(target)
+    assert torch.equal(found["4x32-True"].exit_projections[3].weight, found["4x32-False"].exit_projections[3].weight)
+    start = torch.from_numpy(TwoDMSEModel.from_pretrained("start").encode(SENTENCES))
+    plain, refined = (
+        score_kl(torch.from_numpy(found[f"1x8-{name}"].encode(SENTENCES)), start, 20.0) for name in (False, True)
+    )
+    assert refined < 0.9 * plain
 
 
 def test_pca_is_that_of_each_exit(tiny_model):

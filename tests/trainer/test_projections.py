@@ -6,10 +6,11 @@ from conftest import LADDER, SENTENCES
 from datasets import Dataset
 from torch.nn.functional import normalize
 
-from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel, parse_ladder
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import draw_texts
 from trainer.projections import fit_exit_projections
+from trainer.refining import refine_exit_projections
 
 TEXTS = [f"{a} {b}" for a in SENTENCES for b in SENTENCES[:8]]
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
@@ -107,6 +108,31 @@ def test_projections_train_and_a_resumed_run_equals_an_uninterrupted_one(tiny_mo
     assert (again - fitted.exit_projections[2].weight).abs().max() > 1e-3
     fit_exit_projections(whole, draw_texts([ROWS], 0), layers=[3])
     torch.testing.assert_close(whole.exit_projections[2].weight.data, again.data)
+
+
+@pytest.mark.parametrize("teacher", ["start", "largest"])
+def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path):
+    settings = {"refine_projections": True, "save_strategy": "steps", "save_steps": 2, "seed": 0, "teacher": teacher}
+    start, plain, whole, resumed = (tiny_model() for _ in range(4))
+    texts = draw_texts([ROWS], 0)
+    fit_exit_projections(start, texts)
+    train(plain, tmp_path / "plain", seed=0, teacher=teacher)
+    train(whole, tmp_path / "whole", **settings)
+    train(resumed, tmp_path / "whole", str(tmp_path / "whole" / "checkpoint-2"), **settings)
+    # LADDER has the exits 1, 2 and 4, of which two are in the lower half.
+    assert torch.equal(plain.exit_projections[3].weight, whole.exit_projections[3].weight)
+    targets = (start if teacher == "start" else plain).encode_states(texts, [4])[0]
+    refine_exit_projections(plain, texts, targets, parse_ladder(LADDER), seed=0)
+    for n in (0, 1):
+        assert torch.equal(whole.exit_projections[n].weight, resumed.exit_projections[n].weight)
+        torch.testing.assert_close(whole.exit_projections[n].weight.data, plain.exit_projections[n].weight.data)
+
+
+def test_refining_without_use_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="refine_projections: the model has no exit projections; add --exit_proj"):
+        train(tiny_model(), tmp_path, refine_projections=True, exit_projections=False)
+    with pytest.raises(ValueError, match="refine_projections: no size has at most 2 layers, half of the model's"):
+        train(tiny_model(), tmp_path, refine_projections=True, sizes=["3x16", "4x32"])
 
 
 def test_the_last_exit_keeps_its_share_of_the_fit(tiny_model, tmp_path):
