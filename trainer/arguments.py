@@ -106,7 +106,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     refine_projections: bool = field(
         default=False,
-        metadata={"help": "After training, refine the projections of the exits of at most half of the layers."},
+        metadata={"help": "After training, refine the projections of the exits below the last one."},
     )
     loss: str | None = field(
         default=None,

@@ -192,10 +192,10 @@ def _check_shallow_steps(objective: Objective) -> None:
 def _check_refining(encoder: TwoDMSEModel, ladder: Sequence[Size]) -> None:
     if encoder.exit_projections is None:
         raise ValueError("refine_projections: the model has no exit projections; add --exit_projections true")
-    half = encoder.num_layers // 2
-    if all(size.num_layers > half for size in ladder):
+    if all(size.num_layers == encoder.num_layers for size in ladder):
         raise ValueError(
-            f"refine_projections: no size has at most {half} layers, half of the model's; add one to --sizes"
+            f"refine_projections: every size has all {encoder.num_layers} layers, whose projection is not refined; add "
+            "a size of fewer layers to --sizes"
         )
 
 

@@ -75,6 +75,20 @@ def refine_exit_projections(
         weight.data.copy_(matrix.T @ weight.detach().double())
 
 
+def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tensor:
+    """Vectors whose similarities are the mean of those of several targets.
+
+    Args:
+        targets: (n, any dim) each.
+        similarity: `cosine` or `dot`.
+
+    Returns:
+        (n, sum of the dims), of unit norm for `cosine`.
+    """
+    parts = [to_embeddings(target.cpu().float(), target.shape[1], similarity) for target in targets]
+    return torch.cat(parts, dim=1) / len(parts) ** 0.5
+
+
 @torch.enable_grad()
 def _train(
     states: torch.Tensor,

@@ -42,7 +42,7 @@ from .preparation import (
     set_comparison,
 )
 from .projections import fit_exit_projections
-from .refining import refine_exit_projections
+from .refining import join_targets, refine_exit_projections
 from .scoring import ScoringMixin, Task, as_tasks
 from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
@@ -221,8 +221,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
 
         New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
         averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
-        of shallow exits are refined (`refine_projections`), and those of exits that no step has trained are fitted
-        again.
+        of the exits below the last one are refined (`refine_projections`), and those of exits that no step has trained
+        are fitted again.
 
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
@@ -281,17 +281,17 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         }
 
     def _refine_on_training_texts(self) -> None:
-        """Refine the exits of at most half of the layers, whose teacher is that of the steps."""
-        texts, layers = self._texts_to_fit(), range(1, self.encoder.num_layers // 2 + 1)
+        """Refine the exits below the last one, towards the trained full size and the teacher of the steps."""
+        texts = self._texts_to_fit()
         with evaluation_mode(self.encoder):
+            states = self.encoder.encode_states(texts, **self._encoding())
+            targets = [states[-1]]
             if self._teacher_embeddings is not None:
-                targets = self._teacher_embeddings(texts)
-            else:
-                teacher = self._start or self.encoder
-                targets = teacher.encode_states(texts, [teacher.num_layers], **self._encoding())[0]
-            refine_exit_projections(
-                self.encoder, texts, targets, self.ladder, seed=self.args.seed, layers=layers, **self._encoding()
-            )
+                targets.append(self._teacher_embeddings(texts))
+            elif self._start is not None:
+                targets.append(self._start.encode_states(texts, [self._start.num_layers], **self._encoding())[0])
+            joined = join_targets(targets, self.encoder.config.similarity)
+            refine_exit_projections(self.encoder, texts, joined, self.ladder, seed=self.args.seed, states=states)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""

@@ -108,8 +108,8 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
 
     The model is `start`, cut to the size: its projection is fitted to the embeddings of the full size. If the recipe's
     teacher is the start, the size learns the similarities of the whole embeddings of `start`, on texts without labels
-    too. If it is the largest size of the step, there is none. If the recipe refines projections, that of the size is
-    refined like its exit in `best`.
+    too. If it is the largest size of the step, there is none. If the recipe refines projections, that of a
+    small size is refined as well.
 
     Args:
         start: folder of the model that `write_start` writes.
@@ -135,10 +135,13 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
 
 
 def _refine_separate(folder: str, start: str, seed: int, budget: Budget) -> None:
-    """Refine the exit of a separate model in its folder, if the same exit of `best` is refined."""
+    """Refine the exit of a separate model in its folder towards the start.
+
+    Only models of at most a third of the layers: on stsb-dev it does not help deeper ones (docs/lab-notes.md).
+    """
     _, _, args = _arguments(budget.best_recipe, seed, budget)
     full, small = (models.to_device(models.load_encoder(path)) for path in (start, folder))
-    if 2 * small.num_layers > full.num_layers:
+    if 3 * small.num_layers > full.num_layers:
         return
     texts = _training_texts(small, budget.best_recipe, seed, budget, budget.unlabeled_file)
     targets = full.encode_states(texts, [full.num_layers], **_encoding(args))[0]

@@ -10,7 +10,7 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import draw_texts
 from trainer.projections import fit_exit_projections
-from trainer.refining import refine_exit_projections
+from trainer.refining import join_targets, refine_exit_projections
 
 TEXTS = [f"{a} {b}" for a in SENTENCES for b in SENTENCES[:8]]
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
@@ -119,10 +119,9 @@ def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path)
     train(plain, tmp_path / "plain", seed=0, teacher=teacher)
     train(whole, tmp_path / "whole", **settings)
     train(resumed, tmp_path / "whole", str(tmp_path / "whole" / "checkpoint-2"), **settings)
-    # LADDER has the exits 1, 2 and 4, of which two are in the lower half.
     assert torch.equal(plain.exit_projections[3].weight, whole.exit_projections[3].weight)
-    targets = (start if teacher == "start" else plain).encode_states(texts, [4])[0]
-    refine_exit_projections(plain, texts, targets, parse_ladder(LADDER), seed=0)
+    targets = [model.encode_states(texts, [4])[0] for model in ([plain, start] if teacher == "start" else [plain])]
+    refine_exit_projections(plain, texts, join_targets(targets, "cosine"), parse_ladder(LADDER), seed=0)
     for n in (0, 1):
         assert torch.equal(whole.exit_projections[n].weight, resumed.exit_projections[n].weight)
         torch.testing.assert_close(whole.exit_projections[n].weight.data, plain.exit_projections[n].weight.data)
@@ -131,8 +130,8 @@ def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path)
 def test_refining_without_use_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="refine_projections: the model has no exit projections; add --exit_proj"):
         train(tiny_model(), tmp_path, refine_projections=True, exit_projections=False)
-    with pytest.raises(ValueError, match="refine_projections: no size has at most 2 layers, half of the model's"):
-        train(tiny_model(), tmp_path, refine_projections=True, sizes=["3x16", "4x32"])
+    with pytest.raises(ValueError, match="refine_projections: every size has all 4 layers, whose projection is not"):
+        train(tiny_model(), tmp_path, refine_projections=True, sizes=["4x16", "4x32"])
 
 
 def test_the_last_exit_keeps_its_share_of_the_fit(tiny_model, tmp_path):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import SENTENCES
+from torch.nn.functional import normalize
 
 from modeling_2dmse import parse_ladder
 from modeling_2dmse.pooling import cut_and_normalize
 from trainer import fit_exit_projections
 from trainer.alignment import score_kl
-from trainer.refining import SCALE, refine_exit_projections
+from trainer.refining import SCALE, join_targets, refine_exit_projections
 
 TEXTS = [f"{a} and {b}" for a in SENTENCES for b in SENTENCES[:6]]
 SIZES = parse_ladder(["1x8", "2x8", "2x16", "4x16", "4x32"])
@@ -46,6 +47,14 @@ def test_a_seed_gives_the_same_projections(tiny_model):
     one, again, other = (refined(tiny_model, seed=seed)[0].exit_projections[0].weight for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_joined_targets_have_the_mean_similarities(similarity):
+    parts = [torch.randn(5, dim, generator=torch.Generator().manual_seed(dim)) for dim in (3, 8)]
+    unit = [normalize(part, dim=-1) for part in parts] if similarity == "cosine" else parts
+    joined = join_targets(parts, similarity)
+    assert torch.allclose(joined @ joined.T, sum(part @ part.T for part in unit) / 2, atol=1e-5)
 
 
 def test_wrong_arguments_are_refused(tiny_model):
