@@ -1,6 +1,6 @@
 """Training exit projections alone, on states that are computed once: seconds instead of minutes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ def refine_exit_projections(
     steps: int = STEPS,
     seed: int = 0,
     states: torch.Tensor | None = None,
-    layers: Collection[int] | None = None,
+    layers: Sequence[int] | None = None,
     **encode: Any,
 ) -> None:
     """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
@@ -46,8 +46,8 @@ def refine_exit_projections(
         sizes: the sizes to train.
         steps: number of steps for each exit.
         seed: seed of the batches.
-        states: (N, len(texts), hidden), what `fit_exit_projections` returned for the texts; computed by default.
-        layers: the exits to refine, by default all but the last that `sizes` name.
+        states: (len(layers), len(texts), hidden), the states of the texts at these exits; computed by default.
+        layers: the exits to refine, by default all but the last. Only those that `sizes` name are refined.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
@@ -58,11 +58,14 @@ def refine_exit_projections(
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
     named = {size.num_layers for size in sizes}
-    layers = sorted(named & set(range(1, encoder.num_layers) if layers is None else layers))
+    exits = range(1, encoder.num_layers) if layers is None else layers
+    layers = [n for n in exits if n in named]
     if not layers:
         return
-    given = states if states is None else states[[n - 1 for n in layers]]
-    states = encoder.encode_states(list(texts), layers, **encode) if given is None else given
+    if states is None:
+        states = encoder.encode_states(list(texts), layers, **encode)
+    else:
+        states = states[[place for place, n in enumerate(exits) if n in named]]
     similarity, device = encoder.config.similarity, encoder.device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     projections = cast(list[ExitProjection], list(encoder.exit_projections))
@@ -73,6 +76,35 @@ def refine_exit_projections(
         matrix = _train(state.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))
         weight = projections[n - 1].weight
         weight.data.copy_(matrix.T @ weight.detach().double())
+
+
+def refine_trained(
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    sizes: Sequence[Size],
+    teacher: torch.Tensor | None = None,
+    seed: int = 0,
+    **encode: Any,
+) -> None:
+    """Refine the exits of a trained model below its last one, towards its own full size and its teacher.
+
+    The mean similarity of both is a better target than that of either (docs/lab-notes.md).
+
+    Args:
+        encoder: the trained model with exit projections, which is changed in place.
+        texts: some thousands of different texts of the kind that will be embedded.
+        sizes: the sizes to train.
+        teacher: (len(texts), any dim), embeddings of the teacher; None for none.
+        seed: seed of the batches.
+        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+    """
+    layers = sorted({size.num_layers for size in sizes} | {encoder.num_layers})
+    *below, last = encoder.encode_states(list(texts), layers, **encode)
+    targets = join_targets([last] if teacher is None else [last, teacher], encoder.config.similarity)
+    if below:
+        refine_exit_projections(
+            encoder, texts, targets, sizes, seed=seed, states=torch.stack(below), layers=layers[:-1]
+        )
 
 
 def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tensor:

@@ -42,7 +42,7 @@ from .preparation import (
     set_comparison,
 )
 from .projections import fit_exit_projections
-from .refining import join_targets, refine_exit_projections
+from .refining import refine_trained
 from .scoring import ScoringMixin, Task, as_tasks
 from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
@@ -282,16 +282,13 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
 
     def _refine_on_training_texts(self) -> None:
         """Refine the exits below the last one, towards the trained full size and the teacher of the steps."""
-        texts = self._texts_to_fit()
+        texts, teacher, options = self._texts_to_fit(), None, self._encoding()
         with evaluation_mode(self.encoder):
-            states = self.encoder.encode_states(texts, **self._encoding())
-            targets = [states[-1]]
             if self._teacher_embeddings is not None:
-                targets.append(self._teacher_embeddings(texts))
+                teacher = self._teacher_embeddings(texts)
             elif self._start is not None:
-                targets.append(self._start.encode_states(texts, [self._start.num_layers], **self._encoding())[0])
-            joined = join_targets(targets, self.encoder.config.similarity)
-            refine_exit_projections(self.encoder, texts, joined, self.ladder, seed=self.args.seed, states=states)
+                teacher = self._start.encode_states(texts, [self._start.num_layers], **options)[0]
+            refine_trained(self.encoder, texts, self.ladder, teacher, self.args.seed, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""

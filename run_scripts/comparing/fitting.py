@@ -43,7 +43,7 @@ def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabe
     else:
         states = fit_exit_projections(encoder, texts, keep_states=method == REFINED, **_encoding(args))
         if method == REFINED:
-            refine_exit_projections(encoder, texts, states[-1], parse_ladder(args.sizes), seed=seed, states=states)
+            refine_exit_projections(encoder, texts, states[-1], parse_ladder(args.sizes), seed=seed, states=states[:-1])
     encoder.save_pretrained(folder)
 
 

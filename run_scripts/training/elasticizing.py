@@ -33,7 +33,7 @@ from trainer.evaluation import (
 from trainer.model_card import measure_costs
 from trainer.projections import fit_exit_projections
 from trainer.pseudo_pairs import Document, draw_documents, make_pairs
-from trainer.refining import refine_exit_projections
+from trainer.refining import refine_exit_projections, refine_trained
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
 from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions
@@ -114,7 +114,9 @@ class Work:
             else:
                 states = self._fit_to_teacher(self.teacher)
             if not self.pairs:
-                self._refine(states)
+                refine_exit_projections(
+                    self.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed, states=states[:-1]
+                )
 
     def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
         """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
@@ -145,11 +147,6 @@ class Work:
         folder = str(self.args.output_dir)
         return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
 
-    def _refine(self, states: torch.Tensor | None = None) -> None:
-        """The projections learn the similarities of the texts that they were fitted to."""
-        encoder, seed = self.trainer.encoder, self.args.seed
-        refine_exit_projections(encoder, self.fit_texts, self.fit_targets, self.ladder, seed=seed, states=states)
-
     def _texts_to_fit(self) -> list[str]:
         """Whole documents, as they will be embedded, and texts as short as queries."""
         rng = random.Random(self.args.seed)
@@ -172,7 +169,7 @@ class Work:
         others = sorted(set(range(1, encoder.num_layers + 1)) - {size.num_layers for size in self.ladder})
         with evaluation_mode(encoder):
             if self.pairs:
-                self._refine()
+                refine_trained(encoder, self.fit_texts, self.ladder, self.fit_targets, self.args.seed)
                 if others:
                     fit_exit_projections(encoder, self.fit_texts, layers=others)
             trainer.save_model()
