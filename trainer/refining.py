@@ -10,8 +10,6 @@ from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.projection import ExitProjection
 
-from .alignment import query_kl
-
 STEPS, RATE, SCALE = 300, 2e-3, 20.0
 # Texts of a step whose similarities are learned, and the most texts that they are compared with.
 _QUERIES, _DOCUMENTS = 256, 4096
@@ -68,12 +66,10 @@ def refine_exit_projections(
         states = states[[place for place, n in enumerate(exits) if n in named]]
     similarity, device = encoder.config.similarity, encoder.device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
+    dims = [sorted({size.dim for size in sizes if size.num_layers == n}) for n in layers]
+    matrices = _train(states.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))
     projections = cast(list[ExitProjection], list(encoder.exit_projections))
-    for n, state in zip(
-        logging.tqdm(layers, desc="Refining projections", leave=False, disable=None), states, strict=True
-    ):
-        dims = sorted({size.dim for size in sizes if size.num_layers == n})
-        matrix = _train(state.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))
+    for n, matrix in zip(layers, matrices, strict=True):
         weight = projections[n - 1].weight
         weight.data.copy_(matrix.T @ weight.detach().double())
 
@@ -125,26 +121,41 @@ def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tens
 def _train(
     states: torch.Tensor,
     targets: torch.Tensor,
-    dims: Sequence[int],
+    dims: Sequence[Sequence[int]],
     similarity: str,
     steps: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """(hidden, hidden), float64, the matrix P by which the states are multiplied."""
-    matrix = torch.eye(states.shape[1], device=states.device).requires_grad_()
-    optimizer = torch.optim.Adam([matrix], lr=RATE)
+    """(L, hidden, hidden), float64: the matrices P of L exits, whose sizes have the `dims` of each.
+
+    The exits do not depend on each other. They are trained on the same rows, whose targets are computed once.
+
+    Args:
+        states: (L, texts, hidden).
+        targets: (texts, any dim).
+    """
+    size = states.shape[-1]
+    matrices = torch.eye(size, device=states.device).repeat(len(states), 1, 1).requires_grad_()
+    optimizer = torch.optim.Adam([matrices], lr=RATE)
     warm_up = max(1, int(_WARM_UP * steps))
     rate = lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     scale = SCALE if similarity == "cosine" else 1.0
-    for _ in range(steps):
-        rows = torch.randperm(len(states), generator=generator)[: _QUERIES + _DOCUMENTS].to(states.device)
+    for _ in logging.tqdm(range(steps), desc="Refining projections", leave=False, disable=None):
+        rows = torch.randperm(len(targets), generator=generator)[: _QUERIES + _DOCUMENTS].to(states.device)
         queries = min(_QUERIES, len(rows) // 2)
-        state, target = states[rows], targets[rows]
-        students = (to_embeddings(state @ matrix[:, :dim], dim, similarity) for dim in dims)
-        loss = torch.stack([query_kl(student, target, queries, scale) for student in students]).sum()
+        target = targets[rows]
+        wanted = (scale * target[:queries] @ target[queries:].T).softmax(dim=-1)
+        loss = torch.zeros((), device=states.device)
+        for state, matrix, widths in zip(states, matrices, dims, strict=True):
+            outputs = state[rows] @ matrix[:, : widths[-1]]
+            for dim in widths:
+                student = to_embeddings(outputs, dim, similarity)
+                scores = scale * student[:queries] @ student[queries:].T
+                # The divergence of the two distributions, but for the entropy of the target, which is constant.
+                loss = loss + torch.nn.functional.cross_entropy(scores, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return matrix.detach().double()
+    return matrices.detach().double()
