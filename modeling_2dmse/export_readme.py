@@ -3,6 +3,8 @@
 import os
 import re
 
+import torch
+import transformers
 from transformers.utils import cached_file
 
 _SENTENCE_TRANSFORMERS = """```python
@@ -65,6 +67,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         *([f"Prompts (`prompt_name`):\n\n{prompts.rstrip()}"] if prompts else []),
         f"## Other clients\n\n{_clients(model, format)}",
         f"## Licence\n\n{licence}",
+        f"Made with transformers {transformers.__version__} and torch {torch.__version__}.",
     ]
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(parts) + "\n")

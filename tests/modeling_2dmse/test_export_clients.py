@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import LADDER, SENTENCES
 
 from modeling_2dmse import TwoDMSEModel
@@ -129,7 +131,8 @@ def test_exports_have_a_readme_and_files_that_all_can_read(elastic, onnx_folder,
         assert {path.stat().st_mode for path in folder.rglob("*") if path.is_file()} == {mode}
         text = texts[folder] = (folder / "README.md").read_text()
         assert text.startswith("---\nlicense: apache-2.0\n")
-        for part in ("# small", "size 2x8", "48 tokens", "cut out of my-model", "have unit length", "pooled by `mean`"):
+        for part in ("# small", "size 2x8", "48 tokens", "cut out of my-model", "have unit length", "pooled by `mean`",
+                     f"transformers {transformers.__version__}", f"torch {torch.__version__}"):  # fmt: skip
             assert part in text
         for part in ('SentenceTransformer("small"', "apache-2.0, as my-model states", "- `query`: 'the cat '"):
             assert part in text

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset, List
+from datasets import ClassLabel, Dataset, LargeList, List
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -15,13 +15,17 @@ ACCEPTED = (
     "negative_score, ...), or (sentence1, sentence2, score)"
 )
 # Names of columns, in lower case and without separators, for each role.
-_FIRST = ("anchor", "query", "queries", "question", "text1", "texta", "sentence1", "sentencea", "string1")
+_FIRST = (
+    *("anchor", "query", "question", "text1", "texta", "sentence1", "sentencea", "string1"),
+    *("anchors", "queries", "questions"),
+)
 _SECOND = (
     *("positive", "pos", "document", "doc", "passage", "answer", "response", "text2", "textb", "sentence2"),
     *("sentenceb", "string2", "positivepassage", "positivedocument"),
+    *("positives", "documents", "docs", "passages", "answers", "responses", "positivepassages", "positivedocuments"),
 )
 _SCORE = ("score", "label", "labels", "similarity", "similarityscore")
-_NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document)?(\d*)")
+_NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document|doc)?s?(\d*)")
 _TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
 _TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
 
@@ -139,7 +143,9 @@ def _check_classes(table: Dataset, name: str, given: dict[str, str], argument: s
 
 
 def _without_lists(table: Dataset) -> Dataset:
-    lists = [name for name, feature in table.features.items() if isinstance(feature, List) and name != "score"]
+    # Polars writes large lists.
+    kinds = {name: type(feature) for name, feature in table.features.items() if name != "score"}
+    lists = [name for name, kind in kinds.items() if issubclass(kind, (List, LargeList))]
     if not lists:
         return table
     most = max((len(row["negative"] or []) for row in table), default=0) if "negative" in lists else 0
