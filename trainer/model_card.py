@@ -141,7 +141,7 @@ def _facts(model: TwoDMSEModel, run: Run) -> str:
         "License": run.license,
         "Pooling": model.config.pooling,
         "Similarity function": {"dot": "dot product"}.get(model.config.similarity, model.config.similarity),
-        "Prompts (`prompt_name`)": ", ".join(f"`{key}`: {text!r}" for key, text in model.config.prompts.items()),
+        "Prompts (`prompt_name`)": ", ".join(model.config.prompt_notes),
         "Maximum length": f"{model.max_length} tokens" + (f"; trained at up to {trained}" if trained else ""),
     }
     return "\n".join(f"- {title}: {value}" for title, value in lines.items() if value)

@@ -146,6 +146,19 @@ def test_exports_have_a_readme_and_files_that_all_can_read(elastic, onnx_folder,
     assert "Scores" not in onnx
 
 
+def test_the_default_prompt_is_named_and_scores_are_those_of_one_text(tiny_model, tmp_path, capsys):
+    model = tiny_model(prompts={"query": "the cat sleeps ", "document": ""})
+    model.config.default_prompt_name = "query"
+    model.save_pretrained(tmp_path / "model")
+    rows = ["sentence1,sentence2,score", *(f"{SENTENCES[i]},{SENTENCES[i + 1]},{i % 5}" for i in range(10))]
+    (tmp_path / "sts.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--num_layers", "2", "--dim", "8", "--sts_files", str(tmp_path / "sts.csv")]
+    export.main(["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "small"), *flags])
+    assert "(+0.0000)" in capsys.readouterr().out
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "have to put them before the texts):\n\n- `query`: 'the cat sleeps ' (the default)\n\n" in text
+
+
 def test_the_readme_of_an_unnamed_licence_and_an_uncut_width(tiny_model, tmp_path):
     model = tiny_model()
     model.config.similarity = "dot"
