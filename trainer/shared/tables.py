@@ -146,6 +146,11 @@ def _hint(path: str, suffix: str, cause: str) -> str:
         marked = re.search("byte 0xf[ef] in position 0", cause)
         encoding = ("UTF-16", "utf-16") if marked else ("Latin-1", "latin1")
         return f"; it is not UTF-8, perhaps {encoding[0]}: convert it with iconv -f {encoding[1]} -t utf-8"
+    if suffix == ".jsonl" and cause:
+        opener = gzip.open if path.lower().endswith(".gz") else open
+        with contextlib.suppress(EOFError, OSError, zlib.error), opener(path, "rb") as lines:
+            if lines.readline().startswith(b"["):
+                return '; its lines seem to be lists: write objects, for example {"anchor": "...", "positive": "..."}'
     if suffix in (".csv", ".tsv"):
         own, other, fitting = ",", "\t", "tabs: name it .tsv"
         if suffix == ".tsv":

@@ -111,6 +111,31 @@ def test_hints(content, message, tmp_path):
         read_table(str(tmp_path / "t.csv"))
 
 
+def test_a_hint_for_lines_that_are_lists(tmp_path):
+    (tmp_path / "t.jsonl").write_text('["a", "b"]\n["c", "d"]\n')
+    with pytest.raises(ValueError, match='its lines seem to be lists: write objects, for example {"anchor"'):
+        read_table(str(tmp_path / "t.jsonl"))
+
+
+def test_a_list_of_negatives_beside_numbered_ones():
+    rows = {"query": ["a", "b"], "pos": ["c", "d"], "neg": [["e", "f"], ["g"]], "negative_1": ["h", "i"]}
+    assert check_table(Dataset.from_dict(rows)).to_dict() == {
+        "anchor": ["a", "b"],
+        "positive": ["c", "d"],
+        "negative_1": ["h", "i"],
+        "negative_2": ["e", "g"],
+        "negative_3": ["f", None],
+    }
+
+
+@pytest.mark.parametrize("names", [["Sentence1", "Sentence2"], ["sentence_A", "sentence_B"]])
+def test_sentences_need_a_score_under_any_name(names):
+    texts = {name: ["a", "b"] for name in names}
+    with pytest.raises(ValueError, match="are not one of the accepted sets"):
+        check_table(Dataset.from_dict(texts))
+    assert check_table(Dataset.from_dict(texts | {"relatedness_score": [1.0, 2.0]})).column_names == SCORED
+
+
 @pytest.mark.parametrize(("mark", "hint"), [(",", "by commas: name it .csv"), (";", "by semicolons")])
 def test_hints_for_a_tsv(mark, hint, tmp_path):
     (tmp_path / "t.tsv").write_text(f"anchor{mark}positive\na{mark}b\n")
