@@ -190,6 +190,12 @@ class TwoDMSEConfig(PreTrainedConfig):
         return self.num_layers
 
     @property
+    def prompt_notes(self) -> list[str]:
+        """The name and the text of each prompt that is not empty, as a card shows them."""
+        default = {self.default_prompt_name: " (the default)"}
+        return [f"`{name}`: {text!r}{default.get(name, '')}" for name, text in self.prompts.items() if text]
+
+    @property
     def ladder(self) -> list[Size]:
         """The sizes that the model is trained for, small to large; its full size if none were given."""
         return parse_ladder(self.sizes) if self.sizes else [Size(self.num_layers, self.dim)]

@@ -7,8 +7,9 @@ import shutil
 import torch
 
 from .export_readme import write_export_readme
+from .file_modes import share_weights
 from .onnx_export import check_onnxruntime, write_onnx
-from .sentence_transformers_files import cut_weight, share_mode, write_exported_modules, write_onnx_modules
+from .sentence_transformers_files import cut_weight, write_exported_modules, write_onnx_modules
 from .tokens import write_truncation
 
 FORMATS = ("transformers", "onnx")
@@ -40,7 +41,6 @@ def export(model, path: str, format: str, dtype: str) -> str:
         writer(model, partial, dtype)
         write_truncation(partial, model.tokenizer, model.max_length)
         write_export_readme(partial, os.path.basename(os.path.abspath(path)), model, format, dtype)
-        share_mode(partial, "README.md")
         if os.path.isdir(path):
             os.rmdir(path)  # empty, as checked
         os.rename(partial, path)
@@ -95,6 +95,7 @@ def _write_transformers(model, folder: str, dtype: str) -> None:
         state["pooler.dense.weight"] = torch.eye(width, dtype=backbone.dtype)
         state["pooler.dense.bias"] = torch.zeros(width, dtype=backbone.dtype)
     backbone.save_pretrained(folder, state_dict=state)
+    share_weights(folder)
     model.tokenizer.save_pretrained(folder)
     write_exported_modules(folder, model.config, model.max_length, dense)
 

@@ -3,6 +3,8 @@
 import os
 import re
 
+import torch
+import transformers
 from transformers.utils import cached_file
 
 _SENTENCE_TRANSFORMERS = """```python
@@ -35,6 +37,8 @@ const tokens = await tokenizer(["a text"], {{ padding: true, truncation: true }}
 const {{ sentence_embedding }} = await model(tokens); // (1, {dim})
 ```"""
 
+_PROMPTS = "Prompts (`prompt_name`; clients other than sentence-transformers have to put them before the texts):"
+
 
 def write_export_readme(folder: str, name: str, model, format: str, dtype: str) -> None:
     """Write the README.md of an export.
@@ -54,7 +58,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
     head = [f"license: {license}"] if license else []
     head += ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags:"]
     licence = f"{license}, as {source} states." if license else f"{source} states none; its own licence holds."
-    prompts = "".join(f"- `{key}`: {text!r}\n" for key, text in config.prompts.items())
+    prompts = "\n".join(f"- {note}" for note in config.prompt_notes)
     parts = [
         "\n".join(["---", *head, *(f"- {tag}" for tag in tags), "---"]),
         f"# {name}",
@@ -62,9 +66,10 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         f"dimensions), cut out of {source}; {format}, {dtype}. Texts are cut to {model.max_length} tokens, token "
         f"states are pooled by `{config.pooling}`, and vectors {length}.",
         f"## Use\n\n{_usage(name, config.dim, format, dtype)}",
-        *([f"Prompts (`prompt_name`):\n\n{prompts.rstrip()}"] if prompts else []),
+        *([f"{_PROMPTS}\n\n{prompts}"] if prompts else []),
         f"## Other clients\n\n{_clients(model, format)}",
         f"## Licence\n\n{licence}",
+        f"Made with transformers {transformers.__version__} and torch {torch.__version__}.",
     ]
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(parts) + "\n")

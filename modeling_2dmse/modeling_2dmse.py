@@ -24,13 +24,14 @@ from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
 from .export import check_export, export
+from .file_modes import share_weights
 from .importing import import_backbone
 from .loading import auto_kwargs, check_loaded
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
-from .sentence_transformers_files import share_weights, write_sentence_transformers_files
+from .sentence_transformers_files import write_sentence_transformers_files
 from .tokens import write_truncation
 from .truncation import check_whole, cut_model
 
@@ -311,7 +312,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
-        share_weights(str(save_directory), os.path.join(save_directory, "config.json"))
+        share_weights(save_directory)
         max_length = None
         try:
             self.tokenizer.save_pretrained(save_directory)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .backbone import LayerStandIn, build_backbone, cut_config, layers_of, view
 from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
+from .file_modes import share_weights
 from .import_checks import reads_left_to_right
 from .loading import auto_kwargs, check_loaded
 from .masked_loss import vocabulary_loss
@@ -210,6 +211,8 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         """Save encoder, decoder and head, to continue pre-training."""
         self.config.encoder_config = self.encoder.config
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            share_weights(save_directory)
 
     def _decode(
         self, first: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None, copies: int

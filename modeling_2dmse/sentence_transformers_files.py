@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from .configuration_2dmse import TwoDMSEConfig
+from .file_modes import share_weights
 
 # The order is that in which sentence-transformers concatenates the vectors of several modes.
 POOLING_FLAGS = {
@@ -63,6 +64,7 @@ def _write_modules(folder: str, config: TwoDMSEConfig, dense: torch.Tensor | Non
         settings["activation_function"] = "torch.nn.modules.linear.Identity"
         _write_json(os.path.join(folder, "2_Dense", "config.json"), settings)
         save_file({"linear.weight": dense}, os.path.join(folder, "2_Dense", "model.safetensors"))
+        share_weights(os.path.join(folder, "2_Dense"))
     if config.similarity == "cosine":
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
     entries: list[dict] = []
@@ -85,19 +87,6 @@ def _write_companions(folder: str, config: TwoDMSEConfig, max_length: int | None
     transformer = {"max_seq_length": max_length, "do_lower_case": False}
     _write_json(os.path.join(folder, "sentence_bert_config.json"), transformer)
     _write_json(os.path.join(folder, "1_Pooling", "config.json"), pooling)
-
-
-def share_mode(folder: str, like: str) -> None:
-    """Give all weights below an exported folder the mode of one of its files: safetensors writes for the owner only."""
-    for parent, _, _ in os.walk(folder):
-        share_weights(parent, os.path.join(folder, like))
-
-
-def share_weights(folder: str, like: str) -> None:
-    """Give the files of safetensors in a folder the mode of the file `like`, which was written as the umask says."""
-    for name in os.listdir(folder):
-        if name.endswith(".safetensors"):
-            os.chmod(os.path.join(folder, name), os.stat(like).st_mode & 0o777)
 
 
 def _write_json(path: str, content) -> None:

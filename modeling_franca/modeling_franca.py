@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_franca import FrancaConfig
+from .file_modes import share_weights
 from .images import (
     batches,
     build_backbone,
@@ -232,6 +233,7 @@ class FrancaModel(FrancaPreTrainedModel):
         """Save the model, its code, and the image processor if there is one."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            share_weights(save_directory)
             save_processor(self, save_directory)
 
     def save_backbone(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -240,6 +242,7 @@ class FrancaModel(FrancaPreTrainedModel):
         if "use_mask_token" in constructor_options(self.config.backbone_config):
             weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
         self.backbone.save_pretrained(save_directory, state_dict=weights, **kwargs)
+        share_weights(save_directory)
         save_processor(self, save_directory)
 
 

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .clustering import NestedClusteringHead, assignment_loss, koleo_loss, pairwise_assignment_loss, sinkhorn
 from .configuration_franca import FrancaConfig
+from .file_modes import share_weights
 from .images import check_pixels, find_mask_token
 from .modeling_franca import FrancaModel, FrancaPreTrainedModel, load_backbone, save_processor
 
@@ -157,6 +158,7 @@ class FrancaForPretraining(FrancaPreTrainedModel):
         self.config.auto_map = {"AutoModel": f"modeling_franca.{FrancaModel.__name__}"}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            share_weights(save_directory)
             save_processor(self.teacher, save_directory)
 
     def forward(

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_m3 import MatryoshkaLlavaConfig
 from .costs import PrefillCost, prefill_cost
+from .file_modes import share_weights
 from .visual_tokens import pool_visual_tokens
 
 
@@ -279,6 +280,8 @@ class MatryoshkaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            share_weights(save_directory)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """See `MatryoshkaLlavaModel.encode_images`."""

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, inference_twin, layers_of, view
 from .cascade import CascadeWalk, fit_thresholds
 from .configuration_mrl import MatryoshkaConfig, Size
+from .file_modes import share_weights
 from .head import MatryoshkaHead, nested_loss
 from .outputs import CascadeOutput, MatryoshkaClassifierOutput
 
@@ -167,6 +168,8 @@ class MatryoshkaClassifier(PreTrainedModel):
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": f"{module}.{type(self).__name__}"}
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            share_weights(save_directory)
 
     def truncate(self, size: int | str | Size | None = None) -> Self:
         """The classifier of only one size: no deeper layers, no other columns or heads.

@@ -84,6 +84,7 @@ def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard
         settings="\n".join(f"- {key}: `{value}`" for key, value in run.settings.items()),
         objective=objective.name,
         versions=_versions(),
+        normalises=model.config.similarity == "cosine",
         crosses=bool(run.settings.get("cross size weight")),
         citation="\n\n".join(CITATIONS[objective.name]),
     )
@@ -140,6 +141,7 @@ def _facts(model: TwoDMSEModel, run: Run) -> str:
         "License": run.license,
         "Pooling": model.config.pooling,
         "Similarity function": {"dot": "dot product"}.get(model.config.similarity, model.config.similarity),
+        "Prompts (`prompt_name`)": ", ".join(model.config.prompt_notes),
         "Maximum length": f"{model.max_length} tokens" + (f"; trained at up to {trained}" if trained else ""),
     }
     return "\n".join(f"- {title}: {value}" for title, value in lines.items() if value)

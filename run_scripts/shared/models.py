@@ -171,7 +171,7 @@ def load_adapter(folder: str, **kwargs) -> TwoDMSEModel:
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     encoder = load_encoder(base, config.sizes, **kwargs)
     encoder.config.pooling, encoder.config.similarity = config.pooling, config.similarity
-    encoder.config.prompts = config.prompts
+    encoder.config.prompts, encoder.config.default_prompt_name = config.prompts, config.default_prompt_name
     if encoder.num_layers > config.num_layers:
         encoder = encoder.truncate(config.num_layers, config.dim)
     if config.exit_projections:

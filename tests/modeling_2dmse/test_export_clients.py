@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import LADDER, SENTENCES
 
 from modeling_2dmse import TwoDMSEModel
@@ -129,7 +131,8 @@ def test_exports_have_a_readme_and_files_that_all_can_read(elastic, onnx_folder,
         assert {path.stat().st_mode for path in folder.rglob("*") if path.is_file()} == {mode}
         text = texts[folder] = (folder / "README.md").read_text()
         assert text.startswith("---\nlicense: apache-2.0\n")
-        for part in ("# small", "size 2x8", "48 tokens", "cut out of my-model", "have unit length", "pooled by `mean`"):
+        for part in ("# small", "size 2x8", "48 tokens", "cut out of my-model", "have unit length", "pooled by `mean`",
+                     f"transformers {transformers.__version__}", f"torch {torch.__version__}"):  # fmt: skip
             assert part in text
         for part in ('SentenceTransformer("small"', "apache-2.0, as my-model states", "- `query`: 'the cat '"):
             assert part in text
@@ -141,6 +144,19 @@ def test_exports_have_a_readme_and_files_that_all_can_read(elastic, onnx_folder,
     assert "InferenceSession" in onnx
     assert '{ dtype: "q8" }' in onnx
     assert "Scores" not in onnx
+
+
+def test_the_default_prompt_is_named_and_scores_are_those_of_one_text(tiny_model, tmp_path, capsys):
+    model = tiny_model(prompts={"query": "the cat sleeps ", "document": ""})
+    model.config.default_prompt_name = "query"
+    model.save_pretrained(tmp_path / "model")
+    rows = ["sentence1,sentence2,score", *(f"{SENTENCES[i]},{SENTENCES[i + 1]},{i % 5}" for i in range(10))]
+    (tmp_path / "sts.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--num_layers", "2", "--dim", "8", "--sts_files", str(tmp_path / "sts.csv")]
+    export.main(["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "small"), *flags])
+    assert "(+0.0000)" in capsys.readouterr().out
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "have to put them before the texts):\n\n- `query`: 'the cat sleeps ' (the default)\n\n" in text
 
 
 def test_the_readme_of_an_unnamed_licence_and_an_uncut_width(tiny_model, tmp_path):

@@ -80,7 +80,7 @@ def test_the_folder_has_the_files_that_it_needs(tiny_m3, tmp_path):
     assert config["model_type"] == "matryoshka_llava"
     assert config["visual_token_sizes"] == [1, 9, 36]
     names = {path.name for path in tmp_path.glob("*.py")}
-    assert names == {"configuration_m3.py", "modeling_m3.py", "costs.py", "visual_tokens.py"}
+    assert names == {"configuration_m3.py", "modeling_m3.py", "costs.py", "file_modes.py", "visual_tokens.py"}
     assert "torchvision" not in "".join(path.read_text() for path in tmp_path.glob("*.py"))
 
 

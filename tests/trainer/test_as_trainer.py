@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.franca.trainer import FrancaTrainer
+from trainer.m3.trainer import M3Trainer
 from trainer.preparation import check_checkpointing
+from trainer.smae.trainer import SmaeTrainer
 
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
 SCORED = Dataset.from_dict({"sentence1": SENTENCES[:6], "sentence2": SENTENCES[6:12], "score": [0, 1, 2, 3, 4, 5]})
@@ -140,3 +143,9 @@ def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tin
         assert config["backbone_config"]["vocab_size"] == len(model.tokenizer) + 100
     again = TwoDMSEModel.from_pretrained(tmp_path)
     assert np.allclose(again.encode(["a zeppelin"]), model.encode(["a zeppelin"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SmaeTrainer, M3Trainer, FrancaTrainer])
+def test_other_trainers_refuse_model_init(kind, tmp_path):
+    with pytest.raises(ValueError, match="model: None is not allowed; give a model, because this trainer"):
+        kind(None, arguments(tmp_path), model_init=lambda: None)

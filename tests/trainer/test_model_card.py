@@ -63,6 +63,18 @@ def test_the_whole_card(tiny_model, tmp_path):
     yaml.safe_load(card.content.split("---")[1])
 
 
+def test_a_card_of_dot_products_does_not_normalise(tiny_model):
+    model = tiny_model(prompts={"query": "find: ", "document": ""})
+    model.config.default_prompt_name = "query"
+    cosine = build_card(model, objective(), Run("m")).text
+    model.config.similarity = "dot"
+    dot = build_card(model, objective(), Run("m")).text
+    for card in (cosine, dot):
+        assert "- Prompts (`prompt_name`): `query`: 'find: ' (the default)\n" in card
+    assert "normalize_embeddings=True" in cosine
+    assert "normali" not in dot
+
+
 def card_of(tiny_model, run: Run, name: str = "starbucks"):
     return build_card(tiny_model(), objective(name), run)
 

@@ -12,6 +12,7 @@ from modeling_franca import FrancaForPretraining
 
 from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
+from ..shared.mixin import check_model
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import FrancaTrainingArguments
@@ -56,6 +57,7 @@ class FrancaTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer)
         data_collator: Callable | None = None,
         **kwargs: Any,
     ):
+        check_model(model)
         collator = data_collator if data_collator is not None else make_collator(model, args)
         block = args.train_batch_size * args.world_size
         if train_dataset is not None and len(train_dataset) < block:

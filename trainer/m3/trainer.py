@@ -12,6 +12,7 @@ from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, visual_output
 from ..shared.attention import UnreadMaskMixin, nothing_padded
 from ..shared.callbacks import StopSignals
 from ..shared.checkpoints import CheckpointMixin
+from ..shared.mixin import check_model
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import M3TrainingArguments
@@ -59,6 +60,7 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMi
         processing_class: Any = None,
         **kwargs: Any,
     ):
+        check_model(model)
         if args.visual_token_sizes is not None or args.scale_loss_weights is not None:
             sizes = args.visual_token_sizes or model.config.visual_token_sizes
             model.config.set_levels(sizes, args.scale_loss_weights)

@@ -1,9 +1,10 @@
 """Tables as people have them: which column is the anchor, the positive, a negative or the score."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset, List
+from datasets import ClassLabel, Dataset, LargeList, List
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -15,13 +16,19 @@ ACCEPTED = (
     "negative_score, ...), or (sentence1, sentence2, score)"
 )
 # Names of columns, in lower case and without separators, for each role.
-_FIRST = ("anchor", "query", "queries", "question", "text1", "texta", "sentence1", "sentencea", "string1")
+_FIRST = (
+    *("anchor", "query", "question", "text1", "texta", "sentence1", "sentencea", "string1"),
+    *("anchors", "queries", "questions"),
+)
 _SECOND = (
     *("positive", "pos", "document", "doc", "passage", "answer", "response", "text2", "textb", "sentence2"),
     *("sentenceb", "string2", "positivepassage", "positivedocument"),
+    *("positives", "documents", "docs", "passages", "answers", "responses", "positivepassages", "positivedocuments"),
 )
-_SCORE = ("score", "label", "labels", "similarity", "similarityscore")
-_NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document)?(\d*)")
+_SCORE = ("score", "label", "labels", "similarity", "similarityscore", "relatednessscore")
+# Pairs of sentences that need not mean the same: without a score, the score is missing.
+_SCORED_ONLY = (("sentence1", "sentence2"), ("sentencea", "sentenceb"))
+_NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document|doc)?s?(\d*)")
 _TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
 _TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
 
@@ -87,9 +94,8 @@ def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[s
     scored = (
         bool(score) and not negatives and not any(role.startswith(("neg", "anc", "pos")) for role in given.values())
     )
-    exact_pair = ("sentence1", "sentence2")  # without a score, the score is missing
     unclear = len(first) != 1 or len(second) != 1 or len(score) > 1
-    if unclear or (not scored and (first[0], second[0]) == exact_pair and not given):
+    if unclear or (not scored and not given and (plain[first[0]], plain[second[0]]) in _SCORED_ONLY):
         raise UnknownColumns(
             f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}; name their "
             "roles, for example --columns query:anchor document:positive"
@@ -139,18 +145,21 @@ def _check_classes(table: Dataset, name: str, given: dict[str, str], argument: s
 
 
 def _without_lists(table: Dataset) -> Dataset:
-    lists = [name for name, feature in table.features.items() if isinstance(feature, List) and name != "score"]
+    # Polars writes large lists.
+    kinds = {name: type(feature) for name, feature in table.features.items() if name != "score"}
+    lists = [name for name, kind in kinds.items() if issubclass(kind, (List, LargeList))]
     if not lists:
         return table
     most = max((len(row["negative"] or []) for row in table), default=0) if "negative" in lists else 0
+    numbered = (f"negative_{n}" for n in itertools.count(1))
+    added = list(itertools.islice((name for name in numbered if name not in table.column_names), most))
 
     def expand(batch: dict) -> dict:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         output: list[dict] = []
         for row in rows:
             negatives = row.pop("negative", None) if "negative" in lists else None
-            more = {f"negative_{n + 1}": None for n in range(most)}
-            more |= {f"negative_{n + 1}": text for n, text in enumerate(negatives or [])}
+            more = dict(itertools.zip_longest(added, negatives or []))
             positives = row["positive"] if "positive" in lists else [row["positive"]]
             output += [{**row, **more, "positive": positive} for positive in positives or [None]]
         return {name: [row[name] for row in output] for name in output[0]}

@@ -142,20 +142,29 @@ def _read_saved(path: str, argument: str, split: str) -> Dataset:
 def _hint(path: str, suffix: str, cause: str) -> str:
     """What is probably wrong with a file, as the end of an error; nothing if there is no sign."""
     if "codec can't decode" in cause or "utf-8" in cause.lower():
-        # Excel's "Unicode text" is UTF-16; its files start with the bytes ff fe.
-        encoding = ("UTF-16", "utf-16") if "byte 0xff in position 0" in cause else ("Latin-1", "latin1")
+        # Excel's "Unicode text" is UTF-16; its files start with the bytes ff fe, or fe ff.
+        marked = re.search("byte 0xf[ef] in position 0", cause)
+        encoding = ("UTF-16", "utf-16") if marked else ("Latin-1", "latin1")
         return f"; it is not UTF-8, perhaps {encoding[0]}: convert it with iconv -f {encoding[1]} -t utf-8"
-    if suffix == ".csv":
+    if suffix == ".jsonl" and cause:
+        opener = gzip.open if path.lower().endswith(".gz") else open
+        with contextlib.suppress(EOFError, OSError, zlib.error), opener(path, "rb") as lines:
+            if lines.readline().startswith(b"["):
+                return '; its lines seem to be lists: write objects, for example {"anchor": "...", "positive": "..."}'
+    if suffix in (".csv", ".tsv"):
+        own, other, fitting = ",", "\t", "tabs: name it .tsv"
+        if suffix == ".tsv":
+            own, other, fitting = "\t", ",", "commas: name it .csv"
         opener = gzip.open if path.lower().endswith(".gz") else open
         heading = ""
         # A damaged archive has an error already.
         damaged = contextlib.suppress(EOFError, OSError, zlib.error)
         with damaged, opener(path, "rt", encoding="utf-8", errors="replace") as file:
             heading = file.readline()
-        if "," in heading:
+        if own in heading:
             return ""
-        if "\t" in heading:
-            return "; its columns seem to be separated by tabs: name it .tsv"
+        if other in heading:
+            return f"; its columns seem to be separated by {fitting}"
         for mark, name in ((";", "semicolons"), ("|", "vertical bars")):
             if mark in heading:
                 return f"; its columns seem to be separated by {name}: separate them by commas, or by tabs as .tsv"

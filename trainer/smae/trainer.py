@@ -13,6 +13,7 @@ from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding
 from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
+from ..shared.mixin import check_model
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import SmaeTrainingArguments
@@ -51,6 +52,7 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
         eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
+        check_model(model)
         tokenizer = model.encoder.tokenizer
         collator = MaskingCollator(
             tokenizer,

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import SENTENCES
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from trainer.data import check_table
 from trainer.shared.tables import hold_out, read_table
@@ -17,6 +17,9 @@ NAMED = [
     (["sentence1", "sentence2", "label"], SCORED),
     (["Sentence1", "Sentence2", "Similarity"], SCORED),
     (["query", "pos", "neg"], [*PAIR, "negative"]),
+    (["queries", "positives", "negatives"], [*PAIR, "negative"]),
+    (["question", "Positive_Passages", "hard_negative_passages"], [*PAIR, "negative"]),
+    (["questions", "answers"], PAIR),
     (["question", "passage", "hard_negative", "neg_2"], [*PAIR, "negative", "negative_2"]),
     (["id", "anchor", "positive", "source"], PAIR),
     (["anchor", "positive", "question", "answer"], PAIR),
@@ -76,9 +79,11 @@ def test_columns_that_are_not_clear(cells, columns, message):
         check_table(Dataset.from_dict(cells), columns=columns)
 
 
-def test_lists_of_positives_and_negatives():
+@pytest.mark.parametrize("kind", [List, LargeList])
+def test_lists_of_positives_and_negatives(kind):
     rows = {"query": ["a", "b"], "pos": [["c", "d"], ["e"]], "neg": [["f"], ["g", "h"]]}
-    assert check_table(Dataset.from_dict(rows)).to_dict() == {
+    features = Features({"query": Value("string"), "pos": kind(Value("string")), "neg": kind(Value("string"))})
+    assert check_table(Dataset.from_dict(rows, features)).to_dict() == {
         "anchor": ["a", "a", "b"],
         "positive": ["c", "d", "e"],
         "negative_1": ["f", "f", "g"],
@@ -90,6 +95,7 @@ def test_lists_of_positives_and_negatives():
     ("content", "message"),
     [
         (b"anchor\tpositive\na\tb\n", "seem to be separated by tabs: name it .tsv"),
+        (b"\xfe\xff" + "anchor,positive\na,b\n".encode("utf-16-be"), "perhaps UTF-16: convert it"),
         (b"anchor;positive\na;b, c, d\n", "seem to be separated by semicolons"),
         (b"anchor|positive\na|b\n", "seem to be separated by vertical bars"),
         ("anchor,positive\na,b\n".encode("utf-16"), "perhaps UTF-16: convert it with iconv -f utf-16 -t utf-8"),
@@ -103,6 +109,38 @@ def test_hints(content, message, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_table(str(tmp_path / "t.csv"))
+
+
+def test_a_hint_for_lines_that_are_lists(tmp_path):
+    (tmp_path / "t.jsonl").write_text('["a", "b"]\n["c", "d"]\n')
+    with pytest.raises(ValueError, match='its lines seem to be lists: write objects, for example {"anchor"'):
+        read_table(str(tmp_path / "t.jsonl"))
+
+
+def test_a_list_of_negatives_beside_numbered_ones():
+    rows = {"query": ["a", "b"], "pos": ["c", "d"], "neg": [["e", "f"], ["g"]], "negative_1": ["h", "i"]}
+    assert check_table(Dataset.from_dict(rows)).to_dict() == {
+        "anchor": ["a", "b"],
+        "positive": ["c", "d"],
+        "negative_1": ["h", "i"],
+        "negative_2": ["e", "g"],
+        "negative_3": ["f", None],
+    }
+
+
+@pytest.mark.parametrize("names", [["Sentence1", "Sentence2"], ["sentence_A", "sentence_B"]])
+def test_sentences_need_a_score_under_any_name(names):
+    texts = {name: ["a", "b"] for name in names}
+    with pytest.raises(ValueError, match="are not one of the accepted sets"):
+        check_table(Dataset.from_dict(texts))
+    assert check_table(Dataset.from_dict(texts | {"relatedness_score": [1.0, 2.0]})).column_names == SCORED
+
+
+@pytest.mark.parametrize(("mark", "hint"), [(",", "by commas: name it .csv"), (";", "by semicolons")])
+def test_hints_for_a_tsv(mark, hint, tmp_path):
+    (tmp_path / "t.tsv").write_text(f"anchor{mark}positive\na{mark}b\n")
+    with pytest.raises(ValueError, match=f"t.tsv has only one column; its columns seem to be separated {hint}"):
+        read_table(str(tmp_path / "t.tsv"))
 
 
 def test_saved_folders(tmp_path):
