@@ -113,7 +113,7 @@ def test_hints(content, message, tmp_path):
 
 def test_a_hint_for_lines_that_are_lists(tmp_path):
     (tmp_path / "t.jsonl").write_text('["a", "b"]\n["c", "d"]\n')
-    with pytest.raises(ValueError, match='its lines seem to be lists: write objects, for example {"anchor"'):
+    with pytest.raises(ValueError, match=r'its lines seem to be lists: write objects, for example \{"anchor"'):
         read_table(str(tmp_path / "t.jsonl"))
 
 
