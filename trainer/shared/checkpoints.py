@@ -17,13 +17,10 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
-
-from modeling_2dmse.file_modes import share_weights
 
 from .mixin import TrainerMixin
 
@@ -72,6 +69,10 @@ class CheckpointMixin(TrainerMixin):
     def _save(self, output_dir=None, state_dict=None):
         with as_defined(cast(torch.nn.Module, self.model)) if self.is_fsdp_enabled else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
+        from transformers.trainer import TRAINING_ARGS_NAME  # loads peft and datasets, which a refusal need not
+
+        from modeling_2dmse.file_modes import share_weights
+
         # Of adapters too, which PEFT saves.
         share_weights(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME)
 
