@@ -86,8 +86,9 @@ def _draw(axis: "Axes", name: str, runs: Sequence[dict]) -> None:
         if label in drawn:
             axis.plot(*drawn[label], label=label, **{"marker": "o", "markersize": 4} | _STYLES[label])
     times, values = drawn[[label for label in _STYLES if label in drawn][-1]]
-    for size, x, y in zip(runs[-1]["costs"], times, values, strict=True):
-        axis.annotate(size, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7)
+    for place, (size, x, y) in enumerate(zip(runs[-1]["costs"], times, values, strict=True)):
+        offset = (0, -14 if place % 2 else 7)  # neighbours may take nearly the same time
+        axis.annotate(size, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=7)
     plots.set_title(axis, name)
     axis.set(xlabel="time to encode, relative to the full size", xlim=(0, 1.1))
     axis.grid(alpha=0.25)
