@@ -69,6 +69,8 @@ class CheckpointMixin(TrainerMixin):
     def _save(self, output_dir=None, state_dict=None):
         with as_defined(cast(torch.nn.Module, self.model)) if self.is_fsdp_enabled else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         from transformers.trainer import TRAINING_ARGS_NAME  # loads peft and datasets, which a refusal need not
 
         from modeling_2dmse.file_modes import share_weights
