@@ -139,8 +139,9 @@ def _refine_separate(folder: str, start: str, seed: int, budget: Budget) -> None
 
     Only models of at most a third of the layers: on stsb-dev it does not help deeper ones (docs/lab-notes.md).
     """
-    _, _, args = _arguments(budget.best_recipe, seed, budget)
-    full, small = (models.to_device(models.load_encoder(path)) for path in (start, folder))
+    model_args, _, args = _arguments(budget.best_recipe, seed, budget)
+    trusted = model_args.trust_remote_code
+    full, small = (models.to_device(models.load_encoder(path, trust_remote_code=trusted)) for path in (start, folder))
     if 3 * small.num_layers > full.num_layers:
         return
     texts = _training_texts(small, budget.best_recipe, seed, budget, budget.unlabeled_file)
