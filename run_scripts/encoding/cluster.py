@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 # A shard is the same whoever makes it, so that what a lost worker had is given to another process of it.
 _RESTARTS = 3
 _SECONDS = 10
-# The last one is a change of Ray's that it announces.
+# What goes wrong is raised in Python; errors of Ray's own processes are about its inner life, such as a task that was
+# open when it was shut down. The last one is a change of Ray's that it announces.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

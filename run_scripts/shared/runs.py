@@ -61,6 +61,8 @@ class TrainingRun:
     def begin(self, trainer) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
         check_optimizer(self.args, trainer.model)
+        # A slower process would find the files that this one is about to write, and refuse the folder.
+        trainer.accelerator.wait_for_everyone()
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:

@@ -176,6 +176,7 @@ class Work:
             results = {"model": folder, **self.measure(), "before": self.before}
             if trainer.is_world_process_zero():
                 self._report(encoder, results)
+        trainer.accelerator.wait_for_everyone()  # others may still read the teacher's vectors
         if trainer.is_world_process_zero():
             for name in os.listdir(folder):
                 if name.startswith("teacher-"):

@@ -151,11 +151,14 @@ def life(tmp_path):
     def train(resume_from_checkpoint):
         events.append(f"train {resume_from_checkpoint}")
 
+    def wait_for_everyone():
+        events.append("others check " + (out / "config.json").read_text())
+
     trainer = SimpleNamespace(
         model=torch.nn.Linear(1, 1),
         train=train,
         stop_signals=SimpleNamespace(received=None),
-        accelerator=SimpleNamespace(end_training=lambda: events.append("end")),
+        accelerator=SimpleNamespace(wait_for_everyone=wait_for_everyone, end_training=lambda: events.append("end")),
     )
 
     def start():
@@ -173,9 +176,9 @@ def test_the_life_of_a_run(life):
         (previous,) = life.folder.glob("out.previous-*")
         run.train()
         assert (previous / "config.json").read_text() == "earlier"
-        assert life.events == ["train None"]
+        assert life.events == ["others check earlier", "train None"]
     assert list(life.folder.iterdir()) == [life.out]
-    assert life.events == ["train None", "end"]
+    assert life.events == ["others check earlier", "train None", "end"]
 
 
 def test_a_wrong_input_before_begin_ends_in_one_line_and_moves_nothing(life, capsys):
@@ -197,7 +200,7 @@ def test_an_error_of_the_program_keeps_its_traceback_and_the_earlier_run(life):
         broken_run()
     (previous,) = life.folder.glob("out.previous-*")
     assert (previous / "config.json").read_text() == "earlier"
-    assert life.events == []
+    assert life.events == ["others check earlier"]
 
 
 def run_script(*command: str, folder: Path) -> subprocess.CompletedProcess:
