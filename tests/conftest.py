@@ -1,8 +1,14 @@
 """Tiny random models of every supported family, a tiny tokenizer, and twenty sentences; nothing is downloaded."""
 
+import contextlib
+import functools
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -196,6 +202,40 @@ def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **alone, "PYTHONPATH": path, **more}
+
+
+def run_processes(world: int, script: Path, *arguments: str, folders: Sequence[Path] = ()) -> None:
+    """Run a script in several gloo processes, as `torchrun` does, which would take seconds to import torch itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
+        running = []
+        for rank, log in enumerate(logs):
+            environment = cpu_environment(*folders, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            command = [sys.executable, str(script), *map(str, arguments)]
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            stack.callback(running[-1].wait)
+            stack.callback(running[-1].kill)
+        while None in [process.poll() for process in running] and not any(process.poll() for process in running):
+            time.sleep(0.1)
+        for log, process in zip(logs, running, strict=True):
+            log.seek(0)
+            assert not process.poll(), log.read()[-3000:]
+
+
+@pytest.fixture
+def few_refining_steps(monkeypatch):
+    """For tests in which how well the projections are refined does not matter."""
+    from run_scripts.comparing import fitting
+    from run_scripts.training import elasticizing
+    from trainer import refining
+
+    few = functools.partial(refining.refine_exit_projections, steps=2)
+    for module in (refining, fitting, elasticizing):
+        monkeypatch.setattr(module, "refine_exit_projections", few)
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:

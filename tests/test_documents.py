@@ -1,6 +1,5 @@
 """README and manual: their code runs, their links lead somewhere, and the site builds."""
 
-import functools
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ from manual_blocks import ROOT, find_blocks, links, paths, problems, relative, r
 from manual_workspace import make_workspace
 
 from run_scripts import digits_m3
-from run_scripts.training import elasticizing
 
 WITH_CODE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PAGES = [*WITH_CODE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -36,7 +34,7 @@ def prepared(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def workspace(prepared, tmp_path, monkeypatch):
+def workspace(prepared, tmp_path, monkeypatch, few_refining_steps):
     """The current folder, where a page may write what it likes; what was prepared in out/ is there as well."""
     for path in prepared.iterdir():
         if path.name != "out":
@@ -44,8 +42,6 @@ def workspace(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits_m3, "SPLITS", {"train": 24, "valid": 8, "test": 12})
-    few_steps = functools.partial(elasticizing.refine_exit_projections, steps=2)
-    monkeypatch.setattr(elasticizing, "refine_exit_projections", few_steps)
     return tmp_path
 
 

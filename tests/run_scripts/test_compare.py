@@ -21,7 +21,7 @@ RATES = ("1e-2", "5e-2")
 
 
 @pytest.fixture
-def folder(tmp_path, backbone_path, monkeypatch):
+def folder(tmp_path, backbone_path, monkeypatch, few_refining_steps):
     """Data, and recipes of two steps on a tiny model."""
     triplets = [f"{a},{b},{c}" for a, b, c in zip(SENTENCES, SENTENCES[1:], SENTENCES[2:], strict=False)]
     (tmp_path / "t.csv").write_text("\n".join(["anchor,positive,negative", *triplets]))

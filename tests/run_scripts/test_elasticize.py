@@ -30,6 +30,16 @@ TEXTS = [f"{a}. {b}." for i, a in enumerate(SENTENCES) for b in SENTENCES[i + 1 
 ROWS = {"text": TEXTS, "title": [" ".join(text.split()[:3]) for text in TEXTS]}
 
 
+# elasticize.py as a script of its own, whose projections are refined in a few steps.
+FEW_STEPS = """import functools
+from run_scripts import elasticize
+from trainer import refining
+
+refining.refine_exit_projections = functools.partial(refining.refine_exit_projections, steps=2)
+elasticize.main()
+"""
+
+
 def write_jsonl(path, rows) -> None:
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
         file.write("\n".join(map(json.dumps, rows)))
@@ -61,7 +71,7 @@ CORPORA = {
 
 
 @pytest.fixture
-def start(tmp_path, backbone_path):
+def start(tmp_path, backbone_path, few_refining_steps):
     """Flags of a run of a few steps on a small corpus; `run(**flags)` runs it and gives its folder."""
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     settings = {"model_name_or_path": backbone_path("bert"), "corpus_file": tmp_path / "corpus.txt", "sizes": LADDER}
@@ -110,8 +120,9 @@ def test_a_dataset_is_streamed(tmp_path):
 
 def test_two_processes_share_the_work(start, tmp_path, backbone_path):
     words = start.words(per_device_train_batch_size=8, ddp_backend="gloo")
+    (tmp_path / "run.py").write_text(FEW_STEPS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = [*launch, elasticize.__file__, *words]
+    run = [*launch, str(tmp_path / "run.py"), *words]
     done = subprocess.run(run, env=cpu_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Use it:") == done.stdout.count("documents to learn from") == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TRIPLETS
-from test_distributed import assert_same, batch_of, gradients, make_trainer, run_processes, without_dropout
+from test_distributed import assert_same, batch_of, gradients, make_trainer, run_check, without_dropout
 from test_retrieval_training import dot, vectors
 
 from modeling_2dmse import TwoDMSEModel
@@ -79,4 +79,4 @@ def check_guide(start: str, folder: str) -> None:
 
 def test_two_processes_with_a_guide_equal_one_on_the_joined_batch(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
-    run_processes("check_guide", 2, tmp_path, "test_guide")
+    run_check("check_guide", 2, tmp_path, "test_guide")

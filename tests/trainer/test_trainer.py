@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
+from conftest import LADDER, LEAVE, SENTENCES, cpu_environment, run_processes
 from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel
@@ -357,15 +357,10 @@ def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(objective,
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "run.py").write_text(TWO_PROCESSES + LEAVE)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = cpu_environment()
-    for name, launcher, batch in (
-        ("one", [sys.executable], "8"),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "4"),
-    ):
-        command = [*launcher, str(tmp_path / "run.py"), str(tmp_path / "start"), str(tmp_path / "rows.json"), root]
-        command += [str(tmp_path / name), batch, objective]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    shared = [str(tmp_path / "start"), str(tmp_path / "rows.json"), root]
+    alone = [sys.executable, str(tmp_path / "run.py"), *shared, str(tmp_path / "one"), "8", objective]
+    subprocess.run(alone, env=cpu_environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_processes(2, tmp_path / "run.py", *shared, str(tmp_path / "two"), "4", objective)
     start, one, two = (weights(TwoDMSEModel.from_pretrained(tmp_path / name)) for name in ("start", "one", "two"))
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)
     for name in one:
