@@ -81,8 +81,18 @@ def check_final_norm(backbone: PreTrainedModel, stack: str, path: str | None) ->
 
 
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
-    """The list of transformer layers at the path `stack`."""
-    return cast(nn.ModuleList, backbone.get_submodule(stack))
+    """The list of transformer layers at the path `stack`; ValueError if other modules are around it or in its place."""
+    if not isinstance(backbone, PreTrainedModel):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
+            "torch.compile(model)"
+        )
+    try:
+        return cast(nn.ModuleList, backbone.get_submodule(stack))
+    except AttributeError as error:
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} has no {stack}; wrap the layers or the whole model instead of a part"
+        ) from error
 
 
 def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Tensor:
@@ -189,11 +199,6 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
     Raises:
         ValueError: the backbone, or a module around its layers, is wrapped so that it would run all its layers.
     """
-    if not isinstance(backbone, PreTrainedModel):
-        raise ValueError(
-            f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
-            "torch.compile(model)"
-        )
     layers = layers_of(backbone, stack)
     deepest = depths[-1]
     states: list[torch.Tensor] = []

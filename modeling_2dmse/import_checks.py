@@ -29,6 +29,11 @@ def reads_left_to_right(backbone: PreTrainedModel) -> bool:
 @torch.no_grad()
 def check_padding(backbone: PreTrainedModel, no_pooler: bool = False) -> None:
     """ValueError if the states of a text change when it is padded, as beside a longer text."""
+    if getattr(backbone.config, "attention_type", None) == "block_sparse":  # only beside texts too long to try here
+        raise _refusal(
+            backbone,
+            "block_sparse attention depends on the longest text of a batch; pass attention_type='original_full'",
+        )
     short, pad = _tokens(backbone, 4), getattr(backbone.config, "pad_token_id", None) or 0
     padded = torch.nn.functional.pad(short, (0, 3), value=pad)
     mask = torch.nn.functional.pad(torch.ones_like(short), (0, 3))

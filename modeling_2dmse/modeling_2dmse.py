@@ -26,14 +26,14 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
-from .loading import auto_kwargs, check_loaded
+from .loading import check_loaded, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
 from .tokens import write_truncation
-from .truncation import check_whole, cut_model
+from .truncation import check_whole, cut_model, weights_to_save
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +143,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
-        model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
+        model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
         check_loaded(
             model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder"
         )
@@ -164,8 +164,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     def _note_vocabulary(self) -> None:
         # The embeddings may also have been resized through the backbone.
         words = self.get_input_embeddings()
-        for config in (self.config.backbone_config, self.backbone.config):
-            config.vocab_size = getattr(words, "num_embeddings", config.vocab_size)
+        self.config.vocab_size = getattr(words, "num_embeddings", self.config.vocab_size)
+        self.backbone.config.vocab_size = self.config.vocab_size
 
     @can_return_tuple
     def forward(
@@ -309,6 +309,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         """
         self.config.architectures = [type(self).__name__]
         self._note_vocabulary()
+        if not args and kwargs.get("state_dict") is None and not self._hf_peft_config_loaded:
+            kwargs["state_dict"] = weights_to_save(self)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
