@@ -19,6 +19,7 @@ from .backbone import (
     cut_config,
     run_layers,
     supports_inputs_embeds,
+    without_cache,
 )
 from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
@@ -336,9 +337,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             One (batch, length, hidden) tensor per exit.
         """
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds", "packing"}
-        options: dict = {name: value for name, value in inputs.items() if name in accepted}
-        if "use_cache" in accepted:
-            options["use_cache"] = False
+        options = {name: value for name, value in inputs.items() if name in accepted} | without_cache(self.backbone)
         return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **options)
 
     def _pool(self, layers, states: Sequence[torch.Tensor], attention_mask, packing=None) -> torch.Tensor:

@@ -220,6 +220,11 @@ def accepted_inputs(backbone: nn.Module) -> set[str]:
     return {"attention_mask", "token_type_ids", "position_ids", "use_cache"} & _forward_inputs(backbone)
 
 
+def without_cache(backbone: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a decoder from filling a cache, which nothing here reads; empty for encoders."""
+    return {"use_cache": False} if "use_cache" in accepted_inputs(backbone) else {}
+
+
 def _forward_inputs(backbone: nn.Module) -> set[str]:
     """Names in the signature of the forward of a backbone's class and of those that it inherits from: a wrapper around
     a forward may have no names."""
@@ -286,7 +291,7 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
         return norms[0]
     device = next(backbone.parameters()).device
     ids = torch.arange(12, device=device).reshape(2, 6) % max(2, backbone.config.vocab_size - 1) + 1
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs: dict = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(backbone)}
     training = backbone.training
     backbone.eval()
     try:
@@ -295,7 +300,7 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
             tapped = run_layers(backbone, stack, norm, [1, 2], **inputs)[0]
             if torch.allclose(tapped.float(), cut.float(), atol=1e-4, rtol=1e-3):
                 return norm
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"backbone: {name} cannot be made elastic: running 1 of its layers failed: {error}") from error
     finally:
         backbone.train(training)
