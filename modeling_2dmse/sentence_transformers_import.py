@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -265,7 +266,10 @@ def _dense(folder: _Folder, path: str, settings: dict) -> torch.Tensor:
 
 
 def _dense_weights(folder: _Folder, path: str) -> dict[str, torch.Tensor]:
-    read = {"model.safetensors": load_file, "pytorch_model.bin": partial(torch.load, weights_only=True)}
+    read: dict[str, Callable] = {
+        "model.safetensors": load_file,
+        "pytorch_model.bin": partial(torch.load, weights_only=True),
+    }
     for name, load in read.items():
         file = folder.path(f"{path}/{name}")
         if file is not None:
