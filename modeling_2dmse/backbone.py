@@ -81,8 +81,18 @@ def check_final_norm(backbone: PreTrainedModel, stack: str, path: str | None) ->
 
 
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
-    """The list of transformer layers at the path `stack`."""
-    return cast(nn.ModuleList, backbone.get_submodule(stack))
+    """The list of transformer layers at the path `stack`; ValueError if other modules are around it or in its place."""
+    if not isinstance(backbone, PreTrainedModel):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
+            "torch.compile(model)"
+        )
+    try:
+        return cast(nn.ModuleList, backbone.get_submodule(stack))
+    except AttributeError as error:
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} has no {stack}; wrap the layers or the whole model instead of a part"
+        ) from error
 
 
 def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Tensor:
@@ -189,11 +199,6 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
     Raises:
         ValueError: the backbone, or a module around its layers, is wrapped so that it would run all its layers.
     """
-    if not isinstance(backbone, PreTrainedModel):
-        raise ValueError(
-            f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
-            "torch.compile(model)"
-        )
     layers = layers_of(backbone, stack)
     deepest = depths[-1]
     states: list[torch.Tensor] = []
@@ -213,6 +218,11 @@ def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int]
 def accepted_inputs(backbone: nn.Module) -> set[str]:
     """Which of a text encoder's usual optional inputs the backbone's forward accepts, by name."""
     return {"attention_mask", "token_type_ids", "position_ids", "use_cache"} & _forward_inputs(backbone)
+
+
+def without_cache(backbone: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a decoder from filling a cache, which nothing here reads; empty for encoders."""
+    return {"use_cache": False} if "use_cache" in accepted_inputs(backbone) else {}
 
 
 def _forward_inputs(backbone: nn.Module) -> set[str]:
@@ -281,7 +291,7 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
         return norms[0]
     device = next(backbone.parameters()).device
     ids = torch.arange(12, device=device).reshape(2, 6) % max(2, backbone.config.vocab_size - 1) + 1
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs: dict = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(backbone)}
     training = backbone.training
     backbone.eval()
     try:
@@ -290,7 +300,7 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
             tapped = run_layers(backbone, stack, norm, [1, 2], **inputs)[0]
             if torch.allclose(tapped.float(), cut.float(), atol=1e-4, rtol=1e-3):
                 return norm
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"backbone: {name} cannot be made elastic: running 1 of its layers failed: {error}") from error
     finally:
         backbone.train(training)

@@ -1,7 +1,7 @@
 """Texts in batches of similar length: argument checks, grouping, and a pass over many texts."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 
@@ -26,10 +26,16 @@ def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
     """The texts as a list, and whether a single string was given.
 
     Raises:
-        ValueError: an item is not a string.
+        ValueError: an item is not a string, or there is neither a string nor a list.
     """
     single = isinstance(texts, str)
-    items = [texts] if isinstance(texts, str) else list(texts)
+    try:
+        found = None if isinstance(texts, Mapping) else iter([texts] if isinstance(texts, str) else texts)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"texts: a {type(texts).__name__} is not allowed; give a string or a list of strings")
+    items = list(found)
     for index, text in enumerate(items):
         if not isinstance(text, str):
             raise ValueError(f"texts: item {index} is a {type(text).__name__}; every text must be a string")

@@ -190,6 +190,15 @@ class TwoDMSEConfig(PreTrainedConfig):
         return self.num_layers
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the word embeddings, which resizing them sets, and PEFT compares with those of the folder."""
+        return self.backbone_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.backbone_config.vocab_size = value
+
+    @property
     def prompt_notes(self) -> list[str]:
         """The name and the text of each prompt that is not empty, as a card shows them."""
         default = {self.default_prompt_name: " (the default)"}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import count_positions, inference_twin
+from .backbone import count_positions, inference_twin, layers_of
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
 from .configuration_2dmse import Size, TwoDMSEConfig, parse_size
 from .formats import check_precision, quantize
@@ -91,7 +91,8 @@ class EncodeMixin(_Model):
             if not self.config.name_or_path:
                 raise ValueError("tokenizer: this model was not loaded from a folder; set model.tokenizer first")
             options = self._hub_kwargs or {"config": self.config, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path, **options)
+            options = {"pretrained_model_name_or_path": self.config.name_or_path} | options
+            tokenizer = AutoTokenizer.from_pretrained(**options)
             self.tokenizer = tokenizer
         return tokenizer
 
@@ -200,6 +201,7 @@ class EncodeMixin(_Model):
             self._check_max_length(max_length)
         if not texts:
             return torch.empty(len(exits), 0, self.config.hidden_size)
+        layers_of(self.backbone, self.config.layer_stack)  # which names a part that is wrapped
         tokenizer, longest, device = self.tokenizer, self.max_length, self.input_device
         packed = device.type != "cpu" and self.device.type != "meta" and self.packs
         model = inference_twin(self)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .backbone import check_exits, find_layer_stack
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .import_checks import check_padding, check_reload, reads_left_to_right
-from .loading import auto_kwargs, hub_kwargs, load_backbone
+from .loading import auto_kwargs, hub_kwargs, load_backbone, tokenizer_kwargs
 from .projection import ExitProjection
 from .sentence_transformers_import import Imported, read_folder
 from .tokens import lower_cased
@@ -36,6 +36,11 @@ def import_backbone(
     backbone = load_backbone(name_or_path, **{**kwargs, **options})
     if getattr(backbone.config, "is_encoder_decoder", False):
         raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
+    if getattr(backbone, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"name_or_path: {name_or_path} has adapters of PEFT; merge them into their model first, with "
+            "merge_and_unload(), and import what save_pretrained() then writes"
+        )
     if isinstance(backbone, kind):
         raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
     model = _around(kind, backbone, found, sizes, prompts)
@@ -43,7 +48,7 @@ def import_backbone(
         backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model
     model.config.name_or_path = model.name_or_path = name_or_path  # PEFT reads the latter
     # Without config, the tokenizer's loading would read another one.
-    model._hub_kwargs = {**options, **found.tokenizer_kwargs, "config": backbone.config}
+    model._hub_kwargs = {**tokenizer_kwargs(name_or_path, options), **found.tokenizer_kwargs, "config": backbone.config}
     if found.lower_case:
         model.tokenizer = lower_cased(model.tokenizer)
     return model.eval()

@@ -1,5 +1,6 @@
 """What `from_pretrained` needs besides transformers: checks of the weights, and arguments for the other files."""
 
+import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -90,6 +91,15 @@ def auto_kwargs(kwargs: dict) -> dict:
     code in a folder asks on standard input whether to run it.
     """
     return {**hub_kwargs(kwargs), "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
+
+
+def tokenizer_kwargs(name_or_path: str | os.PathLike, kwargs: dict) -> dict:
+    """The arguments with which a model's tokenizer is read later, from those of the model's `from_pretrained`.
+
+    A local folder gets its absolute path, so that it is found after a change of the working directory.
+    """
+    place = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
+    return {"pretrained_model_name_or_path": place, **auto_kwargs(kwargs)}
 
 
 def hub_kwargs(kwargs: dict) -> dict:

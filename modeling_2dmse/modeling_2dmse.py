@@ -19,6 +19,7 @@ from .backbone import (
     cut_config,
     run_layers,
     supports_inputs_embeds,
+    without_cache,
 )
 from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
@@ -26,14 +27,14 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
-from .loading import auto_kwargs, check_loaded
+from .loading import check_loaded, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
 from .tokens import write_truncation
-from .truncation import check_whole, cut_model
+from .truncation import check_whole, cut_model, weights_to_save
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +144,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
-        model._hub_kwargs = {**auto_kwargs(kwargs), "config": model.config}
+        model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
         check_loaded(
             model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder"
         )
@@ -164,8 +165,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
     def _note_vocabulary(self) -> None:
         # The embeddings may also have been resized through the backbone.
         words = self.get_input_embeddings()
-        for config in (self.config.backbone_config, self.backbone.config):
-            config.vocab_size = getattr(words, "num_embeddings", config.vocab_size)
+        self.config.vocab_size = getattr(words, "num_embeddings", self.config.vocab_size)
+        self.backbone.config.vocab_size = self.config.vocab_size
 
     @can_return_tuple
     def forward(
@@ -309,6 +310,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         """
         self.config.architectures = [type(self).__name__]
         self._note_vocabulary()
+        if not args and kwargs.get("state_dict") is None and not self._hf_peft_config_loaded:
+            kwargs["state_dict"] = weights_to_save(self)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
@@ -334,9 +337,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             One (batch, length, hidden) tensor per exit.
         """
         accepted = accepted_inputs(self.backbone) | {"input_ids", "inputs_embeds", "packing"}
-        options: dict = {name: value for name, value in inputs.items() if name in accepted}
-        if "use_cache" in accepted:
-            options["use_cache"] = False
+        options = {name: value for name, value in inputs.items() if name in accepted} | without_cache(self.backbone)
         return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **options)
 
     def _pool(self, layers, states: Sequence[torch.Tensor], attention_mask, packing=None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from .configuration_2dmse import Size
 from .configuration_smae import StarbucksConfig
 from .file_modes import share_weights
 from .import_checks import reads_left_to_right
-from .loading import auto_kwargs, check_loaded
+from .loading import auto_kwargs, check_loaded, tokenizer_kwargs
 from .masked_loss import vocabulary_loss
 from .mlm_head import MaskedLanguageHead, new_head_settings, read_head
 from .modeling_2dmse import TwoDMSEModel
@@ -145,7 +145,7 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
-        model.encoder._hub_kwargs = auto_kwargs(kwargs)
+        model.encoder._hub_kwargs = tokenizer_kwargs(pretrained_model_name_or_path, kwargs)
         check_loaded(
             model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone starts from any encoder"
         )
@@ -163,6 +163,17 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the word embeddings of the encoder."""
         self.encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Not possible here: the masked-language head has a part for each token.
+
+        Raises:
+            ValueError: always; it says what to do instead.
+        """
+        raise ValueError(
+            "resize_token_embeddings: resize the encoder or the masked-language model first, save it, and start from "
+            "its folder with from_backbone"
+        )
 
     def forward(
         self,

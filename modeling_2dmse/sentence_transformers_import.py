@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 
 import torch
@@ -25,6 +27,8 @@ _KEYWORDS = {
 }
 # Arguments of `from_pretrained` that a folder must not choose for its reader.
 _CALLERS_OWN = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "revision", "subfolder", "token")
+# Similarities that put vectors of unit length in the same order as cosine.
+_LIKE_COSINE = ("dot", "euclidean")
 _IDENTITY = ("torch.nn.modules.linear.Identity", "torch.nn.Identity")
 
 
@@ -138,11 +142,12 @@ def _read_transformer(folder: _Folder, path: str, found: Imported) -> None:
     for kind, names in _KEYWORDS.items():
         target = found.model_kwargs if kind == "model" else found.tokenizer_kwargs
         for name in names:
-            given = settings.pop(name, None) or {}
+            given = _object(folder, name, settings.pop(name, None))
             target |= {key: value for key, value in given.items() if key not in _CALLERS_OWN}
-    length = settings.pop("max_seq_length", None)
+    length = _whole(folder, "max_seq_length", settings.pop("max_seq_length", None))
     if length is not None:
         found.tokenizer_kwargs.setdefault("model_max_length", length)
+    _whole(folder, "model_max_length", found.tokenizer_kwargs.get("model_max_length"))
     found.lower_case = bool(settings.pop("do_lower_case", False))
     modality = settings.pop("modality_config", None)
     if modality is not None and _text_output(modality) != ("forward", "last_hidden_state"):
@@ -156,6 +161,20 @@ def _read_transformer(folder: _Folder, path: str, found: Imported) -> None:
     if changed:
         name, value = next(iter(changed.items()))
         raise folder.refuse(f"{name}={json.dumps(value)} for its Transformer module")
+
+
+def _whole(folder: _Folder, name: str, value):
+    """The value of a setting if it is None or a whole number from 1."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise folder.refuse(f"{name}={json.dumps(value)}", "which is not a whole number from 1")
+    return value
+
+
+def _object(folder: _Folder, name: str, value) -> dict:
+    """The value of a setting if it is a JSON object; an empty one for null."""
+    if not isinstance(value or {}, dict):
+        raise folder.refuse(f"{name}={json.dumps(value)}", "which is not a JSON object")
+    return value or {}
 
 
 def _text_output(modality: dict) -> tuple:
@@ -176,20 +195,36 @@ def _read_modules(folder: _Folder, entries: list[tuple[str, str]], found: Import
             elif kind == "Normalize" and pooled and _on_sentences(settings):
                 unit_length = True
             elif kind == "Dense" and pooled:
-                weight = _dense(folder, path, settings)
-                found.dense = weight if found.dense is None else weight @ found.dense
+                found.dense = _after(folder, path, _dense(folder, path, settings), found.dense)
                 unit_length = False
             elif kind != "Dropout":  # which does nothing outside of training
                 raise folder.refuse(f"the module {path or kind} ({kind})")
         except ValueError as error:
-            if pooling is None:
-                hint = "; with pooling set, for example to mean, the encoder is imported without it"
-                raise ValueError(f"{error}{hint}") from error
-            logger.warning(f"{error}; it is left out, because pooling is set to {pooling}")
+            _leave_out(error, pooling)
+    if found.dense is not None and len(found.dense) > found.dense.shape[1]:
+        rows, columns = found.dense.shape
+        _leave_out(folder.refuse(f"a Dense module to {rows} dimensions", f"more than the encoder's {columns}"), pooling)
+        found.dense, unit_length = None, False
     if not pooled and pooling is None:
         raise folder.refuse("no Pooling module", "so its vectors are not pooled token states")
     found.pooling = pooling or found.pooling
     return unit_length
+
+
+def _leave_out(error: ValueError, pooling: str | None) -> None:
+    if pooling is None:
+        hint = "; with pooling set, for example to mean, the encoder is imported without it"
+        raise ValueError(f"{error}{hint}") from error
+    logger.warning(f"{error}; it is left out, because pooling is set to {pooling}")
+
+
+def _after(folder: _Folder, path: str, weight: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """The product of a Dense module's matrix and of those before it."""
+    if before is not None and weight.shape[1] != len(before):
+        raise folder.refuse(
+            f"the module {path} (Dense from {weight.shape[1]} dimensions)", f"after one to {len(before)}"
+        )
+    return weight if before is None else weight @ before
 
 
 def _pooling(folder: _Folder, path: str, settings: dict) -> str | None:
@@ -217,20 +252,32 @@ def _dense(folder: _Folder, path: str, settings: dict) -> torch.Tensor:
     extra = [name for name in ("bias", "use_residual") if settings.get(name, name == "bias")]
     activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
     if activation not in _IDENTITY:
-        extra.append(f"activation {activation.rpartition('.')[2]}")
+        extra.append(f"activation {str(activation).rpartition('.')[2]}")
     if not _on_sentences(settings):
         extra.append(f"input {settings.get('module_input_name')}")
     if extra:
         raise folder.refuse(f"the module {path} (Dense with {', '.join(extra)})")
-    file = folder.path(f"{path}/model.safetensors")
-    if file is not None:
-        tensors = load_file(file)
-    else:
-        file = folder.path(f"{path}/pytorch_model.bin")
-        if file is None:
-            raise folder.refuse(f"the module {path} (Dense)", "whose weights are missing")
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    return tensors["linear.weight"].float()
+    weight = _dense_weights(folder, path).get("linear.weight")
+    if weight is None or weight.ndim != 2:
+        raise folder.refuse(f"the module {path} (Dense)", "whose weights are not those of one linear layer")
+    if not weight.is_floating_point() or not weight.isfinite().all():
+        raise folder.refuse(f"the module {path} (Dense)", "whose weights are not finite floating-point numbers")
+    return weight.float()
+
+
+def _dense_weights(folder: _Folder, path: str) -> dict[str, torch.Tensor]:
+    read: dict[str, Callable] = {
+        "model.safetensors": load_file,
+        "pytorch_model.bin": partial(torch.load, weights_only=True),
+    }
+    for name, load in read.items():
+        file = folder.path(f"{path}/{name}")
+        if file is not None:
+            try:
+                return load(file)
+            except Exception as error:  # whatever the bytes of a damaged file lead to
+                raise folder.refuse(f"the module {path} (Dense)", f"whose {name} cannot be read") from error
+    raise folder.refuse(f"the module {path} (Dense)", "whose weights are missing")
 
 
 def _read_model_settings(folder: _Folder, found: Imported, unit_length: bool) -> None:
@@ -238,14 +285,16 @@ def _read_model_settings(folder: _Folder, found: Imported, unit_length: bool) ->
     kind = settings.get("model_type") or "SentenceTransformer"
     if kind != "SentenceTransformer":
         raise folder.refuse(f"a {kind}", "which is not a model of one vector per text")
-    found.prompts = {name: text or "" for name, text in (settings.get("prompts") or {}).items()}
+    found.prompts = {name: text or "" for name, text in _object(folder, "prompts", settings.get("prompts")).items()}
     found.default_prompt_name = settings.get("default_prompt_name")
     if found.default_prompt_name is not None and found.default_prompt_name not in found.prompts:
         raise folder.refuse(f"the default prompt {found.default_prompt_name!r}", "which is none of its prompts")
-    found.dim = settings.get("truncate_dim")
+    found.dim = _whole(folder, "truncate_dim", settings.get("truncate_dim"))
     similarity = settings.get("similarity_fn_name")
-    if similarity not in (None, "cosine") and not unit_length:
+    cut = found.dim is not None  # which sentence-transformers does after Normalize
+    if similarity not in (None, "cosine", *(_LIKE_COSINE if unit_length and not cut else ())):
+        differ = "" if unit_length and not cut else ", and they differ in length"
         logger.warning(
-            f"{folder.name} compares its vectors by {similarity}, and they differ in length; the elastic model's have "
-            "unit length and are compared by cosine"
+            f"{folder.name} compares its vectors by {similarity}{differ}; the elastic model's have unit length and are "
+            "compared by cosine"
         )

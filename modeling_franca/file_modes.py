@@ -8,6 +8,8 @@ def share_weights(folder: str | os.PathLike, like: str = "config.json") -> None:
 
     safetensors writes files that only their owner can read.
     """
+    if not os.path.exists(os.path.join(folder, like)):  # adapters, which are saved without their model
+        return
     mode = os.stat(os.path.join(folder, like)).st_mode & 0o777
     for name in os.listdir(folder):
         if name.endswith(".safetensors"):

@@ -143,6 +143,15 @@ class MatryoshkaConfig(PreTrainedConfig):
         return width
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the word embeddings, which resizing them sets, and PEFT compares with those of the folder."""
+        return self.backbone_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.backbone_config.vocab_size = value
+
+    @property
     def ladder(self) -> list[Size]:
         """The nested sizes, small to large."""
         return [parse_size(size) for size in self.sizes]

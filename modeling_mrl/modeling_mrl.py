@@ -1,5 +1,6 @@
 """MatryoshkaForSequenceClassification and MatryoshkaForImageClassification: nested classifiers and their cascades."""
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,22 @@ class MatryoshkaForSequenceClassification(MatryoshkaClassifier):
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         """Replace the word embeddings of the backbone."""
         self.backbone.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> torch.nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; the backbone's configuration has the new size as well."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._note_vocabulary()
+        return embeddings
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `MatryoshkaClassifier.save_pretrained`; word embeddings may have been resized through the backbone."""
+        self._note_vocabulary()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _note_vocabulary(self) -> None:
+        words = self.get_input_embeddings()
+        self.config.vocab_size = getattr(words, "num_embeddings", self.config.vocab_size)
+        self.backbone.config.vocab_size = self.config.vocab_size
 
     @can_return_tuple
     def forward(

@@ -91,6 +91,10 @@ def test_prompts(tiny_model):
     ("kwargs", "message"),
     [
         ({"texts": ["a", 3]}, "texts: item 1 is a int"),
+        ({"texts": None}, "texts: a NoneType is not allowed; give a string or a list of strings"),
+        ({"texts": 2.5}, "texts: a float is not allowed"),
+        ({"texts": {"a": 1}}, "texts: a dict is not allowed"),
+        ({"texts": np.array("a")}, "texts: a ndarray is not allowed"),
         ({"texts": ["a"], "num_layers": 5}, "num_layers: 5 is not allowed; this model has 1 to 4"),
         ({"texts": ["a"], "num_layers": 0}, "num_layers: 0 is not allowed"),
         ({"texts": ["a"], "dim": 33}, "dim: 33 is not allowed; this model has 1 to 32"),

@@ -159,6 +159,28 @@ def test_a_model_without_a_tokenizer_saves_and_says_what_is_missing(tmp_path):
     assert TwoDMSEModel.from_pretrained(tmp_path).num_layers == 2
 
 
+def test_the_tokenizer_is_found_after_a_change_of_the_working_directory(tiny_model, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = TwoDMSEModel.from_pretrained("model")
+    monkeypatch.chdir("/")
+    assert model.encode(SENTENCES).shape == (20, 32)
+    assert model.config.name_or_path == "model"
+
+
+def test_a_model_with_adapters_of_transformers_saves_them(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = TwoDMSEModel.from_pretrained(tmp_path / "base")
+    plain = model.encode(SENTENCES)
+    model.add_adapter(peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    assert abs(model.encode(SENTENCES) - plain).max() > 1e-3
+    model.save_pretrained(tmp_path / "adapters")
+    assert not (tmp_path / "adapters" / "model.safetensors").exists()
+    again = TwoDMSEModel.from_pretrained(tmp_path / "adapters")
+    np.testing.assert_allclose(again.encode(SENTENCES), model.encode(SENTENCES), atol=1e-6)
+
+
 def test_the_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)

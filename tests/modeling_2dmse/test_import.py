@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
+from safetensors.torch import save
+from transformers import AutoModel
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts.shared import models
@@ -148,6 +150,7 @@ REFUSED = {
     "bias": (["mean", dense(8, bias=True)], r"2_Dense \(Dense with bias\)"),
     "residual": (["mean", dense(32, use_residual=True)], r"2_Dense \(Dense with use_residual\)"),
     "layer norm": (["mean", parts.LayerNorm(32)], r"2_LayerNorm \(LayerNorm\)"),
+    "wide": (["mean", dense(64)], "a Dense module to 64 dimensions, more than the encoder's 32"),
     "tokens": ([dense(32, module_input_name="token_embeddings"), "mean"], r"1_Dense \(Dense\)"),
 }
 
@@ -179,10 +182,17 @@ def test_what_cannot_be_taken_over_is_refused_by_name(name, backbone_path, tmp_p
         ),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "has a SparseEncoder"),
         ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "the default prompt 'no'"),
+        ("sentence_bert_config.json", {"max_seq_length": 11.0}, "max_seq_length=11.0, which is not a whole number"),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length=0, which is not a whole number"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"model_max_length": "9"}}, 'model_max_length="9"'),
+        ("sentence_bert_config.json", {"model_args": [1]}, r"model_args=\[1\], which is not a JSON object"),
+        ("config_sentence_transformers.json", {"prompts": "a"}, 'prompts="a", which is not a JSON object'),
+        ("config_sentence_transformers.json", {"truncate_dim": "8"}, 'truncate_dim="8", which is not a whole number'),
+        ("2_Dense/config.json", {"activation_function": None}, "Dense with activation None"),
     ],
 )
 def test_settings_that_cannot_be_taken_over_are_refused_by_name(file, changes, message, backbone_path, tmp_path):
-    folder = write(SHAPES["plain"], backbone_path, tmp_path / "folder")
+    folder = write(SHAPES["dense"], backbone_path, tmp_path / "folder")
     edit(Path(folder), file, **changes)
     with pytest.raises(ValueError, match=message):
         TwoDMSEModel.from_backbone(folder)
@@ -207,6 +217,34 @@ def test_modules_that_are_unknown_are_refused_by_name(index, changes, message, b
         TwoDMSEModel.from_backbone(folder)
 
 
+def test_damaged_weights_of_a_dense_module_are_refused_by_name(backbone_path, tmp_path):
+    folder = Path(write(SHAPES["dense"], backbone_path, tmp_path / "folder"))
+    file = folder / "2_Dense" / "model.safetensors"
+    for content, message in (
+        (b"abc", "model.safetensors cannot be read"),
+        (save({"other": torch.ones(8, 32)}), "not those of one linear layer"),
+        (save({"linear.weight": torch.ones(8)}), "not those of one linear layer"),
+        (save({"linear.weight": torch.full((8, 32), torch.nan)}), "not finite"),
+        (save({"linear.weight": torch.ones(8, 32, dtype=torch.int8)}), "not finite floating-point numbers"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"2_Dense \(Dense\), whose .*{message}"):
+            TwoDMSEModel.from_backbone(folder)
+    file.unlink()
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"whose pytorch_model.bin cannot be read"):
+        TwoDMSEModel.from_backbone(folder)
+
+
+def test_adapters_of_peft_are_refused_by_name(backbone_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = AutoModel.from_pretrained(backbone_path("bert"))
+    adapted.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has adapters of PEFT; merge them into their model first"):
+        TwoDMSEModel.from_backbone(tmp_path)
+
+
 def test_a_dense_module_bounds_the_sizes_and_survives_a_fit(backbone_path, tmp_path):
     folder = write(SHAPES["dense"], backbone_path, tmp_path / "folder")
     with pytest.raises(ValueError, match="the Dense module of the folder gives 8 dimensions"):
@@ -222,14 +260,21 @@ def test_a_dense_module_bounds_the_sizes_and_survives_a_fit(backbone_path, tmp_p
 def test_vectors_of_different_lengths_are_not_lost_silently(backbone_path, tmp_path, caplog):
     import logging
 
-    folder = write(SHAPES["dot product"], backbone_path, tmp_path / "folder")
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        TwoDMSEModel.from_backbone(folder)
+        for steps, settings, message in (
+            (["mean"], {"similarity_fn_name": "dot"}, "by dot, and they differ in length"),
+            (["mean", "normalize"], {"similarity_fn_name": "euclidean"}, ""),  # the order of cosine
+            (["mean", "normalize"], {"similarity_fn_name": "manhattan"}, "by manhattan; the elastic model's"),
+            (["mean", "normalize"], {"similarity_fn_name": "dot", "truncate_dim": 8}, "by dot, and they differ"),
+        ):
+            caplog.clear()
+            TwoDMSEModel.from_backbone(write(("bert", {}, steps, settings), backbone_path, tmp_path / "folder"))
+            assert message in caplog.text
+            assert bool(message) == ("compares its vectors" in caplog.text)
     finally:
         logger.removeHandler(caplog.handler)
-    assert "compares its vectors by dot, and they differ in length" in caplog.text
 
 
 def test_own_prompts_come_in_addition(backbone_path, tmp_path):

@@ -226,6 +226,12 @@ def test_wrong_input_is_refused(backbone_path, mlm_path, tmp_path):
         StarbucksForMaskedAutoencoding.from_pretrained(mlm_path("bert"))
 
 
+def test_word_embeddings_are_resized_before(backbone_path):
+    model = StarbucksForMaskedAutoencoding.from_backbone(backbone_path("bert"), sizes=LADDER)
+    with pytest.raises(ValueError, match="resize_token_embeddings: resize the encoder or the masked-language model"):
+        model.resize_token_embeddings(200)
+
+
 def test_no_masked_words_give_zero(mlm_path):
     model = StarbucksForMaskedAutoencoding.from_backbone(mlm_path("bert"), sizes=LADDER)
     batch = make_batch()

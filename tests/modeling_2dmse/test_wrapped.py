@@ -49,6 +49,8 @@ def test_offload_of_the_whole_model(folder):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.device.type == "meta"
     assert_equal(model, folder)
+    with pytest.raises(ValueError, match="weights of this model are offloaded by accelerate; save it before"):
+        model.save_pretrained(folder.parent / "saved")
 
 
 def test_a_hook_that_offloads_the_layers_as_one_is_refused(folder):
@@ -81,7 +83,35 @@ def test_compiled_parts(folder):
     model.backbone.compile(backend="eager")
     model.backbone.encoder.layer[1] = torch.compile(model.backbone.encoder.layer[1], backend="eager")
     assert_equal(model, folder)
+    assert_equal(model.truncate(4), folder)
+    model.save_pretrained(folder.parent / "saved")
+    assert_equal(TwoDMSEModel.from_pretrained(folder.parent / "saved"), folder)
     model = TwoDMSEModel.from_pretrained(folder)
     model.backbone = torch.compile(model.backbone, backend="eager")
     with pytest.raises(ValueError, match="OptimizedModule is not a model of transformers; wrap the whole model"):
+        model.encode(SENTENCES)
+
+
+class Around(torch.nn.Module):
+    """A module of one's own around a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_modules_around_parts(folder):
+    model = TwoDMSEModel.from_pretrained(folder)
+    model.backbone.encoder.layer[1] = Around(model.backbone.encoder.layer[1])
+    assert_equal(model, folder)
+    with pytest.raises(ValueError, match=r"this model has no backbone.encoder.layer.1.*; a part of it is wrapped"):
+        model.truncate(2)
+    model.backbone.encoder = torch.nn.Sequential(model.backbone.encoder)
+    with pytest.raises(ValueError, match=r"BertModel has no encoder.layer; wrap the layers or the whole model"):
+        model.encode(SENTENCES)
+    model.backbone = torch.nn.DataParallel(model.backbone)
+    with pytest.raises(ValueError, match="DataParallel is not a model of transformers; wrap the whole model"):
         model.encode(SENTENCES)

@@ -105,3 +105,14 @@ def test_stock_image_pipeline(tmp_path):
     confidence, labels = confidences(model(pixels).logits)
     assert [row[0]["label"] for row in found] == [model.config.id2label[label] for label in labels.tolist()]
     assert [row[0]["score"] for row in found] == pytest.approx(confidence.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("through", ["model", "backbone"])
+def test_new_words_are_saved(through, backbone_path, tmp_path):
+    text_classifier(backbone_path("bert"), sizes=EXITS).save_pretrained(tmp_path)
+    model = type(text_classifier(backbone_path("bert"), sizes=EXITS)).from_pretrained(tmp_path)
+    (model if through == "model" else model.backbone).resize_token_embeddings(200)
+    for saved in (model, model.truncate("2x4")):
+        saved.save_pretrained(tmp_path / "saved")
+        again = type(model).from_pretrained(tmp_path / "saved")
+        assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import LADDER, SENTENCES, run_elsewhere
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import TrainerCallback
 
@@ -143,6 +144,23 @@ def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tin
         assert config["backbone_config"]["vocab_size"] == len(model.tokenizer) + 100
     again = TwoDMSEModel.from_pretrained(tmp_path)
     assert np.allclose(again.encode(["a zeppelin"]), model.encode(["a zeppelin"]), atol=1e-6)
+
+
+def test_adapters_are_saved_with_new_words_and_only_then_with_the_word_embeddings(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "elastic")
+    settings = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    for words, model in ((0, tiny_model()), (7, TwoDMSEModel.from_pretrained(tmp_path / "elastic"))):
+        model.resize_token_embeddings(160 + words)
+        adapted = peft.get_peft_model(model, settings)
+        trainer = TwoDMSETrainer(adapted, arguments(tmp_path / str(words), save_strategy="steps", save_steps=2), ROWS)
+        trainer.train()
+        saved = load_file(tmp_path / str(words) / "checkpoint-2" / "adapter_model.safetensors")
+        assert any("word_embeddings" in name for name in saved) == bool(words)
+        merged, expected = adapted.merge_and_unload(), adapted.encode(SENTENCES)
+        merged.save_pretrained(tmp_path / f"merged{words}")
+        again = TwoDMSEModel.from_pretrained(tmp_path / f"merged{words}")
+        np.testing.assert_allclose(again.encode(SENTENCES), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [SmaeTrainer, M3Trainer, FrancaTrainer])
