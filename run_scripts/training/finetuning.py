@@ -31,6 +31,7 @@ from trainer.evaluation import (
 )
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
+from trainer.scoring import check_metric
 from trainer.shared.hub import find_token, stage, upload
 from trainer.shared.tables import draw_rows, hold_out, is_saved, read_table
 from trainer.unlabeled import read_unlabeled_texts
@@ -70,6 +71,7 @@ def make_trainer(
         unlabeled_texts=unlabeled,
         guide=_load_guide(model_args),
     )
+    check_metric(args, tasks)
     return trainer, tasks
 
 

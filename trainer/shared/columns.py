@@ -98,7 +98,7 @@ def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[s
     if unclear or (not scored and not given and (plain[first[0]], plain[second[0]]) in _SCORED_ONLY):
         raise UnknownColumns(
             f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}; name their "
-            "roles, for example --columns query:anchor document:positive"
+            "roles, for example --columns query:anchor document:positive (in Python, rename_columns)"
         )
     roles = dict(
         zip((first[0], second[0]), ("sentence1", "sentence2") if scored else ("anchor", "positive"), strict=True)

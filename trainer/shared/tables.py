@@ -74,6 +74,23 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
     return table
 
 
+def require_table(table: object, argument: str) -> Dataset:
+    """The table itself; ValueError for everything else that people have, which says how to make a table of it."""
+    if isinstance(table, Dataset):
+        return table
+    if isinstance(table, datasets.DatasetDict):
+        raise ValueError(f"{argument}: a DatasetDict is a dict of splits; pass one of {', '.join(map(str, table))}")
+    if isinstance(table, datasets.IterableDataset):
+        raise ValueError(
+            f"{argument}: an IterableDataset has no number of rows; load it without streaming=True, or make a Dataset "
+            "of its first rows with Dataset.from_list(list(dataset.take(ROWS)))"
+        )
+    raise ValueError(
+        f"{argument}: a datasets.Dataset is needed, not {type(table).__name__}; make one with Dataset.from_list, "
+        "Dataset.from_dict, Dataset.from_pandas, or datasets.load_dataset for a file"
+    )
+
+
 def read_reason(error: Exception) -> str:
     """Why a file cannot be read, in one line: the error that datasets' own error hides."""
     cause = error.__cause__ or error.__context__ or error
