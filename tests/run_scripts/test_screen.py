@@ -19,6 +19,7 @@ from modeling_2dmse import parse_ladder
 from retrieval import planning
 from run_scripts import encode, finetune
 from run_scripts.shared import cli, screen
+from run_scripts.shared.early import find_options
 from trainer.evaluation import best_for_cost
 from trainer.shared.arguments import BaseTrainingArguments
 from twodmse import __main__ as console
@@ -42,10 +43,18 @@ def refusal(main, argv, capsys) -> str:
         (["-learning_rate", "1"], "-learning_rate is unknown; did you mean --learning_rate?"),
         (["--model_nam_or_path", "m"], "--model_nam_or_path is unknown; did you mean --model_name_or_path?"),
         (["--zzz"], "--zzz is unknown; --help lists the flags"),
+        (["--overwrite_output_dir"], "--overwrite_output_dir is unknown; --help lists the flags"),
     ],
 )
 def test_a_typing_error_in_a_flag(argv, message, capsys):
     assert refusal(finetune.main, argv, capsys).endswith(f"error: flags: {message}")
+
+
+def test_a_flag_is_not_taken_for_its_negation():
+    options = find_options("finetune")
+    for flag, message in (("--overwrite_output_dir", "--help lists"), ("--no_bf_16", "did you mean --no_bf16")):
+        with pytest.raises(ValueError, match=message):
+            cli.refuse_unknown([flag], options)
 
 
 def test_a_value_without_a_flag(capsys):
