@@ -14,7 +14,16 @@ class SearchMixin(TrainerMixin):
     args: TwoDMSETrainingArguments
     _first_model: Any = None
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, n_trials=20, direction="maximize", **kwargs):
+    def hyperparameter_search(
+        self,
+        hp_space=None,
+        compute_objective=None,
+        n_trials=20,
+        direction="maximize",
+        backend=None,
+        hp_name=None,
+        **kwargs,
+    ):
         """Search as `Trainer.hyperparameter_search` does, among all arguments of the training.
 
         Args:
@@ -23,6 +32,8 @@ class SearchMixin(TrainerMixin):
                 and not the sum of all metrics.
             n_trials: the number of trials.
             direction: `maximize`, because higher scores are better, or `minimize`.
+            backend: `optuna`, `ray` or `wandb`; by default the one that is installed.
+            hp_name: makes the name of the folder of a trial.
             **kwargs: passed to `Trainer.hyperparameter_search`.
 
         Raises:
@@ -31,7 +42,7 @@ class SearchMixin(TrainerMixin):
         if not self.eval_dataset:
             raise ValueError("eval_dataset: there is none, and a search compares scores; pass one to the trainer")
         score = compute_objective or self._score_of_trial
-        return super().hyperparameter_search(hp_space, score, n_trials, direction, **kwargs)
+        return super().hyperparameter_search(hp_space, score, n_trials, direction, backend, hp_name, **kwargs)
 
     def call_model_init(self, trial=None):
         """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
