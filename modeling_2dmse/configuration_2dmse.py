@@ -189,6 +189,10 @@ class TwoDMSEConfig(PreTrainedConfig):
         """Layers of the model, under the name that sentence-transformers and vLLM read."""
         return self.num_layers
 
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        raise ValueError(f"num_hidden_layers: {value} cannot be set; set num_layers, which has 1 to {self.num_layers}")
+
     @property
     def vocab_size(self) -> int:
         """Rows of the word embeddings, which resizing them sets, and PEFT compares with those of the folder."""

@@ -130,6 +130,7 @@ class EncodeMixin(_Model):
         size: str | Size | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool | None = None,
+        convert_to_numpy: bool | None = None,
     ) -> np.ndarray | torch.Tensor:
         """Embed texts at one size.
 
@@ -149,6 +150,7 @@ class EncodeMixin(_Model):
             truncate_dim: another name of `dim`, that of sentence-transformers.
             normalize_embeddings: for calls written for sentence-transformers: as with a model that ends with its
                 Normalize module, vectors have unit length whether it is true or false.
+            convert_to_numpy: for such calls too; without `convert_to_tensor`, the result is an array in any case.
 
         Returns:
             (len(texts), dim) in the order of the texts, or (dim,) for a single string. They are unit vectors, unless

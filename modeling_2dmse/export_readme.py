@@ -51,6 +51,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         dtype: type of the weights.
     """
     config, source, license = model.config, _source(model), _license(model)
+    layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
     length = "have unit length and are compared by cosine"
     if config.similarity == "dot":
         length = "are compared by dot product; they do not have unit length"
@@ -62,7 +63,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
     parts = [
         "\n".join(["---", *head, *(f"- {tag}" for tag in tags), "---"]),
         f"# {name}",
-        f"A sentence encoder of size {model.num_layers}x{config.dim} ({model.num_layers} layers, {config.dim} "
+        f"A sentence encoder of size {model.num_layers}x{config.dim} ({layers}, {config.dim} "
         f"dimensions), cut out of {source}; {format}, {dtype}. Texts are cut to {model.max_length} tokens, token "
         f"states are pooled by `{config.pooling}`, and vectors {length}.",
         f"## Use\n\n{_usage(name, config.dim, format, dtype)}",

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
-SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 STDIN = "-"
 # What Python raises for a compressed file that is cut off or has other bytes than were written.
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -65,13 +65,15 @@ def read_texts(path: str, text_column: str = "text", id_column: str | None = Non
     suffix = _suffix(path)
     if suffix == ".txt":
         return _lines(_open(path))
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         return _objects(_open(path), text_column, id_column, title=False)
     if suffix in (".csv", ".tsv"):
         return _table(_open(path), "\t" if suffix == ".tsv" else ",", text_column, id_column)
     if suffix == ".parquet" and not path.lower().endswith(".gz"):
         return _parquet(path, text_column, id_column)
-    raise ValueError(f"input: {path} has an unknown format; use one of {', '.join(SUFFIXES)}, the first four also .gz")
+    raise ValueError(
+        f"input: {path} has an unknown format; use one of {', '.join(SUFFIXES)}, all but the last also .gz"
+    )
 
 
 def count_lines(path: str) -> int | None:

@@ -107,8 +107,9 @@ def main(argv=None) -> None:
     if corpus.empty:
         output.say(f"{corpus.empty} of the texts are empty; each has the embedding of a text without words")
     seconds = time.perf_counter() - started
+    shards = "1 shard" if len(corpus.keys) == 1 else f"{len(corpus.keys)} shards"
     output.say(
-        f"{corpus.rows} texts in {len(corpus.keys)} shards, {len(corpus.skipped)} lines left out; "
+        f"{corpus.rows} texts in {shards}, {len(corpus.skipped)} lines left out; "
         f"{progress.new} encoded here in {seconds:.1f} s ({progress.new / seconds:.0f} texts/s); written to {folder}"
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from .losses import LOSSES, SCALES
 from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
-from .shared.limits import COUNT, POSITIVE, WEIGHT, Range, find_problems
+from .shared.limits import COUNT, POSITIVE, WEIGHT, Range, find_problems, training_problems
 
 # The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
 OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
@@ -171,6 +171,20 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
 
     def __post_init__(self):
+        self.check()
+        self.metric_for_best_model = self.metric_for_best_model or "ladder_mean"  # transformers' default is the loss
+        if self.loss_scale is None:
+            self.loss_scale = SCALES[self.similarity or "cosine"]
+        if self.dataloader_num_workers is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.dataloader_num_workers = 2 if on_gpu else 0
+            self.dataloader_persistent_workers = on_gpu  # they keep the tokens of the texts that they have seen
+        if self.dataloader_num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else each worker warns of it, and switches it off
+        super().__post_init__()
+
+    def check(self) -> None:
+        """ValueError for values that are not allowed: those of the constructor, and those of a trial of a search."""
         problems = [
             f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}"
             for name, value, allowed in (
@@ -185,19 +199,16 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             )
             if value not in allowed
         ]
-        problems += find_problems(self, _RANGES)
+        problems += find_problems(self, _RANGES) + training_problems(self)
         if not 0 <= self.initial_share <= 1:
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
         if not 0 <= self.shallow_steps < 1:
             problems.append(f"shallow_steps: {self.shallow_steps} is not allowed; use a number from 0 to below 1")
+        if self.neftune_noise_alpha:
+            problems.append("neftune_noise_alpha: leave it out; the texts of a step are not padded to one length")
+        if self.label_smoothing_factor:
+            problems.append("label_smoothing_factor: leave it out; no loss has classes to smooth")
+        if self.train_sampling_strategy == "group_by_length":
+            problems.append("train_sampling_strategy: set batch_sampler to group_by_length instead")
         if problems:
             raise ValueError("; ".join(problems))
-        if self.loss_scale is None:
-            self.loss_scale = SCALES[self.similarity or "cosine"]
-        if self.dataloader_num_workers is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.dataloader_num_workers = 2 if on_gpu else 0
-            self.dataloader_persistent_workers = on_gpu  # they keep the tokens of the texts that they have seen
-        if self.dataloader_num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else each worker warns of it, and switches it off
-        super().__post_init__()

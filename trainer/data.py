@@ -17,7 +17,7 @@ from modeling_2dmse.batching import check_texts as as_texts
 from modeling_2dmse.tokens import Tokens, from_rows, join_tokens, tokenize
 
 from .shared.columns import TEACHER_SCORE, name_columns
-from .shared.tables import check_texts, draw_rows, skip_rows, text_columns
+from .shared.tables import INVALID_ROWS, as_strings, check_texts, draw_rows, skip_rows, text_columns
 
 # The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
@@ -40,7 +40,7 @@ def check_table(
     Raises:
         ValueError: columns or values are not as they should be; the message names the column and the row.
     """
-    table = name_columns(table, columns, argument)
+    table = name_columns(as_strings(table), columns, argument)
     names = _ordered_columns(table.column_names)
     table = table.select_columns(names)
     if skip_invalid:
@@ -68,7 +68,9 @@ def join_tables(tables: Sequence[Dataset]) -> Dataset:
     if len({"positive_score" in table.column_names for table in tables}) == 2:
         raise ValueError("train_file: files with a teacher's scores and files without cannot be trained together")
     names = max((table.column_names for table in tables), key=len)
-    return datasets.concatenate_datasets(list(tables)).select_columns(names)
+    # Tables of csv files have large strings; those of others have not.
+    tables = [as_strings(table, "large_string") for table in tables]
+    return datasets.concatenate_datasets(tables).select_columns(names)
 
 
 def rescale_scores(table: Dataset, highest: float | None = None) -> tuple[Dataset, float]:
@@ -257,8 +259,8 @@ def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
     """The table with a column of float64; that of a teacher has NaN where there is no text to score."""
     column = table.with_format("arrow")[:][name]
     optional = name.startswith("negative_") and name != "negative" + TEACHER_SCORE
-    if optional and str(column.type) in ("string", "large_string"):
-        column = pc.if_else(pc.equal(column, ""), None, column)
+    if str(column.type) in ("string", "large_string"):
+        column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), None, column)
     try:
         scores = pc.cast(column, "float64").to_numpy(zero_copy_only=False)
     except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -270,6 +272,6 @@ def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
     if len(broken):
         raise ValueError(
             f"{argument}: column {name} holds {len(broken)} values that are not finite numbers, "
-            f"the first in row {broken[0] + 1}"
+            f"the first in row {broken[0] + 1}{INVALID_ROWS if name == 'score' else ''}"
         )
     return table.remove_columns(name).add_column(name, scores.tolist())

@@ -74,16 +74,16 @@ def load_sts(path: str) -> StsData:
     return StsData(name, table["sentence1"][:], table["sentence2"][:], table["score"][:])
 
 
-def check_varied(table: datasets.Dataset, place: str) -> None:
+def check_varied(table: datasets.Dataset, place: str, hint: str = "") -> None:
     """ValueError, which starts with `place`, if no correlation can be measured: all scores or pairs are equal."""
     scores, rows = table["score"][:], len(table)
     if len(set(scores)) < 2:
         what = "one row" if rows == 1 else f"{rows} rows that all have the score {scores[0]:g}"
-        raise ValueError(f"{place} has {what}; a correlation needs different scores")
+        raise ValueError(f"{place} has {what}; a correlation needs different scores{hint}")
     pairs = set(zip(table["sentence1"][:], table["sentence2"][:], strict=True))
     if all(first == second for first, second in pairs) or len(pairs) < 2:
         what = "are of the same two texts" if len(pairs) < 2 else "have the same text twice"
-        raise ValueError(f"{place} has {rows} rows that all {what}; a correlation needs different similarities")
+        raise ValueError(f"{place} has {rows} rows that all {what}; a correlation needs different similarities{hint}")
 
 
 def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -> list[StsData | RetrievalData]:

@@ -1,10 +1,10 @@
 """The steps that prepare a `TwoDMSETrainer`: model, sizes, rows, base loss, objective and order of the rows."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -27,6 +27,7 @@ from .guide import GuidedCollator, guide_collator
 from .losses import PAIR_LOSSES, SCORE_LOSSES, TEACHER_LOSSES
 from .objectives import Objective
 from .shared.sampling import BlockSampler
+from .shared.tables import require_table
 from .teacher_embeddings import TargetCollator, TeacherEmbeddings
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,43 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
             "twodmse.TwoDMSEModel.from_pretrained"
         )
     if not isinstance(encoder, TwoDMSEModel):
-        raise ValueError(f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}")
+        raise ValueError(
+            f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}; make one with "
+            "TwoDMSEModel.from_backbone(NAME_OR_FOLDER), or load one with TwoDMSEModel.from_pretrained"
+        )
     return encoder
+
+
+def set_special_tokens(encoder: TwoDMSEModel) -> None:
+    """Set the ids of special tokens in the configuration, as Trainer does, which warns of it."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if (token := getattr(encoder.tokenizer, name, None)) is not None:
+            setattr(encoder.config, name, token)
+
+
+def check_arguments(args: object, others: Mapping[str, object]) -> None:
+    """ValueError if the arguments are not those of this trainer, or for an argument of `Trainer` without an effect."""
+    if not isinstance(args, TwoDMSETrainingArguments):
+        raise ValueError(f"args: TwoDMSETrainingArguments are needed, not {type(args).__name__}")
+    metrics = "evaluate scores embeddings; override it, or score the embeddings that predict returns"
+    for name, reason in {
+        **dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics"), metrics),
+        "compute_loss_func": "the loss is that of the arguments; override compute_loss",
+    }.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{name}: it would not be called; {reason}")
+
+
+def check_optimizers(encoder: TwoDMSEModel, optimizers: Any) -> None:
+    """ValueError if an optimizer that the trainer is given would not train the exit projections."""
+    optimizer = optimizers and optimizers[0]
+    if optimizer and encoder.exit_projections is not None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not all(id(parameter) in trained for parameter in encoder.exit_projections.parameters()):
+            raise ValueError(
+                "optimizers: the optimizer lacks the exit projections; call fit_exit_projections(model, texts) before "
+                "it is made"
+            )
 
 
 def resolve_ladder(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> list[Size]:
@@ -78,10 +114,20 @@ def set_comparison(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> Non
             config.prompts = config.prompts | {name: prompt}
 
 
-def check_training_tables(train_dataset: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
-    """The checked tables of a training dataset, which may be one table, several or none."""
-    tables = [train_dataset] if isinstance(train_dataset, Dataset) else train_dataset or []
-    return [check_table(table, "train_dataset") for table in tables]
+def check_training_tables(
+    train_dataset: Dataset | Sequence[Dataset] | Mapping[str, Dataset] | None,
+) -> list[Dataset]:
+    """The checked tables of a training dataset, which may be one table, several in a list or a dict, or none."""
+    if train_dataset is None:
+        return []
+    tables: Sequence[Any] = [train_dataset]
+    if isinstance(train_dataset, Mapping) and not isinstance(train_dataset, DatasetDict):
+        tables = list(train_dataset.values())
+    elif isinstance(train_dataset, (list, tuple)):
+        tables = train_dataset
+    if not tables:
+        raise ValueError("train_dataset: it is empty")
+    return [check_table(require_table(table, "train_dataset"), "train_dataset") for table in tables]
 
 
 def prepare_rows(

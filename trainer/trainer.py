@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,9 @@ from .losses import Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
 from .preparation import (
+    check_arguments,
     check_checkpointing,
+    check_optimizers,
     check_teacher,
     check_training_tables,
     find_encoder,
@@ -40,10 +42,12 @@ from .preparation import (
     prepare_rows,
     resolve_ladder,
     set_comparison,
+    set_special_tokens,
 )
 from .projections import fit_exit_projections
 from .refining import refine_trained
 from .scoring import ScoringMixin, Task, as_tasks
+from .searching import SearchMixin
 from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
@@ -55,15 +59,15 @@ from .teacher_embeddings import TeacherEmbeddings
 logger = logging.get_logger(__name__)
 
 
-class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
+class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
     """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
         model: the model, or a peft model around it; None with `model_init`.
         args: the arguments; `sizes`, if set, replaces the ladder of the model.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
-            (sentence1, sentence2, score), or a list of such tables. Each batch comes from one table.
-        eval_dataset: a table with such columns, or a list of tasks from `trainer.evaluation`.
+            (sentence1, sentence2, score), or several such tables in a list or a dict. Each batch comes from one table.
+        eval_dataset: a table with such columns, a dict of them by name, or a list of tasks from `trainer.evaluation`.
         processing_class: the tokenizer; by default the model's own.
         unlabeled_texts: texts without labels, of the kind that will be embedded. Each training row comes with one of
             them. The sizes also learn from their teacher on these texts, with the weight `unlabeled_weight`, and exit
@@ -92,8 +96,8 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         self,
         model: PreTrainedModel | None,
         args: TwoDMSETrainingArguments,
-        train_dataset: Dataset | Sequence[Dataset] | None = None,
-        eval_dataset: Dataset | Sequence[Task] | None = None,
+        train_dataset: Dataset | Sequence[Dataset] | Mapping[str, Dataset] | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | Sequence[Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         unlabeled_texts: Sequence[str] | None = None,
         guide: TwoDMSEModel | None = None,
@@ -103,54 +107,42 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
     ):
         if (model is None) == (model_init is None):
             raise ValueError("model: give either model or model_init")
-        self.args, self._first_model = args, None
+        check_arguments(args, kwargs)
+        self.args = args
         self.model_init = cast(Callable[..., PreTrainedModel], model_init)  # which Trainer checks for None
-        self._processing_class, self._has_unlabeled = processing_class, unlabeled_texts is not None
-        self._fit_projections = self._starts = False
+        self._processing_class, self._unlabeled_texts = processing_class, unlabeled_texts
+        self._guide_model, self._teacher_embeddings = guide, teacher_embeddings
+        self._own_collator = kwargs.pop("data_collator", None)
+        self._set_epoch, self._fit_projections = SetEpoch(None), False
         if model is None:
             set_seed(args.seed)
-            self._first_model = self.call_model_init()
-        else:
-            self._take_model(model)
-        tokenizer = self.encoder.tokenizer
+            model = self._first_model = self.call_model_init()
+        self._take_model(model)
         self.train_tables = check_training_tables(train_dataset)
-        rows = None
-        if train_dataset is not None:
-            rows = prepare_rows(self.train_tables, args, self.ladder, unlabeled_texts)
-        self.guide = None if guide is None else Guide(guide, args)
-        self._teacher_embeddings = teacher_embeddings
-        if rows is not None:
-            check_teacher(args, teacher_embeddings, guide)
+        check_optimizers(self.encoder, kwargs.get("optimizers"))
+        # Before Trainer's own steps, so that impossible batches are refused before anything is written.
+        self._take_data()
         tasks = as_tasks(eval_dataset)
         if not tasks:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
         self._start: TwoDMSEModel | None = None
         self.stop_signals = StopSignals()
-        collator = kwargs.pop("data_collator", None)
-        if collator is None and rows is not None:
-            collator = make_collator(tokenizer, rows, self.encoder, args, guide, teacher_embeddings)
-        # Made here, so that impossible batches are refused before anything is written.
-        self.block_sampler = make_block_sampler(self.train_tables, args)
-        set_epoch = [SetEpoch(self.block_sampler)] if self.block_sampler is not None else []
         super().__init__(
-            model=model,
+            model=None if model_init else model,
             args=args,
-            train_dataset=rows,
+            train_dataset=self.train_dataset,
             eval_dataset=tasks,
-            processing_class=tokenizer,
+            processing_class=self.encoder.tokenizer,
             model_init=model_init,
-            data_collator=collator,
+            data_collator=self.data_collator,
             callbacks=[
-                *(EvaluateLastStep(), LogShortRuns(), self.stop_signals, *set_epoch),
+                *(EvaluateLastStep(), LogShortRuns(), self.stop_signals, self._set_epoch),
                 *(kwargs.pop("callbacks", None) or []),
             ],
             **kwargs,
         )
-        shard_by_layers(self.accelerator, self.encoder)
-        self._check_launch()
-        if args.torch_compile:
-            compile_layers(self.accelerator, self.encoder, str(args.torch_compile_backend), args.torch_compile_mode)
+        self._adapt_launch()
 
     def _take_model(self, model: PreTrainedModel) -> None:
         """Set the encoder, the ladder and the objective that belong to a model."""
@@ -161,20 +153,30 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         self.encoder.config.set_ladder(self.ladder)
         set_comparison(self.encoder, self.args)
         self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
+        set_special_tokens(self.encoder)
         self._prepare_projections(model, self.args)
-        self.training_objective = make_objective(self.encoder, self.ladder, self.args, self._has_unlabeled)
+        self.training_objective = make_objective(
+            self.encoder, self.ladder, self.args, self._unlabeled_texts is not None
+        )
 
-    def call_model_init(self, trial=None):
-        """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
-        model: torch.nn.Module | None = self._first_model
-        self._first_model = None
-        if model is None or self._starts:
-            model = super().call_model_init(trial)
-            self._take_model(cast(PreTrainedModel, model))
-        if self._starts:
-            model.to(self.args.device)
-            self._before_training()
-        return model
+    def _take_data(self) -> None:
+        """Set the rows, their collator and their order, which the arguments decide."""
+        args, guide, teacher = self.args, self._guide_model, self._teacher_embeddings
+        rows, collator = None, self._own_collator
+        if self.train_tables:
+            rows = prepare_rows(self.train_tables, args, self.ladder, self._unlabeled_texts)
+            check_teacher(args, teacher, guide)
+            collator = collator or make_collator(self.encoder.tokenizer, rows, self.encoder, args, guide, teacher)
+        self.guide = None if guide is None else Guide(guide, args)
+        self.train_dataset, self.data_collator = rows, collator
+        self.block_sampler = self._set_epoch.target = make_block_sampler(self.train_tables, args)
+
+    def _adapt_launch(self) -> None:
+        args = self.args
+        shard_by_layers(self.accelerator, self.encoder)
+        self._check_launch()
+        if args.torch_compile:
+            compile_layers(self.accelerator, self.encoder, str(args.torch_compile_backend), args.torch_compile_mode)
 
     def _prepare_projections(self, model: PreTrainedModel, args: TwoDMSETrainingArguments) -> None:
         """Add exit projections, if the arguments ask for them and the model has none."""
@@ -227,13 +229,7 @@ class TwoDMSETrainer(ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
         """
-        self._starts = True
-        try:
-            if self.model_init is None:
-                self._before_training()  # else with the new model
-            output = super().train(*args, **kwargs)
-        finally:
-            self._starts = False
+        output = super().train(*args, **kwargs)
         fitted, initial = self._fitted, self._initial
         if self.stop_signals.received is not None:
             return output

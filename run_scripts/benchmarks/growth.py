@@ -56,7 +56,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         _, work, name = line["id"].split(".")
         for axis, key in zip(axes[:, names.index(name)], ("seconds", "gb"), strict=True):
             axis.loglog(line["x"], line[key], marker="o", label=work, color=plots.COLORS[work])
-            axis.set_xticks(line["x"], [str(x) for x in line["x"]], rotation=45 if len(line["x"]) > 6 else 0)
+            axis.set_xticks(line["x"], [str(x) for x in line["x"]], rotation=45 if len(line["x"]) > 5 else 0)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_xlabel(name)

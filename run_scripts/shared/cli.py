@@ -147,8 +147,11 @@ def refuse_unknown(flags: Sequence[str], options: Collection[str]) -> None:
         name = flag.partition("=")[0]
         if not re.fullmatch(r"--?[A-Za-z]\S*", name) or name in options:
             continue
-        known = [option for option in options if "-" not in option.lstrip("-")]
         wanted = f"--{name.lstrip('-').replace('-', '_')}"
+        negated = wanted.startswith("--no_")  # every flag has a negated form in `early`, and few really have
+        known = [
+            option for option in options if "-" not in option.lstrip("-") and option.startswith("--no_") <= negated
+        ]
         near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise ValueError(f"flags: {name} is unknown; {hint}")

@@ -80,7 +80,7 @@ def save_heatmap(results: dict, sizes: Sequence["Size"], ladder: Sequence["Size"
         for size in set(ladder) & set(sizes):
             _frame(axis, layers.index(size.num_layers), dims.index(size.dim))
         set_title(axis, public_name(results["model"]), f"{task}, {metric_name(task, results)}")
-        axis.set(xlabel="dimensions (framed: trained sizes)", ylabel="layers")
+        axis.set(xlabel="dimensions (framed: trained sizes)" if axis.patches else "dimensions", ylabel="layers")
         axis.set_xticks(range(len(dims)), dims)
         axis.set_yticks(range(len(layers)), layers)
     save_picture(figure, path)

@@ -66,17 +66,22 @@ def save_shares(runs: Sequence[dict], path: str | Path) -> bool:
                 panels.setdefault(name, []).append(run)
     if not panels:
         return False
-    figure = Figure(figsize=(3.9 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, members) in zip(axes, panels.items(), strict=True):
         _draw(axis, name, members)
     axes[0].set_ylim(0, max(1.2, 1.1 * max(axis.dataLim.ymax for axis in axes)))
     axes[0].set_ylabel("nDCG@10, share of the untouched full size")
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    labels = [label for label in _STYLES if label in lines]
+    figure.legend([lines[label] for label in labels], labels, fontsize=8, loc="outside lower center", ncols=len(labels))
     plots.save_picture(figure, path)
     return True
 
 
 def _draw(axis: "Axes", name: str, runs: Sequence[dict]) -> None:
+    from matplotlib.patheffects import withStroke
+
     drawn: dict[str, tuple[list[float], list[float]]] = {}
     for run in runs:
         times = [run["costs"][size]["relative_time"] for size in run["costs"]]
@@ -87,12 +92,12 @@ def _draw(axis: "Axes", name: str, runs: Sequence[dict]) -> None:
             axis.plot(*drawn[label], label=label, **{"marker": "o", "markersize": 4} | _STYLES[label])
     times, values = drawn[[label for label in _STYLES if label in drawn][-1]]
     for place, (size, x, y) in enumerate(zip(runs[-1]["costs"], times, values, strict=True)):
-        offset = (0, -14 if place % 2 else 7)  # neighbours may take nearly the same time
-        axis.annotate(size, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=7)
-    plots.set_title(axis, name)
-    axis.set(xlabel="time to encode, relative to the full size", xlim=(0, 1.1))
+        offset = (0, -16 if place % 2 else 8)  # neighbours may take nearly the same time
+        label = axis.annotate(size, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=7)
+        label.set(path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5)  # readable on lines
+    plots.set_title(axis, *dict.fromkeys((runs[-1].get("base_model") or plots.public_name(runs[-1]["model"]), name)))
+    axis.set(xlabel="time to encode, relative to the full size", xlim=(0, 1.1), xticks=[n / 5 for n in range(6)])
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, loc="lower right")
 
 
 if __name__ == "__main__":

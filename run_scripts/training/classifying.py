@@ -175,7 +175,7 @@ def draw(results: dict, config: MatryoshkaConfig, path: str) -> None:
         accuracy = [results["accuracy"][size] for size in config.sizes]
         axis.plot(values, accuracy, marker="o", label="one size", color=plots.COLORS["one size"])
         for size, x, y in zip(config.sizes, values, accuracy, strict=True):
-            axis.annotate(size, (x, y), fontsize=7, xytext=(3, -9), textcoords="offset points")
+            axis.annotate(size, (x, y), fontsize=7, xytext=(-4, 4), textcoords="offset points", ha="right")
         for name, marker in (("cascade", "*"), ("oracle", "^")):
             if name in results:
                 choice = results[name]
@@ -183,6 +183,8 @@ def draw(results: dict, config: MatryoshkaConfig, path: str) -> None:
                 axis.scatter(choice[cost], choice["accuracy"], **point)
         if cost == "expected_dim":
             axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(set(values)), map(str, sorted(set(values))))
+        axis.minorticks_off()
         axis.set(xlabel=cost.replace("_", " "), ylabel="accuracy")
         plots.set_title(axis, plots.public_name(results["model"]))
         axis.margins(x=0.1, y=0.1)  # room for the names

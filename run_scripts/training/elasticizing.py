@@ -187,7 +187,9 @@ class Work:
         folder = str(self.args.output_dir)
         sample = (self.held_texts or [document.whole for document in self.documents])[: finetuning.COST_ROWS]
         costs = measure_costs(encoder, self.ladder, sample)
-        written = results | {"corpus": self._corpus(), "effort": self.data_args.effort, "costs": costs}
+        base = plots.public_name(self.model_args.model_name_or_path)
+        written = results | {"base_model": base, "corpus": self._corpus(), "effort": self.data_args.effort}
+        written["costs"] = costs
         output.write_json(os.path.join(folder, "results.json"), written)
         save_shares([written], os.path.join(folder, "shares.png"))
         names = [self.data_args.dataset_name] if self.data_args.dataset_name else []

@@ -31,8 +31,9 @@ from trainer.evaluation import (
 )
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
+from trainer.scoring import check_metric
 from trainer.shared.hub import find_token, stage, upload
-from trainer.shared.tables import draw_rows, hold_out, is_saved, read_table
+from trainer.shared.tables import draw_rows, hold_out, is_saved, read_splits, read_table
 from trainer.unlabeled import read_unlabeled_texts
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def make_trainer(
         unlabeled_texts=unlabeled,
         guide=_load_guide(model_args),
     )
+    check_metric(args, tasks)
     return trainer, tasks
 
 
@@ -86,7 +88,7 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         if data.eval_split is not None:
             evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
     else:
-        tables = [read_table(path, split=data.train_split) for path in data.train_file or []]
+        tables = [table for path in data.train_file or [] for table in _read_training(path, data.train_split)]
     evaluation = _read_evaluation(data) or evaluation
     tables = [_check(table, "train_file" if data.train_file else "dataset_name", data, tables) for table in tables]
     if evaluation is not None:
@@ -98,11 +100,16 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         pairs = [hold_out(table, max(1, min(share, len(table) // 10)), args.seed) for table in tables]
         tables, evaluation = [train for train, _ in pairs], join_tables([held for _, held in pairs])
         if "score" in evaluation.column_names:
-            check_varied(evaluation, "max_eval_samples: what is held out of the training data")
+            advice = "; name other rows with --eval_file, or pass --max_eval_samples 0 for no evaluation"
+            check_varied(evaluation, "max_eval_samples: what is held out of the training data", advice)
         output.say(
             f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
         )
     return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
+
+
+def _read_training(path: str, split: str) -> list[Dataset]:
+    return read_splits(path, "train_file", split) if is_saved(path) else [read_table(path)]
 
 
 def _read_evaluation(data: DataArguments) -> Dataset | None:

@@ -173,7 +173,7 @@ def test_the_picture_has_shares_of_the_untouched_full_size(tmp_path):
     costs = {"1x8": {"relative_time": 0.3}, "4x32": {"relative_time": 1.0}}
     scores = lambda small, full: {"ndcg@10": {"1x8": small, "4x32": full}}
     run = {"costs": costs, "corpus": "beir", "effort": "short", "before": {"retrieval": {"beir": scores(0.1, 0.5)}}}
-    run |= {"retrieval": {"beir": scores(0.4, 0.6)}}
+    run |= {"retrieval": {"beir": scores(0.4, 0.6)}, "model": "out/elastic"}
     assert shares(run, "beir") == {"untouched": {"1x8": 0.2, "4x32": 1.0}, "short": {"1x8": 0.8, "4x32": 1.2}}
     assert save_shares([run, run | {"effort": "fit"}], tmp_path / "shares.png")
     with Image.open(tmp_path / "shares.png") as picture:

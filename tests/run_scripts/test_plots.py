@@ -1,6 +1,7 @@
 """Pictures: one colour per method, ours on top, sizes as ticks, trained sizes framed, and no text outside its frame."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +17,8 @@ from run_scripts.benchmarks import growth
 from run_scripts.comparing.methods import BEST, METHODS
 from run_scripts.comparing.report import draw
 from run_scripts.shared import plots
+from run_scripts.shared.shares import save_shares
+from run_scripts.training.classifying import draw as draw_classifier
 from trainer.evaluation import grid_sizes
 
 LADDER = parse_ladder(["1x8", "2x16", "4x32"])
@@ -91,6 +94,8 @@ def test_the_heat_map(figures):
         assert "org/elastic" in axis.get_title()
         assert [label.get_text() for label in axis.get_xticklabels()] == ["8", "16", "32"]
     check_inside(figure)
+    plots.save_heatmap(results, sizes, [], "x.png")
+    assert [axis.get_xlabel() for axis in figures[1].axes[:2]] == ["dimensions", "dimensions"]
 
 
 def test_the_picture_of_a_plan(figures):
@@ -106,6 +111,34 @@ def test_the_picture_of_a_plan(figures):
     )
     colors = {to_hex(points.get_facecolor()[0]) for points in axis.collections}
     assert colors == {plots.COLORS["front"], plots.COLORS["other"]}
+
+
+def test_the_picture_of_shares(figures):
+    costs = {str(size): {"relative_time": size.num_layers / 4} for size in LADDER}
+    scores = {"beir": {"ndcg@10": {str(size): 0.5 for size in LADDER}}}
+    run = {"model": "out/beir", "corpus": "beir", "effort": "short", "costs": costs, "retrieval": scores}
+    run["before"] = {"retrieval": scores}
+    save_shares([run | {"base_model": "org/elastic"}], "x.png")
+    save_shares([run | {"model": "out/elastic"}], "x.png")
+    assert [figure.axes[0].get_title() for figure in figures] == ["org/elastic\nbeir", "out/elastic\nbeir"]
+    for figure in figures:
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untouched", "short"]
+        assert figure.axes[0].get_legend() is None, "no legend over the lines"
+        check_inside(figure)
+
+
+def test_the_picture_of_a_classifier(figures):
+    sizes = [str(size) for size in LADDER]
+    choice = {"expected_dim": 12, "mean_layers": 1.5, "accuracy": 0.8}
+    results = {"model": "org/elastic", "accuracy": dict(zip(sizes, (0.5, 0.6, 0.9), strict=True)), "cascade": choice}
+    draw_classifier(results, SimpleNamespace(ladder=LADDER, sizes=sizes, exits=[1, 2, 4]), "x.png")
+    (figure,) = figures
+    check_inside(figure)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["8", "16", "32"]
+    for axis in figure.axes:
+        frame = axis.get_window_extent()
+        assert all(text.get_window_extent().x1 < frame.x1 - 5 for text in axis.texts)
+        assert all(text.get_window_extent().x0 > frame.x0 + 5 for text in axis.texts)
 
 
 def test_the_picture_of_growth(figures):

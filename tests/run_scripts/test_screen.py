@@ -19,6 +19,7 @@ from modeling_2dmse import parse_ladder
 from retrieval import planning
 from run_scripts import encode, finetune
 from run_scripts.shared import cli, screen
+from run_scripts.shared.early import find_options
 from trainer.evaluation import best_for_cost
 from trainer.shared.arguments import BaseTrainingArguments
 from twodmse import __main__ as console
@@ -42,10 +43,18 @@ def refusal(main, argv, capsys) -> str:
         (["-learning_rate", "1"], "-learning_rate is unknown; did you mean --learning_rate?"),
         (["--model_nam_or_path", "m"], "--model_nam_or_path is unknown; did you mean --model_name_or_path?"),
         (["--zzz"], "--zzz is unknown; --help lists the flags"),
+        (["--overwrite_output_dir"], "--overwrite_output_dir is unknown; --help lists the flags"),
     ],
 )
 def test_a_typing_error_in_a_flag(argv, message, capsys):
     assert refusal(finetune.main, argv, capsys).endswith(f"error: flags: {message}")
+
+
+def test_a_flag_is_not_taken_for_its_negation():
+    options = find_options("finetune")
+    for flag, message in (("--overwrite_output_dir", "--help lists"), ("--no_bf_16", "did you mean --no_bf16")):
+        with pytest.raises(ValueError, match=message):
+            cli.refuse_unknown([flag], options)
 
 
 def test_a_value_without_a_flag(capsys):
@@ -150,10 +159,14 @@ def test_lines_warnings_and_bars_of_other_libraries(capsys, monkeypatch):
     ]
     logger = logging.getLogger("transformers.trainer_utils")
     assert [bool(logger.filter(record)) for record in records] == [False, True]
+    exporting = logging.getLogger("torch.onnx._internal.exporter._registration")
+    skipped = "torchvision is not installed. Skipping torchvision::nms"
+    assert not exporting.filter(exporting.makeRecord(exporting.name, logging.WARNING, "f", 1, skipped, (), None))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         screen.hide_noise()
         warnings.warn("'pin_memory' argument is set as true but no accelerator is found, then", stacklevel=1)
+        warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use another", FutureWarning, stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["another"]
     for items, desc in ((range(1), "Writing model shards"), (range(70), "Loading weights"), (range(2), "Mine")):

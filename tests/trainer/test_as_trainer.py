@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import LADDER, SENTENCES, run_elsewhere
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainer
 from trainer.m3.trainer import M3Trainer
 from trainer.preparation import check_checkpointing
+from trainer.scoring import as_tasks, check_metric
 from trainer.smae.trainer import SmaeTrainer
 
 ROWS = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
@@ -77,6 +78,68 @@ def test_a_search_keeps_its_score_in_the_trainer(tiny_model, tmp_path):
         assert trainer.objective == 0.5
 
 
+def test_several_tables_to_evaluate_on(tiny_model, tmp_path):
+    trainer = TwoDMSETrainer(tiny_model(), arguments(tmp_path), {"a": ROWS, "b": ROWS}, {"sts": SCORED, "qa": ROWS})
+    assert len(trainer.train_dataset) == 2 * len(ROWS)
+    metrics = trainer.evaluate()
+    assert {f"eval_sts_spearman_{size}" for size in LADDER} < set(metrics)
+    assert {f"eval_qa_ndcg@10_{size}" for size in LADDER} < set(metrics)
+    alone = trainer.evaluate("sts")
+    assert alone["eval_spearman_1x8"] == metrics["eval_sts_spearman_1x8"]
+    splits = DatasetDict({"sts": SCORED})
+    assert trainer.evaluate(splits)["eval_ladder_mean"] == alone["eval_ladder_mean"]
+    with pytest.raises(ValueError, match="eval_dataset: the trainer has no 'other', only sts, qa"):
+        trainer.evaluate("other")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (DatasetDict({"train": ROWS, "test": ROWS}), "a DatasetDict is a dict of splits; pass one of train, test"),
+        (ROWS.to_iterable_dataset(), "an IterableDataset has no number of rows"),
+        (ROWS.to_pandas(), "a datasets.Dataset is needed, not DataFrame; make one with Dataset.from_list"),
+        (ROWS.to_list(), "a datasets.Dataset is needed, not dict"),
+        ("pairs.csv", "a datasets.Dataset is needed, not str"),
+        ([], "it is empty"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_one_line(table, message, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=f"^train_dataset: {message}"):
+        TwoDMSETrainer(tiny_model(), arguments(tmp_path), table)
+    trainer = TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS)
+    with pytest.raises(ValueError, match=r"^test_dataset: "):
+        trainer.predict(table)
+    if not isinstance(table, (DatasetDict, str)):  # which evaluate takes
+        with pytest.raises(ValueError, match=r"^eval_dataset: "):
+            trainer.evaluate(table)
+
+
+def test_what_would_have_no_effect_is_refused(tiny_model, tmp_path):
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        with pytest.raises(ValueError, match=f"{name}: it would not be called"):
+            TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS, **{name: lambda *_: {}})
+    with pytest.raises(ValueError, match="args: TwoDMSETrainingArguments are needed, not TrainingArguments"):
+        TwoDMSETrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), ROWS)
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha: leave it out.*label_smoothing_factor.*batch_sampler"):
+        arguments(
+            tmp_path, neftune_noise_alpha=5, label_smoothing_factor=0.1, train_sampling_strategy="group_by_length"
+        )
+    model = tiny_model()
+    optimizers = torch.optim.SGD(model.parameters()), None
+    TwoDMSETrainer(model, arguments(tmp_path), ROWS, optimizers=optimizers)
+    with pytest.raises(ValueError, match="optimizers: the optimizer lacks the exit projections"):
+        TwoDMSETrainer(model, arguments(tmp_path, exit_projections=True), ROWS, optimizers=optimizers)
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_the_training(tmp_path):
+    tasks = as_tasks({"sts": SCORED})
+    for name in ("ladder_mean", "eval_spearman_1x8", None):
+        check_metric(arguments(tmp_path, metric_for_best_model=name, save_strategy="best"), tasks)
+    with pytest.raises(ValueError, match="there is no loss; use one of ladder_mean, spearman_1x8"):
+        check_metric(arguments(tmp_path, metric_for_best_model="loss", save_strategy="best"), tasks)
+    check_metric(arguments(tmp_path, metric_for_best_model="loss"), tasks)  # nothing is chosen
+
+
 def test_predict(tiny_model, tmp_path):
     model = tiny_model()
     trainer = TwoDMSETrainer(model, arguments(tmp_path), ROWS)
@@ -84,17 +147,11 @@ def test_predict(tiny_model, tmp_path):
     for vectors, column in zip(output.predictions, ("sentence1", "sentence2"), strict=True):
         assert np.allclose(vectors, model.encode(SCORED[column][:], 4, 32), atol=1e-6)
     assert output.label_ids.tolist() == SCORED["score"][:]
-    assert output.metrics == trainer.score([*_tasks(SCORED)], trainer.ladder, "test")
+    assert output.metrics == trainer.score(as_tasks(SCORED), trainer.ladder, "test")
     assert set(output.metrics) == {*(f"test_spearman_{size}" for size in LADDER), "test_ladder_mean"}
     pairs = trainer.predict(ROWS)
     assert pairs.label_ids is None
     assert [len(vectors) for vectors in pairs.predictions] == [8, 8]
-
-
-def _tasks(table):
-    from trainer.scoring import as_tasks
-
-    return as_tasks(table)
 
 
 FOREIGN = """
@@ -130,12 +187,13 @@ def test_reentrant_checkpointing_in_several_processes(tmp_path, monkeypatch):
     check_checkpointing(arguments(tmp_path, **on))
 
 
-def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tiny_model, tmp_path):
+def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tiny_model, tmp_path, caplog):
     model = tiny_model()
     model.tokenizer.add_tokens(["zeppelin"])
     model.resize_token_embeddings(len(model.tokenizer) + 100)
     trainer = TwoDMSETrainer(model, arguments(tmp_path, max_length=8, save_strategy="steps", save_steps=2), ROWS)
     trainer.train()
+    assert "PAD/BOS/EOS" not in caplog.text
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" ".join(SENTENCES)).ids) == 48

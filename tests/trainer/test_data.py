@@ -2,6 +2,8 @@
 
 import gzip
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SENTENCES
@@ -20,13 +22,15 @@ def write(path, text: str):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv", "t.tsv.gz", "t.jsonl", "t.jsonl.gz", "t.parquet"])
+@pytest.mark.parametrize(
+    "name", ["t.csv", "t.csv.gz", "t.tsv", "t.tsv.gz", "t.jsonl", "t.jsonl.gz", "t.ndjson", "t.parquet"]
+)
 def test_formats(name, tmp_path):
     table = Dataset.from_dict(ROWS)
     plain = tmp_path / name.removesuffix(".gz")
     if ".parquet" in name:
         table.to_parquet(plain)
-    elif ".jsonl" in name:
+    elif "json" in name:
         table.to_json(plain)
     else:
         table.to_csv(plain, sep="\t" if ".tsv" in name else ",", index=False)
@@ -35,6 +39,25 @@ def test_formats(name, tmp_path):
         plain.unlink()
     read = check_table(read_table(str(tmp_path / name)))
     assert read.to_dict() == ROWS  # commas, quotes and words that pandas reads as missing values are kept
+
+
+def test_texts_of_every_type_of_arrow(tmp_path):
+    types = (pa.string(), pa.large_string(), pa.string_view())
+    paths = [str(tmp_path / f"{number}.parquet") for number in range(3)]
+    for kind, path in zip(types, paths, strict=True):
+        columns = {name: pa.array(texts, kind) for name, texts in ROWS.items()}
+        if kind != pa.string():
+            columns["negative"] = pa.array(["x", "y"], kind)
+        pq.write_table(pa.table(columns), path)
+    joined = join_tables([check_table(read_table(path)) for path in paths])
+    assert joined["anchor"][:] == ROWS["anchor"] * 3
+    assert joined["negative"][:] == [None, None, "x", "y", "x", "y"]
+
+
+def test_a_line_of_json_that_is_not_utf8(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes('{"anchor": "café", "positive": "b"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^train_file: .* cannot be read as jsonl.* perhaps Latin-1: convert it with"):
+        read_table(str(tmp_path / "t.jsonl"))
 
 
 def test_parquet_gz(tmp_path):
@@ -55,7 +78,11 @@ def test_parquet_gz(tmp_path):
         ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds 1 empty texts, the first in row 1"),
         ("t.csv", "anchor,positive\na,b\n  ,c\n", "column anchor holds 1 empty texts, the first in row 2"),
         ("t.csv", "sentence1,sentence2,score\na,b,high\n", "column score must hold numbers"),
-        ("t.csv", "sentence1,sentence2,score\na,b,1\nc,d,\n", "column score must hold numbers"),
+        (
+            "t.csv",
+            "sentence1,sentence2,score\na,b,1\nc,d,\n",
+            "score holds 1 values that are not finite numbers, the first in row 2; remove these rows",
+        ),
         ("t.csv", "sentence1,sentence2,score\na,b,1\nc,d,nan\n", "column score"),
         ("t.jsonl", '{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "column score"),
         ("t.jsonl", '{"anchor": "a", "positive": null}\n', "column positive holds"),

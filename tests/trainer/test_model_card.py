@@ -75,6 +75,15 @@ def test_a_card_of_dot_products_does_not_normalise(tiny_model):
     assert "normali" not in dot
 
 
+def test_one_layer_is_no_layers(tiny_model):
+    ladder = Objective("starbucks", parse_ladder(["1x8"]), 4, 32)
+    card = build_card(tiny_model(), ladder, Run("m")).text
+    assert "run 1 layer, pool," in card
+    assert "only one layer is built and read" in card
+    assert "1 layers" not in card
+    assert "run 4 layers, pool," in build_card(tiny_model(), objective(), Run("m")).text
+
+
 def card_of(tiny_model, run: Run, name: str = "starbucks"):
     return build_card(tiny_model(), objective(name), run)
 

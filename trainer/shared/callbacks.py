@@ -35,7 +35,8 @@ class SetEpoch(TrainerCallback):
         self.target = target
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.target.epoch = int(state.epoch or 0)
+        if self.target is not None:
+            self.target.epoch = int(state.epoch or 0)
 
 
 class StopSignals(TrainerCallback):

@@ -17,17 +17,20 @@ ACCEPTED = (
 )
 # Names of columns, in lower case and without separators, for each role.
 _FIRST = (
-    *("anchor", "query", "question", "text1", "texta", "sentence1", "sentencea", "string1"),
+    *("anchor", "query", "question", "text1", "texta", "sentence1", "sentencea", "string1", "question1", "sent1"),
     *("anchors", "queries", "questions"),
 )
 _SECOND = (
     *("positive", "pos", "document", "doc", "passage", "answer", "response", "text2", "textb", "sentence2"),
-    *("sentenceb", "string2", "positivepassage", "positivedocument"),
+    *("sentenceb", "string2", "question2", "sent2", "positivepassage", "positivedocument"),
     *("positives", "documents", "docs", "passages", "answers", "responses", "positivepassages", "positivedocuments"),
 )
-_SCORE = ("score", "label", "labels", "similarity", "similarityscore", "relatednessscore")
+_SCORE = ("score", "label", "labels", "similarity", "similarityscore", "relatednessscore", "isduplicate")
 # Pairs of sentences that need not mean the same: without a score, the score is missing.
-_SCORED_ONLY = (("sentence1", "sentence2"), ("sentencea", "sentenceb"))
+_SCORED_ONLY = (
+    *(("sentence1", "sentence2"), ("sentencea", "sentenceb")),
+    *(("question1", "question2"), ("sent1", "sent2")),
+)
 _NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document|doc)?s?(\d*)")
 _TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
 _TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
@@ -98,7 +101,7 @@ def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[s
     if unclear or (not scored and not given and (plain[first[0]], plain[second[0]]) in _SCORED_ONLY):
         raise UnknownColumns(
             f"{argument}: the columns ({', '.join(names)}) are not one of the accepted sets: {ACCEPTED}; name their "
-            "roles, for example --columns query:anchor document:positive"
+            "roles, for example --columns query:anchor document:positive (in Python, rename_columns)"
         )
     roles = dict(
         zip((first[0], second[0]), ("sentence1", "sentence2") if scored else ("anchor", "positive"), strict=True)

@@ -25,10 +25,13 @@ logger = logging.get_logger(__name__)
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".jsonl": ("json", {}),
+    **dict.fromkeys((".jsonl", ".ndjson"), ("json", {})),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+
+# The end of an error about rows that finetune.py can leave out.
+INVALID_ROWS = "; remove these rows, or pass --skip_invalid true to finetune.py"
 
 # What datasets, pandas, pyarrow and gzip raise for files that are cut off, damaged or of another kind.
 READ_ERRORS = (
@@ -49,9 +52,11 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
         ValueError: the file has another format, or cannot be read.
     """
     if is_saved(path):
-        return _read_saved(path, argument, split)
-    if not os.path.isfile(path):
-        raise ValueError(f"{argument}: {path} is not a file")
+        first, *others = read_splits(path, argument, split)
+        if others:
+            raise ValueError(f"{argument}: the splits {split} of {path} have different columns; name one of them")
+        return first
+    check_file(path, argument)
     suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
     if suffix not in FORMATS:
         known = ", ".join(FORMATS)
@@ -61,6 +66,7 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
     check_csv(path, suffix, argument)
     try:
         table = _load(path, suffix)
+        table.data.validate(full=True)  # pyarrow reads JSON without looking at its encoding
     except READ_ERRORS as error:
         cause = read_reason(error)
         if "corresponds to no data" in cause:  # the message of datasets for a header without rows
@@ -71,7 +77,40 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
         raise ValueError(f"{argument}: {path} has only one column{hint}")
     if len(table) == 0:
         raise ValueError(f"{argument}: {path} has no rows")
-    return table
+    return as_strings(table)
+
+
+def check_file(path: str, argument: str) -> None:
+    """ValueError if a path is not a file."""
+    if os.path.isdir(path):
+        raise ValueError(f"{argument}: {path} is a folder, but none of datasets.save_to_disk; name a file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{argument}: {path} is not a file")
+
+
+def as_strings(table: Dataset, *more: str) -> Dataset:
+    """The table with its texts of Polars' type string_view, and of the types `more`, as texts of the type string."""
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
+    others = [name for name, kind in kinds.items() if kind in ("string_view", *more)]
+    features = datasets.Features({**table.features, **{name: datasets.Value("string") for name in others}})
+    return table.cast(features) if others else table
+
+
+def require_table(table: object, argument: str) -> Dataset:
+    """The table itself; ValueError for everything else that people have, which says how to make a table of it."""
+    if isinstance(table, Dataset):
+        return table
+    if isinstance(table, datasets.DatasetDict):
+        raise ValueError(f"{argument}: a DatasetDict is a dict of splits; pass one of {', '.join(map(str, table))}")
+    if isinstance(table, datasets.IterableDataset):
+        raise ValueError(
+            f"{argument}: an IterableDataset has no number of rows; load it without streaming=True, or make a Dataset "
+            "of its first rows with Dataset.from_list(list(dataset.take(ROWS)))"
+        )
+    raise ValueError(
+        f"{argument}: a datasets.Dataset is needed, not {type(table).__name__}; make one with Dataset.from_list, "
+        "Dataset.from_dict, Dataset.from_pandas, or datasets.load_dataset for a file"
+    )
 
 
 def read_reason(error: Exception) -> str:
@@ -124,29 +163,35 @@ def open_saved(path: str, argument: str) -> Dataset | datasets.DatasetDict:
         raise ValueError(f"{argument}: {path} cannot be read as a saved dataset: {read_reason(error)}") from error
 
 
-def _read_saved(path: str, argument: str, split: str) -> Dataset:
+def read_splits(path: str, argument: str, split: str) -> list[Dataset]:
+    """The splits of a folder of `datasets.save_to_disk`: one table, or several if their columns differ.
+
+    Raises:
+        ValueError: a split does not exist, or has no rows.
+    """
     loaded = open_saved(path, argument)
     if isinstance(loaded, Dataset):
-        table = loaded
-    else:
-        names = list(loaded) if len(loaded) == 1 else split.split("+")
-        absent = [name for name in names if name not in loaded]
-        if absent:
-            raise ValueError(f"{argument}: {path} has no split {absent[0]}; it has {', '.join(loaded)}")
-        table = datasets.concatenate_datasets([loaded[name] for name in names])
-    if len(table) == 0:
+        loaded = datasets.DatasetDict({split: loaded})
+    names = list(loaded) if len(loaded) == 1 else split.split("+")
+    absent = [name for name in names if name not in loaded]
+    if absent:
+        raise ValueError(f"{argument}: {path} has no split {absent[0]}; it has {', '.join(loaded)}")
+    tables = [as_strings(loaded[name]) for name in names]
+    if all(table.features == tables[0].features for table in tables):
+        tables = [datasets.concatenate_datasets(tables)]
+    if not all(map(len, tables)):
         raise ValueError(f"{argument}: {path} has no rows")
-    return table
+    return tables
 
 
 def _hint(path: str, suffix: str, cause: str) -> str:
     """What is probably wrong with a file, as the end of an error; nothing if there is no sign."""
-    if "codec can't decode" in cause or "utf-8" in cause.lower():
+    if "codec can't decode" in cause or re.search("utf-?8", cause.lower()):
         # Excel's "Unicode text" is UTF-16; its files start with the bytes ff fe, or fe ff.
         marked = re.search("byte 0xf[ef] in position 0", cause)
         encoding = ("UTF-16", "utf-16") if marked else ("Latin-1", "latin1")
         return f"; it is not UTF-8, perhaps {encoding[0]}: convert it with iconv -f {encoding[1]} -t utf-8"
-    if suffix == ".jsonl" and cause:
+    if suffix in (".jsonl", ".ndjson") and cause:
         opener = gzip.open if path.lower().endswith(".gz") else open
         with contextlib.suppress(EOFError, OSError, zlib.error), opener(path, "rb") as lines:
             if lines.readline().startswith(b"["):
@@ -267,6 +312,5 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
     if count and not optional:
         row = pc.index(empty, True).as_py()
         raise ValueError(
-            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}; remove these rows, or "
-            "pass --skip_invalid true to finetune.py"
+            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}{INVALID_ROWS}"
         )

@@ -5,7 +5,7 @@ import re
 
 from datasets import Dataset, IterableDataset
 
-from .tables import FORMATS, READ_ERRORS, check_csv, load_file, read_reason, read_table
+from .tables import FORMATS, READ_ERRORS, check_csv, check_file, load_file, read_reason, read_table
 
 MIN_WORDS = 3
 
@@ -27,8 +27,7 @@ def read_corpus(
     Raises:
         ValueError: the file cannot be read, or has no such texts.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{argument}: {path} is not a file")
+    check_file(path, argument)
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
     suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]

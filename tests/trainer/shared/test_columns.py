@@ -5,7 +5,7 @@ from conftest import SENTENCES
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from trainer.data import check_table
-from trainer.shared.tables import hold_out, read_table
+from trainer.shared.tables import hold_out, read_splits, read_table
 
 PAIR, SCORED = ["anchor", "positive"], ["sentence1", "sentence2", "score"]
 NAMED = [
@@ -20,6 +20,8 @@ NAMED = [
     (["queries", "positives", "negatives"], [*PAIR, "negative"]),
     (["question", "Positive_Passages", "hard_negative_passages"], [*PAIR, "negative"]),
     (["questions", "answers"], PAIR),
+    (["id", "question1", "question2", "is_duplicate"], SCORED),
+    (["sent1", "sent2", "label"], SCORED),
     (["question", "passage", "hard_negative", "neg_2"], [*PAIR, "negative", "negative_2"]),
     (["id", "anchor", "positive", "source"], PAIR),
     (["anchor", "positive", "question", "answer"], PAIR),
@@ -29,7 +31,7 @@ NAMED = [
 @pytest.mark.parametrize(("names", "roles"), NAMED)
 def test_known_names_are_taken_and_others_left_out(names, roles):
     cells = {name: [f"{name} a", f"{name} b"] for name in names}
-    cells |= {name: [0.5, 1.0] for name in names if name.lower() in ("label", "similarity")}
+    cells |= {name: [0.5, 1.0] for name in names if name.lower() in ("label", "similarity", "is_duplicate")}
     table = check_table(Dataset.from_dict(cells).select_columns(names[::-1]))
     assert table.column_names == roles
     kept = [name for name in names if name not in ("id", "source")][: len(roles)]
@@ -155,6 +157,21 @@ def test_saved_folders(tmp_path):
     assert read_table(str(tmp_path / "two"), split="train+test")["anchor"][:] == ["a", "b", "b"]
     with pytest.raises(ValueError, match="has no split dev; it has train, test"):
         read_table(str(tmp_path / "two"), split="dev")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(ValueError, match=r"plain is a folder, but none of datasets.save_to_disk; name a file"):
+        read_table(str(tmp_path / "plain"))
+
+
+def test_splits_with_different_columns_are_tables_of_their_own(tmp_path):
+    pairs = {"query": ["a", "b"], "document": ["c", "d"]}
+    more = {"question": ["e"], "answer": ["f"], "negative": ["g"]}
+    folder = str(tmp_path / "splits")
+    DatasetDict({"train": Dataset.from_dict(pairs), "more": Dataset.from_dict(more)}).save_to_disk(folder)
+    tables = [check_table(table) for table in read_splits(folder, "train_file", "train+more")]
+    assert [table["anchor"][:] for table in tables] == [["a", "b"], ["e"]]
+    assert tables[1]["negative"][:] == ["g"]
+    with pytest.raises(ValueError, match=r"eval_file: the splits train\+more of .* have different columns; name one"):
+        read_table(folder, "eval_file", "train+more")
 
 
 def test_rows_that_are_not_valid_can_be_left_out():
