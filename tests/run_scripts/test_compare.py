@@ -19,9 +19,11 @@ from run_scripts.training.finetuning import load_tables
 LADDER = ["1x8", "4x32"]
 RATES = ("1e-2", "5e-2")
 
+pytestmark = pytest.mark.usefixtures("few_refining_steps")
+
 
 @pytest.fixture
-def folder(tmp_path, backbone_path, monkeypatch, few_refining_steps):
+def folder(tmp_path, backbone_path, monkeypatch):
     """Data, and recipes of two steps on a tiny model."""
     triplets = [f"{a},{b},{c}" for a, b, c in zip(SENTENCES, SENTENCES[1:], SENTENCES[2:], strict=False)]
     (tmp_path / "t.csv").write_text("\n".join(["anchor,positive,negative", *triplets]))

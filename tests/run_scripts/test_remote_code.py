@@ -281,4 +281,4 @@ def test_piped_texts_answer_no_question(elastic, tmp_path):
     done, _ = start_encode(tmp_path, tmp_path / "lines.txt", "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr[-2000:]
     assert marker.exists(), "with the flag, the code is run"
-    assert done.stdout.startswith("3000 texts in 1 shards")
+    assert done.stdout.startswith("3000 texts in 1 shard,")
