@@ -65,7 +65,7 @@ class SearchMixin(TrainerMixin):
             self._take_data()
             cast(PreTrainedModel, self.model).to(self.args.device)  # type: ignore[arg-type]
             self._adapt_launch()
-        self._before_training()
+            self._before_training()
 
     # What a trainer defines.
 

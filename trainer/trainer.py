@@ -229,6 +229,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
         """
+        if self.model_init is None:
+            self._before_training()  # else with the new model
         output = super().train(*args, **kwargs)
         fitted, initial = self._fitted, self._initial
         if self.stop_signals.received is not None:
