@@ -48,6 +48,15 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size: {batch_size!r} is not allowed; use a whole number from 1")
 
 
+def check_words(largest: int, vocabulary: int | None) -> None:
+    """ValueError if the largest token has no word embedding, which would end the process on a GPU."""
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer: it has token {largest}, but the model has {vocabulary} word embeddings; after add_tokens, call "
+            "resize_token_embeddings(len(tokenizer))"
+        )
+
+
 def row_lengths(mask: torch.Tensor) -> list[int]:
     """Columns up to the last real token of each row of a (batch, length) mask, at least 1; this waits for a GPU."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
@@ -108,6 +117,7 @@ def pooled_states(
     packed: bool = False,
     show_progress_bar: bool | None = None,
     progress: Callable[[int], object] | None = None,
+    vocabulary: int | None = None,
 ) -> torch.Tensor:
     """Run `forward` over the texts, longest first, and put the rows back in the order of the texts.
 
@@ -125,12 +135,13 @@ def pooled_states(
         packed: whether the batches are packed rows instead of padded ones.
         show_progress_bar: None shows one for long work, on a terminal.
         progress: called after each batch with its number of texts.
+        vocabulary: number of word embeddings of the model; default: not checked.
 
     Returns:
         (exits, len(texts), hidden), float32, on the CPU.
 
     Raises:
-        ValueError: there are no texts.
+        ValueError: there are no texts, or a token has no word embedding.
     """
     if not texts:
         raise ValueError("texts: the list is empty; give at least one text")
@@ -138,6 +149,7 @@ def pooled_states(
     bar = _progress_bar(len(texts), show_progress_bar)
     output = _Output(len(texts))
     for start, tokens in _tokenized(tokenizer, texts, max_length):
+        check_words(int(tokens.ids.max()), vocabulary)
         rows = []
         for index in token_batches(tokens.lengths, batch_size, batch_tokens):
             batch = tokens.take(index)

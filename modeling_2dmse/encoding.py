@@ -219,6 +219,7 @@ class EncodeMixin(_Model):
                 packed=packed,
                 show_progress_bar=show_progress_bar,
                 progress=progress,
+                vocabulary=getattr(self.get_input_embeddings(), "num_embeddings", None),
             )
 
     @property

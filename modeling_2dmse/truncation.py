@@ -1,13 +1,18 @@
 """A model of fewer layers that shares the weights of a deeper one, and the names that weights have in a folder."""
 
+import copy
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import logging
 
 from .configuration_2dmse import TwoDMSEConfig
 
 if TYPE_CHECKING:
     from .modeling_2dmse import TwoDMSEModel
+
+logger = logging.get_logger(__name__)
 
 # What torch.compile adds to the names of the weights of a part that it wraps.
 _COMPILED = "_orig_mod."
@@ -25,17 +30,31 @@ def check_whole(model: torch.nn.Module) -> None:
         )
 
 
-def weights_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+def weights_to_save(model: "TwoDMSEModel") -> dict[str, torch.Tensor] | None:
     """The state dict by the names that a folder has, if they are others than the model's own; else None.
+
+    A part that is wrapped in a module of one's own gives a warning.
 
     Raises:
         ValueError: accelerate has offloaded weights, and only its hooks know where they are.
     """
     if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("device_map: weights of this model are offloaded by accelerate; save it before offloading it")
+    _warn_of_wrapped(model)
     if not any(_COMPILED in name for name, _ in model.named_parameters()):
         return None
     return {_name_in_folder(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _warn_of_wrapped(model: "TwoDMSEModel") -> None:
+    """Warn of a part that is wrapped in a module of one's own: the names of its weights are not those of the class."""
+    wanted = _empty_model(model, copy.deepcopy(model.config))
+    absent = _first_absent(wanted, {_name_in_folder(name) for name in model.state_dict()})
+    if absent is not None:
+        logger.warning(
+            f"backbone: this model has no {absent}; a part of it is wrapped, and from_pretrained will refuse what is "
+            "saved now; unwrap it and save again"
+        )
 
 
 def _name_in_folder(name: str) -> str:
@@ -44,11 +63,10 @@ def _name_in_folder(name: str) -> str:
 
 def cut_model(model: "TwoDMSEModel", config: TwoDMSEConfig) -> "TwoDMSEModel":
     """The model that a configuration of fewer layers describes, with the weights of the given model."""
-    with torch.device("meta"):
-        small = type(model)(config)
+    small = _empty_model(model, config)
     all_tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     tensors = {_name_in_folder(name): tensor for name, tensor in all_tensors}
-    absent = next((name for name in small.state_dict() if name not in tensors), None)
+    absent = _first_absent(small, tensors.keys())
     if absent is not None:
         raise ValueError(f"backbone: this model has no {absent}; a part of it is wrapped, unwrap it to cut the model")
     for name, module in small.named_modules():
@@ -61,3 +79,13 @@ def cut_model(model: "TwoDMSEModel", config: TwoDMSEConfig) -> "TwoDMSEModel":
                 module._buffers[key] = tensors[f"{name}.{key}"]
     small.tie_weights()
     return small
+
+
+def _empty_model(model: "TwoDMSEModel", config: TwoDMSEConfig) -> "TwoDMSEModel":
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _first_absent(wanted: "TwoDMSEModel", names: Collection[str]) -> str | None:
+    """The first name in the state dict of a model that is not among the given ones."""
+    return next((name for name in wanted.state_dict() if name not in names), None)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
+from modeling_2dmse.batching import check_words
 from modeling_2dmse.configuration_2dmse import default_ladder
 
 from .arguments import TwoDMSETrainingArguments
@@ -69,6 +70,12 @@ def check_arguments(args: object, others: Mapping[str, object]) -> None:
     }.items():
         if others.get(name) is not None:
             raise ValueError(f"{name}: it would not be called; {reason}")
+
+
+def check_vocabulary(encoder: TwoDMSEModel) -> None:
+    """ValueError if the tokenizer has a token without a word embedding."""
+    rows = getattr(encoder.get_input_embeddings(), "num_embeddings", None)
+    check_words(max(encoder.tokenizer.get_vocab().values(), default=0), rows)
 
 
 def check_optimizers(encoder: TwoDMSEModel, optimizers: Any) -> None:

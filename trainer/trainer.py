@@ -35,6 +35,7 @@ from .preparation import (
     check_optimizers,
     check_teacher,
     check_training_tables,
+    check_vocabulary,
     find_encoder,
     make_block_sampler,
     make_collator,
@@ -153,6 +154,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         self.encoder.config.set_ladder(self.ladder)
         set_comparison(self.encoder, self.args)
         self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
+        check_vocabulary(self.encoder)
         set_special_tokens(self.encoder)
         self._prepare_projections(model, self.args)
         self.training_objective = make_objective(

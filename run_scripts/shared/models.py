@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, dynamic_module_utils
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
+from modeling_2dmse.batching import check_words
 from run_scripts.shared import checks, output, remote_code
 from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 
@@ -57,9 +58,8 @@ def load_encoder(
 
 def _try(model: TwoDMSEModel) -> None:
     """Load the tokenizer and encode a text: what does not work in a folder shows here, where an error is one line."""
-    rows, tokens = model.get_input_embeddings().num_embeddings, model.tokenizer.get_vocab()
-    if tokens and max(tokens.values()) >= rows:
-        raise ValueError(f"the tokenizer has token {max(tokens.values())}, but the model has {rows} word embeddings")
+    rows = model.get_input_embeddings().num_embeddings
+    check_words(max(model.tokenizer.get_vocab().values(), default=0), rows)
     if not np.isfinite(model.encode("a text", prompt="")).all():
         raise ValueError("its embeddings are not finite")
 

@@ -103,6 +103,15 @@ def test_a_resized_vocabulary_is_saved(through, tiny_model, tmp_path):
     assert np.allclose(model.truncate(2).encode(texts), again.truncate(2).encode(texts), atol=1e-6)
 
 
+def test_new_words_without_embeddings_are_named(tiny_model):
+    model = tiny_model()
+    rows = model.get_input_embeddings().num_embeddings
+    model.tokenizer.add_tokens(["zeppelin", *(f"word{number}" for number in range(rows))])
+    model.encode(SENTENCES)
+    with pytest.raises(ValueError, match=rf"tokenizer: it has token \d+, but the model has {rows} word embeddings; aft"):
+        model.encode(["a", f"word{rows - 1}"], 1)
+
+
 def test_adapters_for_feature_extraction(tiny_model):
     from peft import LoraConfig, get_peft_model
 

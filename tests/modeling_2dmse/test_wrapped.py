@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from modeling_2dmse import TwoDMSEModel
+from modeling_2dmse import TwoDMSEModel, truncation
 
 LAYER = "backbone.encoder.layer"
 MAPS = {
@@ -103,12 +103,20 @@ class Around(torch.nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def test_modules_around_parts(folder):
+def test_modules_around_parts(folder, monkeypatch):
     model = TwoDMSEModel.from_pretrained(folder)
     model.backbone.encoder.layer[1] = Around(model.backbone.encoder.layer[1])
     assert_equal(model, folder)
     with pytest.raises(ValueError, match=r"this model has no backbone.encoder.layer.1.*; a part of it is wrapped"):
         model.truncate(2)
+    warnings: list[str] = []
+    monkeypatch.setattr(truncation.logger, "warning", warnings.append)
+    TwoDMSEModel.from_pretrained(folder).save_pretrained(folder.parent / "plain")
+    assert not warnings
+    model.save_pretrained(folder.parent / "saved")
+    assert "a part of it is wrapped, and from_pretrained will refuse what is saved now" in warnings[0]
+    with pytest.raises(ValueError, match="backbone.encoder.layer.1"):
+        TwoDMSEModel.from_pretrained(folder.parent / "saved")
     model.backbone.encoder = torch.nn.Sequential(model.backbone.encoder)
     with pytest.raises(ValueError, match=r"BertModel has no encoder.layer; wrap the layers or the whole model"):
         model.encode(SENTENCES)

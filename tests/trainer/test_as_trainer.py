@@ -189,7 +189,9 @@ def test_reentrant_checkpointing_in_several_processes(tmp_path, monkeypatch):
 
 def test_a_run_leaves_the_longest_input_of_the_tokenizer_and_saves_new_words(tiny_model, tmp_path, caplog):
     model = tiny_model()
-    model.tokenizer.add_tokens(["zeppelin"])
+    model.tokenizer.add_tokens(["zeppelin", *(f"word{number}" for number in range(200))])
+    with pytest.raises(ValueError, match=r"call resize_token_embeddings\(len\(tokenizer\)\)"):
+        TwoDMSETrainer(model, arguments(tmp_path), ROWS)
     model.resize_token_embeddings(len(model.tokenizer) + 100)
     trainer = TwoDMSETrainer(model, arguments(tmp_path, max_length=8, save_strategy="steps", save_steps=2), ROWS)
     trainer.train()
