@@ -52,8 +52,8 @@ def check_words(largest: int, vocabulary: int | None) -> None:
     """ValueError if the largest token has no word embedding, which would end the process on a GPU."""
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
-            f"tokenizer: it has token {largest}, but the model has {vocabulary} word embeddings; after add_tokens, call "
-            "resize_token_embeddings(len(tokenizer))"
+            f"tokenizer: it has token {largest}, but the model has {vocabulary} word embeddings; after add_tokens, "
+            "call resize_token_embeddings(len(tokenizer))"
         )
 
 

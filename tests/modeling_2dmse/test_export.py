@@ -41,8 +41,9 @@ def test_all_forms_agree(family, projected, tiny_model, tmp_path):
         assert again.config.pooling == model.config.pooling
         assert again.config.dim == d
         assert np.allclose(again.encode(TEXTS), expected, atol=1e-5)
-        model.export(onnx, n, d, format="onnx")
-        assert np.allclose(onnx_encoder(str(onnx))(TEXTS), expected, atol=1e-5)
+        if (n, d) == SIZES[1] or family == "bert":  # torch takes seconds for each
+            model.export(onnx, n, d, format="onnx")
+            assert np.allclose(onnx_encoder(str(onnx))(TEXTS), expected, atol=1e-5)
 
 
 def test_all_forms_agree_for_minilm(minilm, tmp_path):

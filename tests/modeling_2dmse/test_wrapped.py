@@ -115,7 +115,7 @@ def test_modules_around_parts(folder, monkeypatch):
     assert not warnings
     model.save_pretrained(folder.parent / "saved")
     assert "a part of it is wrapped, and from_pretrained will refuse what is saved now" in warnings[0]
-    with pytest.raises(ValueError, match="backbone.encoder.layer.1"):
+    with pytest.raises(ValueError, match=r"backbone\.encoder\.layer\.1"):
         TwoDMSEModel.from_pretrained(folder.parent / "saved")
     model.backbone.encoder = torch.nn.Sequential(model.backbone.encoder)
     with pytest.raises(ValueError, match=r"BertModel has no encoder.layer; wrap the layers or the whole model"):
