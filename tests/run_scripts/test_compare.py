@@ -208,7 +208,7 @@ def test_a_named_scale_is_that_of_all_methods_and_one_in_the_best_recipe_its_own
     assert make_budget(loss_scale=7.0).arguments()[1].loss_scale == 7
     for given, wanted in (((), {"2dmse": 20, "best": 5}), (("--loss_scale", "7"), {"2dmse": 7, "best": 7})):
         out, results = f"out{len(given)}", f"{len(given)}.json"
-        named = flags("--methods", "2dmse", "best", methods.PEER, *given, "--seeds", "0")
+        named = flags("--methods", "2dmse", "best", methods.PEER, *given, "--seeds", "0", "--learning_rates", "1e-2")
         compare.main([*named, "--output_dir", out, "--results_file", results])
         scales = {
             path.parent.name.split("-")[0]: torch.load(path, weights_only=False).loss_scale
