@@ -1,15 +1,12 @@
 """Heads, Sinkhorn-Knopp, KoLeo and CyclicMask against plain references."""
 
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LEAVE, cpu_environment
+from conftest import LEAVE, run_processes
 from tiny_vision import tiny_batch, tiny_config, tiny_model
 
 from modeling_franca import CyclicMask, FrancaConfig, NestedClusteringHead, assignment_loss, koleo_loss, sinkhorn
@@ -135,14 +132,7 @@ def test_two_processes_equal_one(tmp_path):
     torch.save(expected, tmp_path / "expected.pt")
     code = f"import test_clustering as t; t.check_processes({str(tmp_path)!r})"
     (tmp_path / "run.py").write_text(code + LEAVE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    environment = cpu_environment(ROOT, ROOT / "tests", Path(__file__).parent)
-    command = [*launch, str(tmp_path / "run.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes(2, tmp_path / "run.py", folders=(ROOT, ROOT / "tests", Path(__file__).parent))
     assert len(list(tmp_path.glob("equal-*"))) == 2
 
 

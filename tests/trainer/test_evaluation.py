@@ -170,7 +170,7 @@ def test_the_grid_encodes_each_text_once(tiny_model):
     assert set(mean_scores(results)) == {str(size) for size in sizes}
 
 
-@pytest.mark.parametrize(("name", "published"), [("stsb-test", 0.8203), ("sts13", 0.8060), ("sts14", 0.7560)])
+@pytest.mark.parametrize(("name", "published"), [("stsb-test", 0.8203), ("sts13", 0.8060)])
 def test_published_sts_results_of_minilm(name, published, minilm, data_dir):
     result = evaluate_sts(minilm, load_sts(str(data_dir / "sts" / f"{name}.csv")), parse_ladder(["6x384"]))
     assert result["spearman"]["6x384"] == pytest.approx(published, abs=1e-4)

@@ -1,13 +1,12 @@
 """M3Trainer: a step has the gradient of the averaged loss, one run of the tower and the memory of one level."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEAVE, cpu_environment
+from conftest import LEAVE, run_processes
 from transformers import TrainerCallback
 
 from modeling_m3 import MatryoshkaLlavaForConditionalGeneration
@@ -249,10 +248,7 @@ def test_two_processes_equal_one(llava_path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(script), llava_path, *paths["one"], "4"])
     runpy.run_path(str(script))
     script.write_text(script.read_text() + LEAVE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(script), llava_path, *paths["two"], "2"]
-    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_processes(2, script, llava_path, *paths["two"], "2")
     start = MatryoshkaLlavaForConditionalGeneration.from_pretrained(llava_path).state_dict()
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     for part in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model", "lm_head"):

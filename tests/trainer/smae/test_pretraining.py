@@ -1,11 +1,8 @@
 """SmaeTrainer: learning, metrics per size, accumulation, resuming with rows, blocks and streams, two processes."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
+from conftest import LADDER, LEAVE, SENTENCES, run_processes
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -199,7 +196,7 @@ from trainer.smae.corpus import endless
 from trainer.smae.trainer import SmaeTrainer
 
 start, out, batch, kind = sys.argv[1:]
-texts = Dataset.from_dict({"text": open("texts").read().splitlines()})
+texts = Dataset.from_dict({"text": open(f"{start}/../texts").read().splitlines()})
 model = StarbucksForMaskedAutoencoding.from_pretrained(start)
 args = SmaeTrainingArguments(output_dir=out, max_steps=3, per_device_train_batch_size=int(batch), use_cpu=True,
     logging_steps=1, save_strategy="no", disable_tqdm=True, bf16=False, report_to="none", learning_rate=1e-3)
@@ -229,10 +226,7 @@ def test_two_processes_train_one_model(kind, tiny_smae, tmp_path):
     model.encoder.tokenizer.save_pretrained(tmp_path / "start")
     (tmp_path / "texts").write_text("\n".join(TEXTS["text"]))
     (tmp_path / "run.py").write_text(TWO + LEAVE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "run.py", "start", "two", "2", kind]
-    done = subprocess.run(command, cwd=tmp_path, env=cpu_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes(2, tmp_path / "run.py", str(tmp_path / "start"), str(tmp_path / "two"), "2", kind)
     trained = StarbucksForMaskedAutoencoding.from_pretrained(tmp_path / "two")
     assert not torch.equal(trained.head.bias, model.head.bias)
     alone = SmaeTrainer(model=model, args=arguments(tmp_path / "one"), eval_dataset=TEXTS).evaluate()
