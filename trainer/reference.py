@@ -13,6 +13,8 @@ from .teacher_embeddings import TeacherEmbeddings
 
 # Reference texts: with so many, a row's near neighbors are among them, which the rows of a batch rarely are.
 _TEXTS = 4096
+# The most texts on which few dimensions are trained; with more, their embeddings need not fit on the device.
+_REFINED = 32_768
 
 
 class Reference:
@@ -48,11 +50,12 @@ def make_reference(
         args: their seed draws and refines; their device is where the embeddings are kept.
     """
     generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(teacher.texts), generator=generator)[:_TEXTS]
-    vectors = torch.as_tensor(teacher.vectors).float().to(args.device)
+    drawn = torch.randperm(len(teacher.texts), generator=generator)[:_REFINED]
+    kept = drawn.sort().values
+    vectors = torch.as_tensor(teacher.vectors[kept.numpy()]).float().to(args.device)
     width = vectors.shape[1]
     dims = sorted({size.dim for size in ladder} - {width})
     found = refine_targets(vectors, dims, config.similarity, seed=args.seed) | {width: vectors}
-    rows = rows.to(args.device)
+    rows = torch.searchsorted(kept, drawn[:_TEXTS]).to(args.device)
     cut = {dim: to_embeddings(few[rows], dim, config.similarity) for dim, few in found.items()}
     return Reference(cut[width], cut)
