@@ -85,23 +85,34 @@ class Layout:
 
 
 class Engine(abc.ABC):
-    """An index in an engine. A new one gets `create`, then `add`; an existing one gets `open`, then `search`.
+    """An index in an engine. A new one gets `create`, then `add`; an existing one is opened when it is first used.
 
     Attributes:
         place: the index in messages.
-        layout: what the index stores, after `open` or `create`.
         size: vectors in the index when `add` was last finished; None if it never was.
         seconds: time of each stage of the last search, or of all of them together.
     """
 
     place: str
-    layout: Layout
     size: int | None = None
     seconds: Sequence[float] = ()
+    _layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What the index stores. An index that was neither created nor opened is opened."""
+        if self._layout is None:
+            self.open()
+        assert self._layout is not None
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self._layout = layout
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Read the layout; ValueError if there is no index."""
+        """Read the layout, and so learn at once whether there is an index; ValueError if there is none."""
 
     @abc.abstractmethod
     def create(self, layout: Layout, overwrite: bool = False) -> None:
@@ -330,14 +341,15 @@ class Server(Engine):
         self.layout, self.size = found
 
     def check_stages(self, stages, k: int) -> list[Stage]:
+        layout = self.layout  # which opens the index
         if self.size is None:
             raise ValueError(f"index: {self.place} is not complete; run build_index.py again, which adds the rest")
-        width = self.layout.width
+        width = layout.width
         later = tuple(name for name in self.precisions if name.startswith("float"))
         first = (*self.precisions, APPROXIMATE)
         checked = check_stages(stages or [(width, k)], k, self.size, width, first, later)
         for stage in checked:
-            self.layout.find(stage)
+            layout.find(stage)
         return checked
 
     def unit_queries(self, queries) -> np.ndarray:
