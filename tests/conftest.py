@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # as scripts without a terminal do
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so that their threads do not compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

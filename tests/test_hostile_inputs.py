@@ -2,7 +2,6 @@
 
 import shutil
 
-import datasets
 import hostile_workspace as h
 import numpy as np
 import pytest
@@ -364,7 +363,6 @@ CASES = {
 @pytest.fixture(scope="module")
 def workspace(backbone_path, tmp_path_factory):
     pytest.importorskip("faiss")
-    datasets.disable_progress_bars()  # a script without a terminal does this before it imports the library
     folder = tmp_path_factory.mktemp("hostile")
     h.make(folder, backbone_path("bert"))
     return folder

@@ -86,30 +86,6 @@ def query_kl(student: torch.Tensor, teacher: torch.Tensor, queries: int, scale: 
     return _kl(*scores)
 
 
-def reference_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    student_reference: torch.Tensor,
-    teacher_reference: torch.Tensor,
-    scale: float = SCALE,
-) -> torch.Tensor:
-    """KL(teacher || student) between the softmaxes over each row's similarities to reference texts, mean over rows.
-
-    The references are constants: neither side gets a gradient through them.
-
-    Args:
-        student: (rows, d).
-        teacher: (rows, D); D may differ from d.
-        student_reference: (M, d).
-        teacher_reference: (M, D).
-        scale: the factor of the similarities.
-
-    Returns:
-        the divergence, a scalar.
-    """
-    return _kl(scale * student @ student_reference.T, scale * teacher.detach() @ teacher_reference.T)
-
-
 def embedding_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """1 - cosine of each vector to the teacher's, mean over rows.
 

@@ -20,7 +20,6 @@ SIMILARITIES = ("cosine", "dot")
 
 _RANGES = {
     **dict.fromkeys(("alignment_weight", "cross_size_weight", "embedding_weight", "unlabeled_weight"), WEIGHT),
-    "reference_weight": WEIGHT,
     **dict.fromkeys(("num_buckets", "compression_dim", "gradient_cache_chunk_size"), COUNT),
     **{
         "loss_scale": POSITIVE,
@@ -84,11 +83,6 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=0.0,
         metadata={"help": "Weight of each size's distance (1 - cosine) to the teacher's first dimensions."},
     )
-    reference_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the divergence between each size's and the teacher's similarities to some "
-                  "thousand texts in every step. Needs teacher embeddings."},
-    )  # fmt: skip
     shallow_steps: float = field(
         default=0.0,
         metadata={"help": "Share of the steps that train only the sizes of at most a third of the layers; they are "

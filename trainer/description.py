@@ -33,7 +33,6 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
             ("teacher", args.teacher, "largest"),
             ("cross size weight", args.cross_size_weight, 0),
             ("embedding weight", args.embedding_weight, 0),
-            ("reference weight", args.reference_weight, 0),
             ("shallow steps", args.shallow_steps, 0),
             ("exit projections", args.exit_projections, False),
             ("refined projections", args.refine_projections, False),

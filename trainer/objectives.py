@@ -22,8 +22,8 @@ class Term(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `score_kl`, `query_kl`, `reference_kl`,
-    `pca` or `embedding`."""
+    """weight * distance of `student` to `teacher`; `kind` is `feature_kl`, `score_kl`, `query_kl`, `pca` or
+    `embedding`."""
 
     kind: str
     student: Size
@@ -95,8 +95,6 @@ class Objective:
             if there are none. `score_kl` replaces `query_kl` on them: they have no queries.
         similarity: how embeddings are compared, `cosine` or `dot`.
         embedding_weight: factor of the distance of each size's embedding to the teacher's first dimensions.
-        reference_weight: factor of the divergence between a size's and the teacher's similarities to reference texts
-            (`trainer.reference`), for a teacher of `embeddings`.
         shallow_steps: share of the steps that train only the sizes of at most a third of the layers. Such a step costs
             a third or less. It needs a teacher that is not a size of the step.
         feature_kl_form: what `feature_kl` compares, cut to the student's dimensions: `raw` pooled states, whose teacher
@@ -119,7 +117,6 @@ class Objective:
     unlabeled_weight: float = 0.0
     similarity: str = "cosine"
     embedding_weight: float = 0.0
-    reference_weight: float = 0.0
     shallow_steps: float = 0.0
     feature_kl_form: str = "raw"
     draw_full_dim: bool = False
@@ -134,7 +131,7 @@ class Objective:
             state = rng.getstate()
             kind = "score_kl" if self.kind == "query_kl" else self.alignment
             spec = replace(self, alignment=kind, alignment_weight=self.unlabeled_weight)
-            spec = replace(spec, unlabeled_weight=0.0, embedding_weight=0.0, reference_weight=0.0)
+            spec = replace(spec, unlabeled_weight=0.0, embedding_weight=0.0)
             unlabeled = spec.plan(rng).alignments
             rng.setstate(state)  # so that both have the same sizes
         plan = OBJECTIVES[self.name](self, rng)._replace(
@@ -146,10 +143,6 @@ class Objective:
             plan = plan._replace(alignments=plan.alignments + tuple(alignments))
         if self.embedding_weight:
             plan = plan._replace(alignments=plan.alignments + self._to_embedding(plan))
-        if self.reference_weight:
-            full = Size(self.num_layers, self.hidden_size)
-            found = (Alignment("reference_kl", term.size, full, self.reference_weight) for term in plan.terms)
-            plan = plan._replace(alignments=plan.alignments + tuple(found))
         if not self.cross_size_weight:
             return plan
         deepest = max(size.num_layers for size in self.ladder)

@@ -203,7 +203,6 @@ def make_objective(
         unlabeled_weight=args.unlabeled_weight if with_unlabeled else 0.0,
         similarity=encoder.config.similarity,
         embedding_weight=args.embedding_weight,
-        reference_weight=args.reference_weight,
         shallow_steps=args.shallow_steps,
         feature_kl_form=args.feature_kl_form,
         draw_full_dim=args.draw_full_dim,
@@ -215,10 +214,6 @@ def make_objective(
         _check_refining(encoder, ladder)
     if args.embedding_weight and encoder.config.similarity != "cosine":
         raise ValueError("embedding_weight: the distance is that of unit vectors; it needs similarity cosine")
-    if args.reference_weight and (args.teacher != "embeddings" or args.objective in ("2dmse", "espresso")):
-        raise ValueError(
-            "reference_weight: it needs teacher embeddings and the objective starbucks, matryoshka or separate"
-        )
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
         raise ValueError(f"cross_size_weight: {args.objective} trains no shallower size to cross with the deepest")
     if args.teacher != "largest" and objective.kind not in ("score_kl", "query_kl"):

@@ -103,33 +103,6 @@ def refine_trained(
         )
 
 
-def refine_targets(
-    targets: torch.Tensor, dims: Sequence[int], similarity: str, steps: int = STEPS, seed: int = 0
-) -> dict[int, torch.Tensor]:
-    """Few dimensions of embeddings, trained to keep their similarities: what a size of as many dimensions can be.
-
-    For each dim d, the embeddings are multiplied by a matrix that starts as the identity, cut to d columns and trained
-    as in `refine_exit_projections`.
-
-    Args:
-        targets: (n, H), the embeddings; their first columns should say the most (`principal_directions`).
-        dims: the numbers of dimensions.
-        similarity: `cosine` or `dot`.
-        steps: number of steps.
-        seed: seed of the batches.
-
-    Returns:
-        (n, d) for each d of `dims`, on the device of the targets, not normalised.
-    """
-    if not dims:
-        return {}
-    wanted = to_embeddings(targets, targets.shape[1], similarity)
-    states = wanted.expand(len(dims), *wanted.shape)
-    generator = torch.Generator().manual_seed(seed)
-    matrices = _train(states, wanted, [[dim] for dim in dims], similarity, steps, generator).float()
-    return {dim: wanted @ matrix[:, :dim] for dim, matrix in zip(dims, matrices, strict=True)}
-
-
 def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tensor:
     """Vectors whose similarities are the mean of those of several targets.
 

@@ -111,27 +111,6 @@ def query_kl(students: torch.Tensor, teacher: torch.Tensor, queries: int, scale:
     return (target.exp() * (target - student)).sum(dim=(-2, -1)) / queries
 
 
-def reference_kl(
-    students: torch.Tensor,
-    teacher: torch.Tensor,
-    student_references: torch.Tensor,
-    teacher_reference: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """(S,); KL(teacher || student) between the softmaxes over each row's similarities to reference texts.
-
-    Args:
-        students: (S, rows, d).
-        teacher: (rows, D); it is detached.
-        student_references: (S, M, d).
-        teacher_reference: (M, D).
-        scale: the factor of the similarities.
-    """
-    student = F.log_softmax(scale * students @ student_references.transpose(1, 2), dim=-1)
-    target = F.log_softmax(scale * teacher.detach() @ teacher_reference.T, dim=-1)
-    return (target.exp() * (target - student)).sum(dim=(-2, -1)) / students.shape[1]
-
-
 def embedding_distance(students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
     """(S,); 1 - cosine of each vector to the teacher's, mean over rows.
 

@@ -16,16 +16,15 @@ from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.packing import to_device
 
 from . import stacked
-from .alignment import embedding_distance, feature_kl, pca_distance, query_kl, reference_kl, score_kl
+from .alignment import embedding_distance, feature_kl, pca_distance, query_kl, score_kl
 from .losses import LOSSES, SCALE, Rows, base_loss
 from .objectives import Alignment, Plan
-from .reference import Reference
 
 # Numbers in the matrices of similarities of all sizes up to which the sizes of a step are computed at once.
 _STACKED_SCORES = {"cpu": 2**22, "cuda": 2**26}
-_STACKED = ("score_kl", "query_kl", "reference_kl", "feature_kl", "embedding")
+_STACKED = ("score_kl", "query_kl", "feature_kl", "embedding")
 # The alignments in which the model before training, or embeddings of another one, may be the teacher.
-_OF_SCORES = ("score_kl", "query_kl", "reference_kl")
+_OF_SCORES = ("score_kl", "query_kl")
 _OF_START = (*_OF_SCORES, "embedding")
 
 
@@ -36,7 +35,6 @@ def plan_parts(
     loss: str,
     scale: float = SCALE,
     start: torch.Tensor | None = None,
-    reference: Reference | None = None,
 ) -> Iterator[tuple[str, float, torch.Tensor]]:
     """The parts of a step's loss, one after another.
 
@@ -50,12 +48,10 @@ def plan_parts(
         loss: name of the base loss.
         scale: the factor of the similarities (1 / temperature).
         start: (rows, hidden), the pooled states of the model before training after the layers of the teacher, which
-            they replace in `score_kl`, `query_kl`, `reference_kl` and `embedding`.
-        reference: the texts of `reference_kl`.
+            they replace in `score_kl`, `query_kl` and `embedding`.
 
     Yields:
-        name (`loss/2x64`, `alignment/2x64`, `reference/2x64`, `embedding/2x64`, `unlabeled/2x64` or `cross/2x64`),
-        weight and value.
+        name (`loss/2x64`, `alignment/2x64`, `embedding/2x64`, `unlabeled/2x64` or `cross/2x64`), weight and value.
     """
     if len(states) != len(plan.layers):
         raise ValueError(f"states: {len(states)} exits are given, the plan needs {len(plan.layers)}")
@@ -70,7 +66,7 @@ def plan_parts(
         given = start if alignment.kind in _OF_START else None
         above = state(alignment.teacher.num_layers) if given is None else given
         sides = part(state(alignment.student.num_layers)), part(above)
-        return _distance(alignment, *sides, plan, rows.counts[0], scale, reference)
+        return _distance(alignment, *sides, plan, rows.counts[0], scale)
 
     # No tensor has a name here: it would stay in memory during the caller's backward pass and the next parts.
     for size, weight in plan.terms:
@@ -90,21 +86,15 @@ def plan_parts(
         yield f"cross/{queries}", weight, base_loss(loss, vectors, rows, scale)
 
 
-def fits_stacked(plan: Plan, rows: Rows, device: torch.device, references: int = 0) -> bool:
-    """Whether the matrices of all sizes of a step may be in memory together, with so many reference texts."""
+def fits_stacked(plan: Plan, rows: Rows, device: torch.device) -> bool:
+    """Whether the matrices of all sizes of a step may be in memory together."""
     labeled, sizes = sum(rows.counts), max(len(plan.terms), len(plan.alignments))
-    scores = max(sizes * labeled * max(labeled, references), len(plan.unlabeled) * rows.unlabeled**2)
+    scores = max(sizes * labeled**2, len(plan.unlabeled) * rows.unlabeled**2)
     return scores <= _STACKED_SCORES.get(device.type, _STACKED_SCORES["cpu"])
 
 
 def plan_groups(
-    plan: Plan,
-    states: torch.Tensor,
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    start: torch.Tensor | None = None,
-    reference: Reference | None = None,
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> Iterator[tuple[list[str], list[float], torch.Tensor]]:
     """The parts of `plan_parts` in groups that are computed at once.
 
@@ -136,8 +126,7 @@ def plan_groups(
             embeddings, dims = vectors(students, name, _compared_as(plan, kind)), [size.dim for size in students]
             given = start if kind in _OF_START else None
             above = states[plan.layers.index(teacher.num_layers)] if given is None else given
-            compared = plan, kind, teacher, embeddings, dims, above[sides[name]]
-            values = _distances(*compared, rows.counts[0], scale, reference)
+            values = _distances(plan, kind, teacher, embeddings, dims, above[sides[name]], rows.counts[0], scale)
             yield [_name(name, alignment) for alignment in group], [alignment.weight for alignment in group], values
     others = [tuple(a for a in kept if a.kind not in _STACKED) for kept in (plan.alignments, plan.unlabeled)]
     alone = plan._replace(terms=(), alignments=others[0], unlabeled=others[1])
@@ -155,7 +144,6 @@ def _distances(
     above: torch.Tensor,
     queries: int,
     scale: float,
-    reference: Reference | None,
 ) -> torch.Tensor:
     """(S,), the distance of each size's vectors, (S, rows, largest dim), to the teacher's states, (rows, H)."""
     if kind != "feature_kl" or _detaches(plan):
@@ -164,9 +152,6 @@ def _distances(
         target = to_embeddings(above, teacher.dim, plan.similarity)
         if kind == "score_kl":
             return stacked.score_kl(students, target, scale)
-        if kind == "reference_kl":
-            assert reference is not None
-            return stacked.reference_kl(students, target, reference.stack(dims), reference.full, scale)
         return stacked.query_kl(students, target, queries, scale)
     targets = stacked.to_embeddings(above.expand(len(dims), *above.shape), dims, _compared_as(plan, kind))
     if kind == "embedding":
@@ -187,9 +172,8 @@ def _detaches(plan: Plan) -> bool:
 
 
 def _name(side: str, alignment: Alignment) -> str:
-    """The name of a part; a size may learn from the same rows in several ways."""
-    own = {"embedding": "embedding", "reference_kl": "reference"}
-    return f"{own.get(alignment.kind, side)}/{alignment.student}"
+    """The name of a part; a size may learn both similarities and embeddings on the same rows."""
+    return f"{'embedding' if alignment.kind == 'embedding' else side}/{alignment.student}"
 
 
 def _stackable(alignments: Sequence[Alignment]) -> list[Alignment]:
@@ -198,13 +182,7 @@ def _stackable(alignments: Sequence[Alignment]) -> list[Alignment]:
 
 @torch.enable_grad()
 def plan_gradient(
-    plan: Plan,
-    states: torch.Tensor,
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    start: torch.Tensor | None = None,
-    reference: Reference | None = None,
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """The loss of a step, with its gradient; the arguments are those of `plan_groups`.
 
@@ -213,10 +191,10 @@ def plan_gradient(
         states. None of them has a graph.
     """
     gradient = torch.zeros_like(states)
-    if loss in LOSSES and fits_stacked(plan, rows, states.device, 0 if reference is None else len(reference.full)):
+    if loss in LOSSES and fits_stacked(plan, rows, states.device):
         leaf = states.detach().requires_grad_()
         leaf.grad = gradient
-        names, weights, values = zip(*plan_groups(plan, leaf, rows, loss, scale, start, reference), strict=True)
+        names, weights, values = zip(*plan_groups(plan, leaf, rows, loss, scale, start), strict=True)
         joined = torch.cat(values)
         factors = np.asarray(list(itertools.chain.from_iterable(weights)), dtype=np.float32)
         total = (joined * to_device(factors, joined.device)).sum()
@@ -228,20 +206,14 @@ def plan_gradient(
     for leaf, slot in zip(leaves, gradient, strict=True):
         leaf.grad = slot
     total, parts = states.new_zeros((), dtype=torch.float32), {}
-    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale, start, reference):
+    for name, weight, value in plan_parts(plan, leaves, rows, loss, scale, start):
         (weight * value).backward()
         total, parts[name] = total + weight * value.detach(), value.detach()
     return total, parts, gradient
 
 
 def plan_loss(
-    plan: Plan,
-    states: torch.Tensor,
-    rows: Rows,
-    loss: str,
-    scale: float = SCALE,
-    start: torch.Tensor | None = None,
-    reference: Reference | None = None,
+    plan: Plan, states: torch.Tensor, rows: Rows, loss: str, scale: float = SCALE, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a step; the arguments are those of `plan_parts`.
 
@@ -252,12 +224,11 @@ def plan_loss(
         loss: name of the base loss.
         scale: the factor of the similarities (1 / temperature).
         start: (rows, hidden), the states of the model before training, if it is the teacher.
-        reference: the texts of `reference_kl`.
 
     Returns:
         the weighted sum, whose backward can run only once, and the value of each part by name.
     """
-    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale, start, reference)
+    total, parts, gradient = plan_gradient(plan, states, rows, loss, scale, start)
     return _WithGradient.apply(states, total, gradient), parts
 
 
@@ -279,13 +250,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _distance(
-    alignment: Alignment,
-    state: torch.Tensor,
-    teacher: torch.Tensor,
-    plan: Plan,
-    queries: int,
-    scale: float,
-    reference: Reference | None,
+    alignment: Alignment, state: torch.Tensor, teacher: torch.Tensor, plan: Plan, queries: int, scale: float
 ) -> torch.Tensor:
     """The distance of one exit's states (rows, H) to the teacher's states (rows, H)."""
     kind, dim = alignment.kind, alignment.student.dim
@@ -298,7 +263,4 @@ def _distance(
     if kind == "embedding":
         return embedding_distance(student, to_embeddings(teacher, dim, similarity))
     target = to_embeddings(teacher, alignment.teacher.dim, similarity)
-    if kind == "reference_kl":
-        assert reference is not None
-        return reference_kl(student, target, reference.cut[dim], reference.full, scale)
     return score_kl(student, target, scale) if kind == "score_kl" else query_kl(student, target, queries, scale)

@@ -46,7 +46,6 @@ from .preparation import (
     set_special_tokens,
 )
 from .projections import fit_exit_projections
-from .reference import Reference, make_reference
 from .refining import refine_trained
 from .scoring import ScoringMixin, Task, as_tasks
 from .searching import SearchMixin
@@ -129,7 +128,6 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self._micro_step = (-1, 0)
         self._start: TwoDMSEModel | None = None
-        self._reference: Reference | None = None
         self.stop_signals = StopSignals()
         super().__init__(
             model=None if model_init else model,
@@ -265,8 +263,6 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
             start = copy.deepcopy(self.encoder)
             start.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
             self._start = start.eval().requires_grad_(False)
-        if self.args.reference_weight and self._teacher_embeddings is not None:
-            self._reference = make_reference(self._teacher_embeddings, self.ladder, self.encoder.config, self.args)
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         with evaluation_mode(self.encoder):
@@ -300,7 +296,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         outputs = model(**inputs, layers=plan.layers, **self._buckets(inputs, lengths))
         start = self._start_state(plan, inputs, lengths) if targets is None else targets
         states, start, rows = self._join(outputs.layer_embeddings, start, rows)
-        loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.loss_scale, start, self._reference)
+        loss, parts = plan_loss(plan, states, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -320,8 +316,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         states = cached.states().requires_grad_()
         start = self._start_state(plan, inputs, lengths, chunk_rows) if targets is None else targets
         joined, start, rows = self._join(states, start, rows)
-        settings = str(self.args.loss), self.loss_scale, start, self._reference
-        loss, parts, gradient = plan_gradient(plan, joined, rows, *settings)
+        loss, parts, gradient = plan_gradient(plan, joined, rows, str(self.args.loss), self.loss_scale, start)
         self.record(loss, parts)
         joined.backward(gradient / self.current_gradient_accumulation_steps)
 

@@ -1,19 +1,15 @@
 """The sizes of a step at once: the same values and gradients as one after another, in few kernels."""
 
-import math
 import random
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_2dmse import TwoDMSEConfig, parse_ladder
-from modeling_2dmse.encoding import to_embeddings
-from trainer import TwoDMSETrainingArguments, step_loss
+from modeling_2dmse import parse_ladder
+from trainer import step_loss
 from trainer.losses import Rows
 from trainer.objectives import Objective
-from trainer.reference import Reference, make_reference
-from trainer.teacher_embeddings import TeacherEmbeddings
 
 N, H = 6, 32
 LADDER = parse_ladder(["1x4", "2x8", "3x12", "4x16", "5x24", "6x32"])
@@ -106,57 +102,3 @@ def test_the_distance_to_the_teachers_embedding_is_one_minus_the_cosine_at_each_
     total = gradient(plain, TRIPLETS, "infonce", monkeypatch, True, start)[0]
     share = sum(sides[0][1][f"embedding/{size}"] for size in students)
     torch.testing.assert_close(sides[0][0] - total, 0.4 * share, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_similarities_to_reference_texts_as_their_formula_has_them(similarity, monkeypatch):
-    scale, texts = 3.0, 9
-    spec = Objective("starbucks", LADDER, N, H, teacher="embeddings", similarity=similarity, reference_weight=0.7)
-    full = to_embeddings(torch.randn(texts, H, generator=generator), H, similarity)
-    cut = {s.dim: to_embeddings(torch.randn(texts, s.dim, generator=generator), s.dim, similarity) for s in LADDER}
-    sides = []
-    for at_once in (True, False):
-        monkeypatch.setattr(step_loss, "fits_stacked", lambda *_, at_once=at_once: at_once)
-        compared = STATES[:, :22], Rows((8, 8, 6)), "infonce", scale, START[:22], Reference(full, cut)
-        sides.append(step_loss.plan_gradient(spec.plan(random.Random(1)), *compared))
-    torch.testing.assert_close(sides[0][0], sides[1][0])
-    torch.testing.assert_close(sides[0][2], sides[1][2], atol=1e-6, rtol=1e-4)
-
-    def shares(vector: torch.Tensor, others: torch.Tensor) -> list[float]:
-        vector = vector.double()
-        vector = vector if similarity == "dot" else vector / vector.square().sum().sqrt()
-        products = [math.exp(scale * float(vector @ other.double())) for other in others]
-        return [product / sum(products) for product in products]
-
-    for size in LADDER:
-        total = 0.0
-        for row in range(22):
-            student = shares(STATES[size.num_layers - 1][row, : size.dim], cut[size.dim])
-            for wanted, got in zip(shares(START[row], full), student, strict=True):
-                total += wanted * math.log(wanted / got) / 22
-        for _, parts, _ in sides:
-            assert parts[f"reference/{size}"].item() == pytest.approx(total, rel=1e-4)
-
-
-def test_reference_texts_are_the_teachers_and_their_few_dimensions_keep_its_similarities(tmp_path):
-    vectors = torch.randn(400, H, generator=generator) * torch.linspace(2, 0.1, H)
-    vectors = torch.nn.functional.normalize(vectors, dim=-1)
-    teacher = TeacherEmbeddings([f"text {number}" for number in range(400)], vectors.numpy())
-    args = TwoDMSETrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=4)
-    reference = make_reference(teacher, LADDER, TwoDMSEConfig(), args)
-    again = make_reference(teacher, LADDER, TwoDMSEConfig(), args)
-    assert sorted(reference.cut) == sorted({size.dim for size in LADDER})
-    assert len(reference.full.unique(dim=0)) == 400
-    assert (reference.full @ vectors.T).amax(dim=1).min() > 0.9999
-    itself = -100 * torch.eye(400)
-    wanted = (20 * reference.full @ reference.full.T + itself).softmax(dim=-1)
-    for dim, few in reference.cut.items():
-        assert torch.equal(few, again.cut[dim])
-        first = torch.nn.functional.normalize(reference.full[:, :dim], dim=-1)
-        scores = (20 * side @ side.T + itself for side in (few, first))
-        losses = [torch.nn.functional.cross_entropy(side, wanted) for side in scores]
-        assert losses[0] < losses[1] or dim == H
-    stacked = reference.stack([4, 12])
-    assert stacked.shape == (2, 400, 12)
-    assert torch.equal(stacked[0, :, :4], reference.cut[4])
-    assert not stacked[0, :, 4:].any()

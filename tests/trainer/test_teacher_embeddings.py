@@ -133,7 +133,7 @@ def test_the_vectors_are_what_is_learnt(tiny_model, tmp_path):
     assert cosine() > before + 0.2
 
 
-@pytest.mark.parametrize("more", [{}, {"shallow_steps": 0.5, "reference_weight": 3.0}])
+@pytest.mark.parametrize("more", [{}, {"shallow_steps": 0.5}])
 def test_a_resumed_run_equals_an_uninterrupted_one(more, tiny_model, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3, **more}
     whole, resumed = tiny_model(), tiny_model()
@@ -143,28 +143,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(more, tiny_model, tmp_path):
     make_trainer(resumed, tmp_path, teacher, **settings).train(resume_from_checkpoint=checkpoint)
     for name, value in whole.named_parameters():
         assert torch.equal(value, dict(resumed.named_parameters())[name]), name
-
-
-def test_similarities_to_reference_texts_are_learnt_with_and_without_a_cache(tiny_model, tmp_path):
-    """Alone, they bring the first dimensions of a shallow exit near to those of the teacher."""
-    settings = {"optim": "sgd", "learning_rate": 0.3, "embedding_weight": 0.0, "alignment_weight": 0.0, "max_steps": 12}
-    settings |= {"loss_scale": 5.0, "teacher": "embeddings", "sizes": ["1x8", "4x32"]}
-    models = []
-    for more in ({"reference_weight": 0.0}, {"reference_weight": 20.0}, {"gradient_cache_chunk_size": 3}):
-        models.append(tiny_model(projected=True))
-        given = {"reference_weight": 20.0} | settings | more
-        make_trainer(models[-1], tmp_path / str(len(models)), vectors_of(models[0]), **given).train()
-    without, plain, cached = models
-    for name, value in plain.named_parameters():
-        torch.testing.assert_close(value, dict(cached.named_parameters())[name], atol=1e-5, rtol=1e-4, msg=name)
-    full = torch.from_numpy(tiny_model(projected=True).encode(SENTENCES))
-    wanted = (5 * full @ full.T - 100 * torch.eye(20)).softmax(dim=-1)
-
-    def divergence(model) -> float:
-        small = torch.from_numpy(model.encode(SENTENCES, 1, 8))
-        return torch.nn.functional.cross_entropy(5 * small @ small.T - 100 * torch.eye(20), wanted).item()
-
-    assert divergence(plain) < divergence(without) - 0.01
 
 
 def test_wrong_combinations_are_refused(tiny_model, tmp_path):
@@ -179,13 +157,6 @@ def test_wrong_combinations_are_refused(tiny_model, tmp_path):
         make_trainer(tiny_model(), tmp_path, teacher, guide=tiny_model())
     with pytest.raises(ValueError, match="embedding_weight: the distance is that of unit vectors"):
         make_trainer(tiny_model(), tmp_path, teacher, similarity="dot")
-    needed = "reference_weight: it needs teacher embeddings and the objective starbucks, matryoshka or separate"
-    with pytest.raises(ValueError, match=needed):
-        make_trainer(tiny_model(), tmp_path, None, teacher="start", reference_weight=1.0)
-    with pytest.raises(ValueError, match=needed):
-        make_trainer(tiny_model(), tmp_path, teacher, objective="2dmse", alignment="score_kl", reference_weight=1.0)
-    with pytest.raises(ValueError, match="reference_weight: -1"):
-        make_trainer(tiny_model(), tmp_path, teacher, reference_weight=-1.0)
     with pytest.raises(ValueError, match="embedding_weight: -1"):
         make_trainer(tiny_model(), tmp_path, teacher, embedding_weight=-1.0)
 
