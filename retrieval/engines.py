@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -103,8 +103,7 @@ class Engine(abc.ABC):
         """What the index stores. An index that was neither created nor opened is opened."""
         if self._layout is None:
             self.open()
-        assert self._layout is not None
-        return self._layout
+        return cast(Layout, self._layout)
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
@@ -341,15 +340,14 @@ class Server(Engine):
         self.layout, self.size = found
 
     def check_stages(self, stages, k: int) -> list[Stage]:
-        layout = self.layout  # which opens the index
+        width = self.layout.width  # which opens the index
         if self.size is None:
             raise ValueError(f"index: {self.place} is not complete; run build_index.py again, which adds the rest")
-        width = layout.width
         later = tuple(name for name in self.precisions if name.startswith("float"))
         first = (*self.precisions, APPROXIMATE)
         checked = check_stages(stages or [(width, k)], k, self.size, width, first, later)
         for stage in checked:
-            layout.find(stage)
+            self.layout.find(stage)
         return checked
 
     def unit_queries(self, queries) -> np.ndarray:
