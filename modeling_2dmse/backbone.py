@@ -5,6 +5,7 @@ import functools
 import inspect
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
@@ -145,12 +146,13 @@ def view(backbone: nn.Module, stack: str, layers: Sequence[nn.Module]) -> nn.Mod
     return twin
 
 
-def inference_twin(model: nn.Module) -> nn.Module:
+def inference_twin(model: nn.Module, hooks: bool = True) -> nn.Module:
     """The same model in evaluation mode: itself, if all of it is, else a copy of its modules with the same tensors.
 
-    The model that other threads use, perhaps to train it, keeps its mode.
+    The model that other threads use, perhaps to train it, keeps its mode. Without `hooks`, it is a copy that does not
+    call the hooks that users have registered.
     """
-    if not any(module.training for module in model.modules()):
+    if hooks and not any(module.training for module in model.modules()):
         return model
     twins: dict[int, nn.Module] = {}
 
@@ -158,6 +160,8 @@ def inference_twin(model: nn.Module) -> nn.Module:
         if id(module) not in twins:
             twin = twins[id(module)] = _shallow_copy(module)
             twin.training = False
+            if not hooks:
+                twin.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
             children = module._modules.items()
             twin._modules.update({name: child and copy_of(child) for name, child in children})
         return twins[id(module)]

@@ -114,7 +114,7 @@ def pooled_states(
     batch_tokens: int,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
-    packed: bool = False,
+    packs: Callable[[], bool] = lambda: False,
     show_progress_bar: bool | None = None,
     progress: Callable[[int], object] | None = None,
     vocabulary: int | None = None,
@@ -132,7 +132,7 @@ def pooled_states(
         batch_tokens: most tokens per batch.
         batch_size: most texts per batch when they are the longest; shorter texts come in larger batches.
         device: where the batches go.
-        packed: whether the batches are packed rows instead of padded ones.
+        packs: whether batches may be packed rows instead of padded ones, asked when that would save something.
         show_progress_bar: None shows one for long work, on a terminal.
         progress: called after each batch with its number of texts.
         vocabulary: number of word embeddings of the model; default: not checked.
@@ -152,8 +152,7 @@ def pooled_states(
         check_words(int(tokens.ids.max()), vocabulary)
         rows = []
         for index in token_batches(tokens.lengths, batch_size, batch_tokens):
-            batch = tokens.take(index)
-            gathered.append(forward(batch.packed(device) if packed else batch.padded(device)).float())
+            gathered.append(forward(_batch(tokens.take(index), packs, torch.device(device))).float())
             rows.append(index)
             bar.update(len(index))
             if progress is not None:
@@ -162,6 +161,12 @@ def pooled_states(
         gathered.clear()
     bar.close()
     return output.finish()
+
+
+def _batch(tokens: Tokens, packs: Callable[[], bool], device: torch.device) -> dict:
+    """The inputs of a model. On a CPU, packing pays by the padding it saves, and texts of one length have none."""
+    even = device.type == "cpu" and tokens.lengths.min() == tokens.lengths.max()
+    return tokens.packed(device) if not even and packs() else tokens.padded(device)
 
 
 def _tokenized(tokenizer, texts: Sequence[str], max_length: int) -> Iterator[tuple[int, Tokens]]:

@@ -205,7 +205,6 @@ class EncodeMixin(_Model):
             return torch.empty(len(exits), 0, self.config.hidden_size)
         layers_of(self.backbone, self.config.layer_stack)  # which names a part that is wrapped
         tokenizer, longest, device = self.tokenizer, self.max_length, self.input_device
-        packed = device.type != "cpu" and self.device.type != "meta" and self.packs
         model = inference_twin(self)
         with torch.inference_mode():
             return pooled_states(
@@ -216,7 +215,7 @@ class EncodeMixin(_Model):
                 self._batch_tokens(),
                 batch_size,
                 device,
-                packed=packed,
+                packs=lambda: self.device.type != "meta" and self.packs,
                 show_progress_bar=show_progress_bar,
                 progress=progress,
                 vocabulary=getattr(self.get_input_embeddings(), "num_embeddings", None),

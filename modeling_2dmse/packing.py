@@ -210,7 +210,8 @@ def find_packing(backbone: PreTrainedModel) -> bool:
     interface = getattr(backbone, "_supports_attention_backend", False)
     if not (usual and open_ended and interface and "position_ids" in names):
         return False
-    device, model = next(backbone.parameters()).device, inference_twin(backbone)
+    # The texts are made up: whoever watches the layers need not see them.
+    device, model = next(backbone.parameters()).device, inference_twin(backbone, hooks=False)
     lengths = (3, 5, 5, 9)
     ids = np.arange(sum(lengths)) * 7 % max(2, backbone.config.vocab_size - 1) + 1
     packing = Packing(lengths, device)

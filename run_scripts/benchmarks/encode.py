@@ -18,6 +18,8 @@ from trainer.evaluation import StsData, evaluate_sts
 from trainer.shared.arguments import cpu_has_bf16
 
 BATCH = 32
+# Texts of a call in which batches cannot be filled with texts of one length.
+PART = 64
 # The most that a precision may change the Spearman of any task.
 TOLERANCE = 0.001
 
@@ -63,7 +65,7 @@ class OnnxEncoder:
 
 
 def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> list[dict]:
-    """Ratios of texts per second (`encode.fp32`, `encode.best`), and of time by depth (`encode.depth`).
+    """Ratios of texts per second (`encode.fp32`, `encode.best`, `encode.packed`) and of time by depth (`encode.depth`).
 
     Args:
         args: the benchmark's arguments.
@@ -91,7 +93,20 @@ def encode_cost(args, texts: list[str], tasks: list[StsData], folder: str) -> li
         lines.append(line)
     best = max((line for line in lines if line.get("spearman_lost", 0) <= TOLERANCE), key=lambda line: line["ratio"])
     lines.append(best | {"id": "encode.best", "target": ">= 4", "precision": best["id"].removeprefix("encode.")})
-    return [*lines, *depth_rows(model, texts, args.runs, options)]
+    return [*lines, *packed_rows(model, texts, args.runs, options), *depth_rows(model, texts, args.runs, options)]
+
+
+def packed_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) -> list[dict]:
+    """Time with padded batches over time with packed rows, a call for every 64 texts; none for a model that pads."""
+    if not model.packs:
+        return []
+    padded = copy.deepcopy(model)
+    padded._packs = False
+    parts = [texts[first : first + PART] for first in range(0, len(texts), PART)]
+    call = lambda side: [side.encode(part, **options) for part in parts]
+    sides = {"padded": partial(call, padded), "packed": partial(call, model)}
+    taken = in_turn(runs, {name: partial(seconds, side) for name, side in sides.items()})
+    return [row("encode.packed", ">= 1", taken["padded"], taken["packed"], texts=len(texts), part=PART)]
 
 
 def depth_rows(model: TwoDMSEModel, texts: list[str], runs: int, options: dict) -> list[dict]:

@@ -71,9 +71,9 @@ def _measure(args, texts: list[str], rows: Dataset) -> list[dict]:
 
 def _encode(tokenizer, texts: list[str], max_length: int) -> None:
     nothing = torch.zeros(1, len(texts), HIDDEN)
-    forward = lambda batch: nothing[:, : len(batch["packing"])]
+    forward = lambda batch: nothing[:, : len(batch.get("packing", batch["input_ids"]))]
     tokens = default_batch_tokens(torch.device("cpu"), HIDDEN, 4 * HIDDEN) * 16  # as large as on a GPU
-    pooled_states(forward, tokenizer, texts, max_length, tokens, packed=True, show_progress_bar=False)
+    pooled_states(forward, tokenizer, texts, max_length, tokens, packs=lambda: True, show_progress_bar=False)
 
 
 def _collate(collator: PairCollator, examples: list[list[dict]]) -> None:

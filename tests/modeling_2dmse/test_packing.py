@@ -81,6 +81,29 @@ def test_finding_out_leaves_padded_batches_as_they_were(tiny_model):
         assert torch.equal(model(**batch, layers=(2, 4)).layer_embeddings, before)
 
 
+def test_finding_out_calls_no_hooks(tiny_model):
+    model, calls = tiny_model(), []
+    for layer in model.backbone.encoder.layer:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert model.packs
+    assert not calls
+
+
+@pytest.mark.parametrize("family", ["bert", *PADDED_ONLY])
+def test_encode_packs_texts_of_different_lengths(family, tiny_model):
+    model, packings = tiny_model(family), []
+    watch = lambda m, args, kwargs: packings.append(kwargs.get("packing"))
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.encode(["a man plays"])
+    same = model.encode(["a man plays", "two dogs run"])
+    assert packings == [None, None]
+    mixed = model.encode(["a man plays", "two dogs run", "a woman reads a book in the park"])
+    lengths = None if packings[-1] is None else sorted(packings[-1].lengths - 2)
+    assert lengths == (None if family in PADDED_ONLY else [3, 3, 8])
+    assert np.abs(mixed[:2] - same).max() < 1e-6
+
+
 def test_a_cut_of_a_model_that_packs_packs_too(tiny_model):
     model = tiny_model()
     assert model.packs

@@ -176,7 +176,7 @@ def test_the_best_precision_keeps_the_scores(monkeypatch, tmp_path):
     benchmark.main(["encode", *flags])
     rows = {line["id"]: line for line in json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]}
     depths = [f"encode.depth.{n}" for n in range(1, 6)]
-    assert {"encode.fp32", "encode.best", "encode.depth", *depths} <= set(rows)
+    assert {"encode.fp32", "encode.best", "encode.packed", "encode.depth", *depths} <= set(rows)
     assert rows["encode.depth"]["max"] >= max(rows[name]["min"] - (n + 1) / 6 for n, name in enumerate(depths))
     assert rows["encode.broken"]["spearman_lost"] > encode.TOLERANCE > rows["encode.copy"]["spearman_lost"]
     assert rows["encode.best"]["precision"] in ("fp32", "copy")

@@ -162,7 +162,8 @@ def test_pairs_become_a_search_task():
 
 def test_the_grid_encodes_each_text_once(tiny_model):
     model, rows = tiny_model(), []
-    model.register_forward_hook(lambda m, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    count = lambda m, args, kwargs, out: rows.append(len(kwargs.get("packing", kwargs["input_ids"])))
+    model.register_forward_hook(count, with_kwargs=True)
     sizes = grid_sizes(4, [8, 16, 32])
     assert len(sizes) == 12
     results = evaluate_tasks(model, [STS], sizes)
