@@ -162,8 +162,9 @@ def inference_twin(model: nn.Module, hooks: bool = True) -> nn.Module:
             twin.training = False
             if not hooks:
                 twin.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-            children = module._modules.items()
-            twin._modules.update({name: child and copy_of(child) for name, child in children})
+            # A wrapper of torch.compile runs the module that it was made for, whatever its copy holds.
+            children = {name: getattr(child, "_orig_mod", child) for name, child in module._modules.items()}
+            twin._modules.update({name: None if one is None else copy_of(one) for name, one in children.items()})
         return twins[id(module)]
 
     return copy_of(model)
