@@ -1,12 +1,9 @@
 """Tiny random models of every supported family, a tiny tokenizer, and twenty sentences; nothing is downloaded."""
 
-import contextlib
 import functools
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so that their th
 import pytest
 import torch
 import transformers
+from forking import start_group
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -207,24 +205,16 @@ def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
 
 def run_processes(world: int, script: Path, *arguments: str, folders: Sequence[Path] = ()) -> None:
     """Run a script in several gloo processes, as `torchrun` does, which would take seconds to import torch itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
-        running = []
-        for rank, log in enumerate(logs):
-            environment = cpu_environment(*folders, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-            command = [sys.executable, str(script), *map(str, arguments)]
-            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            stack.callback(running[-1].wait)
-            stack.callback(running[-1].kill)
+    running = start_group(script, list(map(str, arguments)), cpu_environment(*folders), world)
+    try:
         while None in [process.poll() for process in running] and not any(process.poll() for process in running):
-            time.sleep(0.1)
-        for log, process in zip(logs, running, strict=True):
-            log.seek(0)
-            assert not process.poll(), log.read()[-3000:]
+            time.sleep(0.05)
+        for process in running:
+            assert not process.poll(), process.output()[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
+from forking import ForkedScript, start_group
 from safetensors.torch import load_file
 
 from run_scripts import finetune
@@ -67,61 +67,55 @@ def train_in_a_process(start: str, folder: str) -> None:
     trainer.save_model()
 
 
-def launch(tmp_path, folder, processes: int, **kwargs) -> subprocess.Popen:
+def launch(tmp_path, folder, processes: int) -> list[ForkedScript]:
     call = f"t.train_in_a_process({str(tmp_path / 'start')!r}, {str(folder)!r})"
-    (tmp_path / "run.py").write_text(f"import test_checkpoints as t; {call}{LEAVE}")
+    script = tmp_path / f"run-{time.monotonic_ns()}.py"
+    script.write_text(f"import test_checkpoints as t; {call}{LEAVE}")
     environment = cpu_environment(ROOT, ROOT / "tests", Path(__file__).parent)
-    command = [sys.executable, str(tmp_path / "run.py")]
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *torchrun, str(tmp_path / "run.py")]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return start_group(script, [], environment, processes)
+    return [ForkedScript(script, [], environment, script.with_suffix(".log"))]
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Send SIGKILL to the process and all its children; torchrun's workers have their own process groups."""
-    launcher = psutil.Process(process.pid)
-    launcher.suspend()  # so that it starts no more children
-    every = [launcher, *launcher.children(recursive=True)]
-    for one in every:
-        one.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(every[1:], timeout=60)
-    assert not alive, "a process survived SIGKILL and would train at the same time as the next one"
+def finish(group: list[ForkedScript]) -> str:
+    """Wait for the end of all processes; what the first one printed."""
+    for process in group:
+        assert process.wait(timeout=200) == 0, process.output()[-2000:]
+    return group[0].output()
+
+
+def kill(group: list[ForkedScript]) -> None:
+    """Send SIGKILL to all processes at once: a survivor would train at the same time as the next ones."""
+    for process in group:
+        process.kill()
+    for process in group:
+        process.wait(timeout=60)
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 4)])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(processes, kills, tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
-    whole = launch(tmp_path, tmp_path / "whole", processes)
-    _, errors = whole.communicate(timeout=200)
-    assert whole.returncode == 0, errors[-2000:]
+    finish(launch(tmp_path, tmp_path / "whole", processes))
     rng, cut_while_writing = random.Random(processes), 0
     for attempt in range(kills):
-        process = launch(tmp_path, tmp_path / "killed", processes)
+        group = launch(tmp_path, tmp_path / "killed", processes)
         staging = tmp_path / "killed" / STAGING
-        target = rng.randint(3, 4)  # steps of this process before it is killed
-        seen = 0
-        for line in process.stdout:
-            if line.startswith("step"):
-                seen += 1
-            if seen >= target:
-                break
+        target = rng.randint(3, 4)  # steps of these processes before they are killed
+        while group[0].output().count("step ") < target and group[0].poll() is None:
+            time.sleep(0.001)
         if attempt % 2:  # these are killed while a checkpoint is written
-            while not staging.exists() and process.poll() is None:
+            while not staging.exists() and group[0].poll() is None:
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.01)
             cut_while_writing += staging.exists()
         else:
             time.sleep(rng.random() * 0.05)
-        kill(process)
+        kill(group)
         newest = find_checkpoint(str(tmp_path / "killed"))
         assert newest is None or find_problem(newest) is None
     assert cut_while_writing, "no process was killed while it wrote a checkpoint"
-    last = launch(tmp_path, tmp_path / "killed", processes)
-    output, errors = last.communicate(timeout=200)
-    assert last.returncode == 0, errors[-2000:]
-    assert int(output.split()[1]) > 1, "it resumed, and did not start again"
+    last = finish(launch(tmp_path, tmp_path / "killed", processes))
+    assert int(last.split("step ")[1].split()[0]) > 1, "it resumed, and did not start again"
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     start = load_file(tmp_path / "start" / "model.safetensors")
     assert any(not torch.equal(one[name], start[name]) for name in one)
