@@ -6,6 +6,7 @@
 All flags but `--methods` and `--results_file` are those of elasticize.py. A method in the file is not run again.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -96,8 +97,13 @@ class Baselines:
         output.say(f"{method}: {json.dumps(scores.get('retrieval', scores))}")
 
     def _pca(self) -> dict:
-        fit_principal_components(self.work.encoder, self.work._texts_to_fit(), show_progress_bar=False)
-        return self.work.trainer.results(self.work.tasks, self.work.ladder, max_length=None)
+        encoder = self.work.encoder
+        encoder.add_exit_projections()
+        before = copy.deepcopy(encoder.exit_projections.state_dict())
+        fit_principal_components(encoder, self.work._texts_to_fit(), show_progress_bar=False)
+        scores = self.work.trainer.results(self.work.tasks, self.work.ladder, max_length=None)
+        encoder.exit_projections.load_state_dict(before)  # the next methods start from the untouched encoder
+        return scores
 
     def _refined(self) -> dict:
         work = self.work

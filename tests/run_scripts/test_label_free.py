@@ -28,6 +28,11 @@ def test_each_method_is_scored_on_the_same_texts_and_kept(tmp_path, start, monke
     small = [np.round(scores[name][LADDER[0]], 12) for name in ("untouched", "pca", "projections")]
     assert len(set(small)) > 1
 
+    alone = tmp_path / "alone.json"
+    label_free.main(start.words(**flags | {"results_file": alone, "methods": "projections", "overwrite": "true"}))
+    for name in ("untouched", "projections"):
+        assert json.loads(alone.read_text())[name]["retrieval"] == found[name]["retrieval"], "PCA leaves no trace"
+
     monkeypatch.setattr(label_free.Baselines, "_write", lambda self, name, result: found.pop(name, None))
     for name in ("_pca", "_refined", "_separate"):
         monkeypatch.setattr(label_free.Baselines, name, lambda *given: pytest.fail("run again"))
