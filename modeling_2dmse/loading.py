@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from .backbone import check_one_stack, drop_pooler
+from .backbone import check_device_map, check_one_stack, drop_pooler
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
@@ -18,24 +18,17 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
         kwargs: those of `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: it has an encoder and a decoder, some of its layers have no weights, or weights are not finite or
-            no floating-point numbers.
+        ValueError: it has an encoder and a decoder, some of its layers have no weights, or weights are not finite, no
+            floating-point numbers or on the meta device.
     """
     backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     check_one_stack(backbone)
-    _check_device_map(backbone, name_or_path)
+    check_device_map(backbone, name_or_path)
     backbone = drop_pooler(backbone)
     used = dict(backbone.named_parameters())
     _check_filled(sorted(set(info["missing_keys"]) & used.keys()), name_or_path, "download or save the model again")
     check_weights(backbone, name_or_path)
     return backbone
-
-
-def _check_device_map(backbone: PreTrainedModel, name: object) -> None:
-    """ValueError if weights were sent to the meta device, not to be offloaded; `name` is the model."""
-    devices = getattr(backbone, "hf_device_map", {"": backbone.device}).values()
-    if any(str(device) == "meta" for device in devices):
-        raise ValueError(f"device_map: {name} is on the meta device, which keeps no values; name another device")
 
 
 def check_stored(name: object, quantized: bool) -> None:

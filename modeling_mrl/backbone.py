@@ -118,6 +118,13 @@ def check_one_stack(backbone: PreTrainedModel) -> None:
         )
 
 
+def check_device_map(backbone: PreTrainedModel, name: object) -> None:
+    """ValueError if weights were sent to the meta device, not to be offloaded; `name` is the model."""
+    devices = getattr(backbone, "hf_device_map", {"": backbone.device}).values()
+    if any(str(device) == "meta" for device in devices):
+        raise ValueError(f"device_map: {name} is on the meta device, which keeps no values; name another device")
+
+
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
     """The list of transformer layers at the path `stack`; ValueError if other modules are around it or in its place."""
     if not isinstance(backbone, PreTrainedModel):

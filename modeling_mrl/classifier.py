@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from .backbone import check_exits, check_one_stack, cut_config, drop_pooler, find_layer_stack, layers_of, view
+from .backbone import (
+    check_device_map,
+    check_exits,
+    check_one_stack,
+    cut_config,
+    drop_pooler,
+    find_layer_stack,
+    layers_of,
+    view,
+)
 from .cascade import CascadeWalk, fit_thresholds
 from .configuration_mrl import MatryoshkaConfig, Size
 from .file_modes import share_weights
@@ -102,6 +111,7 @@ class MatryoshkaClassifier(PreTrainedModel):
         kwargs |= {"trust_remote_code": trusted, "output_loading_info": True}
         backbone, info = AutoModel.from_pretrained(str(name_or_path), **kwargs)
         check_one_stack(backbone)
+        check_device_map(backbone, name_or_path)
         # A pooler and a mask token are often new; the heads are trained with them.
         used = {name for name, _ in backbone.named_parameters() if "pooler" not in name and "mask_token" not in name}
         _check_filled(used & set(info["missing_keys"]), name_or_path)

@@ -14,6 +14,7 @@ from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding
 from modeling_mrl import MatryoshkaForSequenceClassification
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainer
+from trainer.guide import Guide
 from trainer.m3.trainer import M3Trainer
 from trainer.mrl.arguments import ClassifierTrainingArguments
 from trainer.mrl.trainer import ClassifierTrainer
@@ -57,6 +58,14 @@ def test_every_trainer_refuses_an_offloaded_model(tiny_model, backbone_path, lla
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(mixin, "is_fsdp_enabled", lambda: True)
     mixin.check_at_hand(model)  # it may be a process that waits for the weights of the first one
+
+
+def test_a_guide_may_be_offloaded(tiny_model, tmp_path):
+    args = TwoDMSETrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    batch = dict(tiny_model().tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+    batch["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
+    expected, found = (Guide(model, args).embeddings(batch) for model in (tiny_model(), offloaded(tiny_model())))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_projections_of_an_offloaded_model(tiny_model):

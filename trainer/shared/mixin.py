@@ -26,5 +26,5 @@ def check_at_hand(model: nn.Module) -> None:
     if on_meta and not is_fsdp_enabled():  # with FSDP, only the first process reads the weights
         raise ValueError(
             f"model: {len(on_meta)} of its weights are offloaded or without values (on the meta device), for example "
-            f"{on_meta[0]}; to train it, load it without a device_map that has cpu or disk, and without cpu_offload"
+            f"{on_meta[0]}; to train it, load it without cpu_offload and without a device_map that offloads layers"
         )
