@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import count_positions, inference_twin, layers_of
+from .backbone import count_positions, layers_of
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
 from .configuration_2dmse import Size, TwoDMSEConfig, parse_size
 from .formats import check_precision, quantize
 from .packing import find_packing
 from .pooling import cut_and_normalize
+from .running import execution_device, inference_twin
 
 # The mixin is combined with PreTrainedModel, and calls its methods; type checkers need to know them.
 if TYPE_CHECKING:
@@ -109,11 +110,8 @@ class EncodeMixin(_Model):
 
     @property
     def input_device(self) -> torch.device:
-        """Where the tokens of texts go: the model's device, or if accelerate offloads its weights, where they run."""
-        if self.device.type != "meta":
-            return self.device
-        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        """Where the tokens of texts go, see `running.execution_device`."""
+        return execution_device(self)
 
     def encode(
         self,
@@ -205,6 +203,8 @@ class EncodeMixin(_Model):
             return torch.empty(len(exits), 0, self.config.hidden_size)
         layers_of(self.backbone, self.config.layer_stack)  # which names a part that is wrapped
         tokenizer, longest, device = self.tokenizer, self.max_length, self.input_device
+        if device.type == "meta":
+            raise ValueError("model: its weights are on the meta device, which keeps no values; load it to another one")
         model = inference_twin(self)
         with torch.inference_mode():
             return pooled_states(

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from .backbone import build_backbone, cut_config, run_layers, without_cache
+from .backbone import FAILURES, build_backbone, cut_config, run_layers, without_cache
+from .running import execution_device
 
 # Relative error of a state that is only rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_ROUNDING = 0.1
-_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def check_padding(backbone: PreTrainedModel, no_pooler: bool = False) -> None:
         try:
             alone = _states(backbone, short, torch.ones_like(short))
             beside = _states(backbone, padded, mask)[:, :4]
-        except _FAILURES as error:
+        except FAILURES as error:
             cause = "without its pooler, which no size uses" if no_pooler else "on a few tokens"
             raise _refusal(backbone, f"its forward fails {cause}: {error}") from error
     if _differ(alone, beside):
@@ -64,7 +64,7 @@ def check_reload(backbone: PreTrainedModel, built: PreTrainedModel, stack: str, 
         config = AutoConfig.for_model(**cut_config(backbone.config, 1).to_dict())
         with torch.device("meta"):
             built, whole = build_backbone(config), AutoModel.from_config(config, trust_remote_code=False)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _unreadable(backbone, error) from error
     _check_tensors(backbone, built, " of a cut of one layer")
     tensors = backbone.state_dict()
@@ -78,7 +78,7 @@ def check_reload(backbone: PreTrainedModel, built: PreTrainedModel, stack: str, 
     logging.disable_progress_bar()
     try:
         again = type(backbone).from_pretrained(None, config=config, state_dict=weights, dtype=backbone.dtype)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _unreadable(backbone, error) from error
     finally:
         if shows_bars:
@@ -115,8 +115,7 @@ def _tokens(backbone: PreTrainedModel, length: int) -> torch.Tensor:
     """(1, length) different token ids, without the padding token."""
     pad = getattr(backbone.config, "pad_token_id", None)
     ids = [index for index in range(1, length + 2) if index != pad][:length]
-    device = next(backbone.parameters()).device
-    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)  # offloaded weights are on meta
+    return torch.tensor([ids], device=execution_device(backbone))
 
 
 def _states(backbone: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

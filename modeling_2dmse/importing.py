@@ -34,8 +34,6 @@ def import_backbone(
         kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), found.subfolder)
     options = auto_kwargs(kwargs)
     backbone = load_backbone(name_or_path, **{**kwargs, **options})
-    if getattr(backbone.config, "is_encoder_decoder", False):
-        raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
     if getattr(backbone, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"name_or_path: {name_or_path} has adapters of PEFT; merge them into their model first, with "

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from .backbone import drop_pooler
+from .backbone import check_device_map, check_one_stack, drop_pooler
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
@@ -18,9 +18,12 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
         kwargs: those of `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: some of its layers have no weights, or weights are not finite or no floating-point numbers.
+        ValueError: it has an encoder and a decoder, some of its layers have no weights, or weights are not finite, no
+            floating-point numbers or on the meta device.
     """
     backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    check_one_stack(backbone)
+    check_device_map(backbone, name_or_path)
     backbone = drop_pooler(backbone)
     used = dict(backbone.named_parameters())
     _check_filled(sorted(set(info["missing_keys"]) & used.keys()), name_or_path, "download or save the model again")

@@ -244,7 +244,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         already, nothing changes.
         """
         if self.exit_projections is None:
-            self.exit_projections = self._new_projections().to(self.device, self.dtype)
+            self.exit_projections = self._new_projections().to(self.input_device, self.dtype)
             for projection in self.exit_projections:
                 cast(ExitProjection, projection).reset()
             self.config.exit_projections = True

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backbone import first_position, inference_twin
+from .backbone import first_position
+from .running import inference_twin
 
 varlen_attn: Callable | None
 try:

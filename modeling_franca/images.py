@@ -1,6 +1,5 @@
 """Reading a vision backbone's outputs, and the batches of `encode`."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -66,29 +65,3 @@ def batches(images: Sequence | torch.Tensor, size: int, processor) -> Iterator[t
 
 
 __all__ = ["batches", "build_backbone", "check_pixels", "count_prefix_tokens", "find_mask_token", "run_backbone"]
-
-
-def inference_twin(model: nn.Module) -> nn.Module:
-    """The same model in evaluation mode: itself, if all of it is, else a copy of its modules with the same tensors.
-
-    The model that other threads use, perhaps to train it, keeps its mode.
-    """
-    if not any(module.training for module in model.modules()):
-        return model
-    twins: dict[int, nn.Module] = {}
-
-    def copy_of(module: nn.Module) -> nn.Module:
-        if id(module) not in twins:
-            twin = twins[id(module)] = _shallow_copy(module)
-            twin.training = False
-            children = module._modules.items()
-            twin._modules.update({name: child and copy_of(child) for name, child in children})
-        return twins[id(module)]
-
-    return copy_of(model)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin

@@ -14,16 +14,9 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_franca import FrancaConfig
 from .file_modes import share_weights
-from .images import (
-    batches,
-    build_backbone,
-    check_pixels,
-    constructor_options,
-    count_prefix_tokens,
-    inference_twin,
-    run_backbone,
-)
+from .images import batches, build_backbone, check_pixels, constructor_options, count_prefix_tokens, run_backbone
 from .rasa import RasaProjector
+from .running import execution_device, inference_twin
 
 
 @dataclass
@@ -199,11 +192,11 @@ class FrancaModel(FrancaPreTrainedModel):
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not allowed; use a whole number from 1")
         processor = None if isinstance(images, torch.Tensor) or not len(images) else self.image_processor
-        model = inference_twin(self)
+        model, device = inference_twin(self), execution_device(self)
         count = -(-len(images) // batch_size)
         work = logging.tqdm(batches(images, batch_size, processor), "encoding", total=count, disable=count < 20)
-        parts = [F.normalize(model(pixels.to(self.device)).pooler_output[:, :dim].float(), dim=-1) for pixels in work]
-        found = torch.cat(parts) if parts else torch.zeros((0, dim), device=self.device)
+        parts = [F.normalize(model(pixels.to(device)).pooler_output[:, :dim].float(), dim=-1) for pixels in work]
+        found = torch.cat(parts) if parts else torch.zeros((0, dim), device=device)
         return found if convert_to_tensor else found.cpu().numpy()
 
     def fold(self, projector: RasaProjector) -> "FrancaModel":
@@ -225,7 +218,7 @@ class FrancaModel(FrancaPreTrainedModel):
                 f"projector: it is for {projector.basis.shape[0]} dimensions, not for the model's "
                 f"{self.config.hidden_size}"
             )
-        self.rasa = projector.as_linear().to(device=self.device, dtype=self.dtype)
+        self.rasa = projector.as_linear().to(device=execution_device(self), dtype=self.dtype)
         self.config.rasa = True
         return self
 

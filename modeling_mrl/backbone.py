@@ -1,17 +1,19 @@
 """Where a transformers backbone keeps its layers and its final norm, and how to run or keep only some of them."""
 
 import copy
-import functools
 import inspect
 import sys
-import types
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .running import execution_device, hooks_in, inference_twin, shallow_copy
+
+# What running a backbone that cannot be run may end with.
+FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -57,7 +59,28 @@ def find_final_norms(backbone: PreTrainedModel, stack: str) -> list[str]:
         for name, module in backbone.get_submodule(parent).named_children():
             if type(module).__name__.endswith("Norm"):
                 norms.append(f"{parent}.{name}" if parent else name)
+    names = [name for name, _ in backbone.named_modules()]
+    norms.sort(key=lambda norm: names.index(norm) < names.index(stack))  # norms of embeddings are mostly made first
     return [*norms, ""]
+
+
+@torch.no_grad()
+def _final_norms_by_trial(backbone: PreTrainedModel, stack: str) -> list[str]:
+    """`find_final_norms` without those that run before the last layer only, found with hooks on a copy in one pass."""
+    norms, twin = find_final_norms(backbone, stack), inference_twin(backbone, hooks=False)
+    ran: list[str] = []
+    watched = {norm: twin.get_submodule(norm) for norm in norms if norm} | {stack: layers_of(twin, stack)[-1]}
+    for path, module in watched.items():
+        module.register_forward_hook(lambda *_, path=path: ran.append(path))
+    twin(**_trial_inputs(backbone))
+    return [*ran[ran.index(stack) + 1 :], *(norm for norm in norms if norm not in ran)]
+
+
+def _trial_inputs(backbone: PreTrainedModel) -> dict:
+    """Two texts of six tokens."""
+    ids = torch.arange(12, device=execution_device(backbone)).reshape(2, 6)
+    ids = ids % max(2, backbone.config.vocab_size - 1) + 1
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(backbone)}
 
 
 def check_layer_stack(backbone: PreTrainedModel, path: str | None) -> str:
@@ -75,10 +98,31 @@ def check_final_norm(backbone: PreTrainedModel, stack: str, path: str | None) ->
     """The path of the final norm, the most likely one if it is None; ValueError if it cannot be this one."""
     norms = find_final_norms(backbone, stack)
     if path is None:
-        return norms[0]
+        try:
+            return norms[0] if norms == [""] else _final_norms_by_trial(backbone, stack)[0]
+        except FAILURES:  # as on the meta device, where there are no weights
+            return norms[0]
     if path not in norms:
         raise ValueError(f"final_norm: {path!r} is not a norm of {type(backbone).__name__}; use one of {norms}")
     return path
+
+
+def check_one_stack(backbone: PreTrainedModel) -> None:
+    """ValueError if a model has an encoder and a decoder. The configuration that T5EncoderModel saves denies it."""
+    config = backbone.config
+    both = getattr(type(config), "is_encoder_decoder", False) and hasattr(backbone, "decoder")
+    if both or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} has an encoder and a decoder, which is not supported; use a model "
+            "with one stack of layers, such as BERT or Qwen3"
+        )
+
+
+def check_device_map(backbone: PreTrainedModel, name: object) -> None:
+    """ValueError if weights were sent to the meta device, not to be offloaded; `name` is the model."""
+    devices = getattr(backbone, "hf_device_map", {"": backbone.device}).values()
+    if any(str(device) == "meta" for device in devices):
+        raise ValueError(f"device_map: {name} is on the meta device, which keeps no values; name another device")
 
 
 def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
@@ -88,12 +132,15 @@ def layers_of(backbone: nn.Module, stack: str) -> nn.ModuleList:
             f"backbone: {type(backbone).__name__} is not a model of transformers; wrap the whole model instead, as in "
             "torch.compile(model)"
         )
+    advice = "wrap the layers or the whole model instead of a part"
     try:
-        return cast(nn.ModuleList, backbone.get_submodule(stack))
+        layers = backbone.get_submodule(stack)
     except AttributeError as error:
-        raise ValueError(
-            f"backbone: {type(backbone).__name__} has no {stack}; wrap the layers or the whole model instead of a part"
-        ) from error
+        raise ValueError(f"backbone: {type(backbone).__name__} has no {stack}; {advice}") from error
+    depth = backbone.config.num_hidden_layers
+    if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or len(layers) != depth:
+        raise ValueError(f"backbone: {stack} is {type(layers).__name__}, not a list of {depth} layers; {advice}")
+    return cast(nn.ModuleList, layers)
 
 
 def apply_norm(backbone: nn.Module, norm: str, state: torch.Tensor) -> torch.Tensor:
@@ -135,57 +182,26 @@ def view(backbone: nn.Module, stack: str, layers: Sequence[nn.Module]) -> nn.Mod
     therefore costs no memory, follows whatever wraps or replaces those modules, and leaves the backbone untouched:
     several threads may run different depths at once.
     """
-    twin = _shallow_copy(backbone)
+    twin = _container(backbone)
     *path, last = stack.split(".")
     parent = twin
     for name in path:
-        child = _shallow_copy(getattr(parent, name))
+        child = _container(getattr(parent, name))
         parent._modules[name] = child
         parent = child
     parent._modules[last] = nn.ModuleList(layers)
     return twin
 
 
-def inference_twin(model: nn.Module, hooks: bool = True) -> nn.Module:
-    """The same model in evaluation mode: itself, if all of it is, else a copy of its modules with the same tensors.
-
-    The model that other threads use, perhaps to train it, keeps its mode. Without `hooks`, it is a copy that does not
-    call the hooks that users have registered.
-    """
-    if hooks and not any(module.training for module in model.modules()):
-        return model
-    twins: dict[int, nn.Module] = {}
-
-    def copy_of(module: nn.Module) -> nn.Module:
-        if id(module) not in twins:
-            twin = twins[id(module)] = _shallow_copy(module)
-            twin.training = False
-            if not hooks:
-                twin.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-            # A wrapper of torch.compile runs the module that it was made for, whatever its copy holds.
-            children = {name: getattr(child, "_orig_mod", child) for name, child in module._modules.items()}
-            twin._modules.update({name: None if one is None else copy_of(one) for name, one in children.items()})
-        return twins[id(module)]
-
-    return copy_of(model)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    hook = getattr(module, "_hf_hook", None)
-    if getattr(hook, "offload", False) and getattr(hook, "place_submodules", False):
+def _container(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module around the layers; ValueError if a hook on it would look for all of them."""
+    hooks = hooks_in(getattr(module, "_hf_hook", None))
+    if any(getattr(one, "offload", False) and getattr(one, "place_submodules", False) for one in hooks):
         raise ValueError(
             f"backbone: a hook of accelerate offloads {type(module).__name__} as a whole, and cannot load some of its "
             "layers only; offload the layers one by one"
         )
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    # accelerate's hooks set a forward on the instance, which is bound to the module that was copied.
-    for name, value in vars(twin).items():
-        if isinstance(value, functools.partial) and value.args and value.args[0] is module:
-            twin.__dict__[name] = functools.partial(value.func, twin, *value.args[1:], **value.keywords)
-        elif isinstance(value, types.MethodType) and value.__self__ is module:
-            twin.__dict__[name] = types.MethodType(value.__func__, twin)
-    return twin
+    return shallow_copy(module)
 
 
 def run_layers(backbone: nn.Module, stack: str, norm: str, depths: Sequence[int], **inputs) -> list[torch.Tensor]:
@@ -290,22 +306,18 @@ def check_exits(backbone: PreTrainedModel, stack: str) -> str:
         ValueError: no choice of norm makes the two equal, or one layer cannot be run by itself.
     """
     name = type(backbone).__name__
-    norms = find_final_norms(backbone, stack)
-    layers = layers_of(backbone, stack)
-    if len(layers) == 1:
-        return norms[0]
-    device = next(backbone.parameters()).device
-    ids = torch.arange(12, device=device).reshape(2, 6) % max(2, backbone.config.vocab_size - 1) + 1
-    inputs: dict = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(backbone)}
     training = backbone.training
     backbone.eval()
     try:
+        norms, inputs = _final_norms_by_trial(backbone, stack), _trial_inputs(backbone)
+        if len(layers_of(backbone, stack)) == 1:
+            return norms[0]
         cut = run_layers(backbone, stack, "", [1], **inputs)[0]
         for norm in norms:
             tapped = run_layers(backbone, stack, norm, [1, 2], **inputs)[0]
             if torch.allclose(tapped.float(), cut.float(), atol=1e-4, rtol=1e-3):
                 return norm
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except FAILURES as error:
         raise ValueError(f"backbone: {name} cannot be made elastic: running 1 of its layers failed: {error}") from error
     finally:
         backbone.train(training)

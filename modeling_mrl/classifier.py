@@ -11,12 +11,22 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from .backbone import check_exits, cut_config, drop_pooler, find_layer_stack, inference_twin, layers_of, view
+from .backbone import (
+    check_device_map,
+    check_exits,
+    check_one_stack,
+    cut_config,
+    drop_pooler,
+    find_layer_stack,
+    layers_of,
+    view,
+)
 from .cascade import CascadeWalk, fit_thresholds
 from .configuration_mrl import MatryoshkaConfig, Size
 from .file_modes import share_weights
 from .head import MatryoshkaHead, nested_loss
 from .outputs import CascadeOutput, MatryoshkaClassifierOutput
+from .running import execution_device, inference_twin
 
 # Arguments of `from_backbone` for the configuration; all others are passed to `AutoModel.from_pretrained`.
 _SETTINGS = (
@@ -100,11 +110,11 @@ class MatryoshkaClassifier(PreTrainedModel):
         trusted = bool(kwargs.pop("trust_remote_code", False))
         kwargs |= {"trust_remote_code": trusted, "output_loading_info": True}
         backbone, info = AutoModel.from_pretrained(str(name_or_path), **kwargs)
+        check_one_stack(backbone)
+        check_device_map(backbone, name_or_path)
         # A pooler and a mask token are often new; the heads are trained with them.
         used = {name for name, _ in backbone.named_parameters() if "pooler" not in name and "mask_token" not in name}
         _check_filled(used & set(info["missing_keys"]), name_or_path)
-        if getattr(backbone.config, "is_encoder_decoder", False):
-            raise ValueError(f"backbone: {type(backbone).__name__} has an encoder and a decoder; use one of the two")
         if backbone.config.model_type == _ELASTIC:
             settings.setdefault("pooling", backbone.config.pooling)
             settings.setdefault("sizes", backbone.config.sizes)
@@ -123,7 +133,7 @@ class MatryoshkaClassifier(PreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         model.backbone = backbone
-        model.heads.to_empty(device=backbone.device).to(backbone.dtype)
+        model.heads.to_empty(device=execution_device(backbone)).to(backbone.dtype)
         for module in model.heads.modules():
             model._init_weights(module)
         if os.path.isdir(str(name_or_path)):
@@ -241,9 +251,9 @@ class MatryoshkaClassifier(PreTrainedModel):
             raise ValueError("dataset: there are no rows")
         loader = DataLoader(dataset, batch_size, collate_fn=data_collator or default_data_collator)
         logits, labels = [], []
-        model = inference_twin(self)
+        model, device = inference_twin(self), execution_device(self)
         for batch in logging.tqdm(loader, desc="Classifying", leave=False, disable=disable_tqdm):
-            batch = {name: value.to(self.device) for name, value in batch.items()}
+            batch = {name: value.to(device) for name, value in batch.items()}
             labels.append(batch.pop("labels", None))
             logits.append(model(**batch).size_logits.cpu())
         return torch.cat(logits, dim=1), None if labels[0] is None else torch.cat(labels).cpu()
@@ -269,7 +279,7 @@ class MatryoshkaClassifier(PreTrainedModel):
         model = cast(Self, inference_twin(self))
         heads = {n: model._head_of(n) for n in self._exits}
         batch = len(next(iter(inputs.values())))
-        walk = CascadeWalk(self.config.ladder, heads, thresholds, batch, self.device)
+        walk = CascadeWalk(self.config.ladder, heads, thresholds, batch, execution_device(self))
         layers = model._walk(inputs, walk)
         return CascadeOutput(walk.labels, walk.sizes, walk.confidences, walk.dims, layers)
 
@@ -301,7 +311,7 @@ class MatryoshkaClassifier(PreTrainedModel):
 
     def _walk(self, inputs: Mapping[str, torch.Tensor], walk: CascadeWalk) -> torch.Tensor | None:
         """Take a batch through the cascade; returns the layers that ran for each row, None without exits."""
-        walk.visit(None, self._pooled(inputs)[0], torch.arange(walk.batch, device=self.device))
+        walk.visit(None, self._pooled(inputs)[0], torch.arange(walk.batch, device=execution_device(self)))
         return None
 
     def _pooled(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .backbone import LayerStandIn, apply_norm, layers_of, view
+from .running import execution_device
 
 # Called with the exit, the states (rows, length, hidden) after the final norm of the rows that are left there, and
 # their numbers in the batch, (rows,). Returns a mask (rows,) of the rows that continue.
@@ -84,7 +85,7 @@ def run_with_exits(
         (batch,), the number of layers that ran for each row.
     """
     layers = layers_of(backbone, stack)
-    active = ActiveRows(batch, next(backbone.parameters()).device)
+    active = ActiveRows(batch, execution_device(backbone))
 
     def leaving_at(n: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
         def leave(state: torch.Tensor) -> torch.Tensor:

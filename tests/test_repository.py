@@ -89,10 +89,13 @@ def test_committed_cards_are_valid(path):
     assert str(ROOT.parent) + "/" not in card.content
 
 
-@pytest.mark.parametrize("name", ["backbone.py", "pooling.py"])
-def test_what_two_architectures_need_is_one_file_copied(name):
+@pytest.mark.parametrize(
+    ("name", "siblings"), [("backbone.py", ["mrl"]), ("pooling.py", ["mrl"]), ("running.py", ["mrl", "franca"])]
+)
+def test_what_two_architectures_need_is_one_file_copied(name, siblings):
     """A Hub folder must hold all that it needs, so that a sibling's file is copied, never changed."""
-    assert (ROOT / "modeling_mrl" / name).read_bytes() == (ROOT / "modeling_2dmse" / name).read_bytes()
+    for sibling in siblings:
+        assert (ROOT / f"modeling_{sibling}" / name).read_bytes() == (ROOT / "modeling_2dmse" / name).read_bytes()
 
 
 def test_no_two_test_files_share_a_name():

@@ -46,7 +46,8 @@ class Guide:
         if args.loss not in (None, "infonce"):
             raise ValueError(f"guide: only infonce has false negatives to leave out, but the loss is {args.loss}")
         self.model = model.eval().requires_grad_(False)
-        self.model.to(args.device)
+        if not any(parameter.is_meta for parameter in model.parameters()):  # else accelerate has placed it
+            self.model.to(args.device)
         self.args = args
 
     @property

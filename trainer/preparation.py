@@ -27,6 +27,7 @@ from .data import (
 from .guide import GuidedCollator, guide_collator
 from .losses import PAIR_LOSSES, SCORE_LOSSES, TEACHER_LOSSES
 from .objectives import Objective
+from .shared.mixin import check_at_hand
 from .shared.sampling import BlockSampler
 from .shared.tables import require_table
 from .teacher_embeddings import TargetCollator, TeacherEmbeddings
@@ -35,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 
 def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
-    """The `TwoDMSEModel` itself, or the one inside a peft model; ValueError for any other model."""
+    """The `TwoDMSEModel` itself, or the one inside a peft model; ValueError for another or an offloaded model."""
     encoder: Any = model
     if hasattr(encoder, "get_base_model"):
         encoder = encoder.get_base_model()
@@ -49,6 +50,7 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
             f"model: a TwoDMSEModel is needed, not {type(encoder).__name__}; make one with "
             "TwoDMSEModel.from_backbone(NAME_OR_FOLDER), or load one with TwoDMSEModel.from_pretrained"
         )
+    check_at_hand(model)
     return encoder
 
 

@@ -54,7 +54,8 @@ def fit_exit_projections(
         except that the last state has unit norm unless there are targets. Otherwise None.
 
     Raises:
-        ValueError: there are no texts, an item is not a string, or `targets` has another shape.
+        ValueError: there are no texts, an item is not a string, `targets` has another shape, or the projections are
+            offloaded.
     """
     texts, _ = check_texts(texts)
     if not texts:
@@ -63,6 +64,7 @@ def fit_exit_projections(
         wanted = (len(texts), encoder.config.hidden_size)
         raise ValueError(f"targets: the shape is {tuple(targets.shape)}, but {wanted} is needed")
     encoder.add_exit_projections()
+    check_projections(encoder)
     projections = cast(list[ExitProjection], list(encoder.exit_projections or ()))
     last = encoder.num_layers
     layers = range(1, last + 1) if layers is None else layers
@@ -85,6 +87,14 @@ def fit_exit_projections(
         for states in kept:
             states[n - 1] = torch.nn.functional.linear(states[n - 1], weight.detach().float().cpu())
     return torch.cat(kept, dim=1) if keep_states else None
+
+
+def check_projections(encoder: TwoDMSEModel) -> None:
+    """ValueError if the exit projections cannot be changed, because accelerate has offloaded them."""
+    if any(weight.is_meta for weight in cast(torch.nn.Module, encoder.exit_projections).parameters()):
+        raise ValueError(
+            "encoder: its exit projections are offloaded (on the meta device); fit them before offloading the model"
+        )
 
 
 def _is_rotation(weight: torch.Tensor) -> bool:

@@ -10,6 +10,8 @@ from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.projection import ExitProjection
 
+from .projections import check_projections
+
 STEPS, RATE, SCALE = 300, 2e-3, 20.0
 # Texts of a step whose similarities are learned, and the most texts that they are compared with.
 _QUERIES, _DOCUMENTS = 256, 4096
@@ -49,10 +51,11 @@ def refine_exit_projections(
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
-        ValueError: the model has no exit projections, or there are not as many targets as texts.
+        ValueError: the model has no exit projections or they are offloaded, or there are not as many targets as texts.
     """
     if encoder.exit_projections is None:
         raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
+    check_projections(encoder)
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
     named = {size.num_layers for size in sizes}
@@ -64,7 +67,7 @@ def refine_exit_projections(
         states = encoder.encode_states(list(texts), layers, **encode)
     else:
         states = states[[place for place, n in enumerate(exits) if n in named]]
-    similarity, device = encoder.config.similarity, encoder.device
+    similarity, device = encoder.config.similarity, encoder.input_device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     dims = [sorted({size.dim for size in sizes if size.num_layers == n}) for n in layers]
     matrices = _train(states.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))

@@ -7,8 +7,8 @@ from conftest import DECODERS, FAMILIES, NUM_LAYERS
 from torch import nn
 from transformers import AutoModel
 
-from modeling_2dmse import TwoDMSEModel
-from modeling_2dmse.backbone import find_layer_stack, layers_of
+from modeling_2dmse import TwoDMSEConfig, TwoDMSEModel
+from modeling_2dmse.backbone import check_exits, find_final_norms, find_layer_stack, layers_of
 from modeling_2dmse.batching import row_lengths
 
 
@@ -206,7 +206,7 @@ def test_half_precision_weights_pool_in_float32(dtype, tiny_model, tmp_path):
 
 
 def test_a_backbone_whose_layers_cannot_be_found_is_refused(tmp_path):
-    from transformers import AlbertConfig, T5Config, XLNetConfig
+    from transformers import AlbertConfig, MarianConfig, MarianMTModel, T5Config, T5EncoderModel, XLNetConfig
 
     shape = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     shared = AlbertConfig(**shape, embedding_size=8, num_hidden_layers=3)
@@ -221,11 +221,43 @@ def test_a_backbone_whose_layers_cannot_be_found_is_refused(tmp_path):
         AutoModel.from_config(config).save_pretrained(folder)
         with pytest.raises(ValueError, match=message):
             TwoDMSEModel.from_backbone(folder)
+    sides = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "vocab_size": 50}
+    # Folders whose weights are not those of the model that AutoModel makes of them.
+    for model in (T5EncoderModel(both), MarianMTModel(MarianConfig(**sides, **heads))):
+        model.save_pretrained(tmp_path / "part")
+        with pytest.raises(ValueError, match="has an encoder and a decoder, which is not supported; use a model with"):
+            TwoDMSEModel.from_backbone(tmp_path / "part")
+
+
+def test_the_final_norm_is_found_among_equal_ones(tmp_path):
+    from transformers import BloomConfig, GPT2Config, OPTConfig, RobertaPreLayerNormConfig
+
+    tiny = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes = {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+    for config, norm in (
+        (BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2), "ln_f"),
+        (BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2), "ln_f"),
+        (GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2), "ln_f"),
+        (OPTConfig(**tiny, **sizes), "decoder.final_layer_norm"),
+        (RobertaPreLayerNormConfig(**tiny, intermediate_size=16), "LayerNorm"),
+    ):
+        backbone = AutoModel.from_config(config)
+        backbone.save_pretrained(tmp_path / "random")
+        assert TwoDMSEModel.from_backbone(tmp_path / "random").config.final_norm == norm
+        model = TwoDMSEModel(TwoDMSEConfig(backbone.config))
+        assert model.config.final_norm == norm
+        with torch.device("meta"):
+            assert TwoDMSEModel(TwoDMSEConfig(backbone.config)).config.final_norm == norm
+    # The order in which modules are made is not that in which they run.
+    model = TwoDMSEModel(TwoDMSEConfig(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)))
+    model.backbone.word_embeddings_layernorm = model.backbone._modules.pop("word_embeddings_layernorm")
+    model.backbone.ln_f = model.backbone._modules.pop("ln_f")
+    assert find_final_norms(model.backbone, "h")[0] == "word_embeddings_layernorm"
+    assert check_exits(model.backbone, "h") == "ln_f"
 
 
 def test_a_backbone_that_changes_its_states_outside_of_its_layers_is_refused(tiny_model):
-    from modeling_2dmse.backbone import check_exits
-
     model = tiny_model()
 
     class Rescaled(type(model.backbone)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, SENTENCES
 
-from modeling_2dmse.backbone import inference_twin
+from modeling_2dmse.running import inference_twin
 from retrieval import FunnelIndex
 
 THREADS, CALLS = 16, 96

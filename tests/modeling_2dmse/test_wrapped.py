@@ -1,11 +1,14 @@
 """Backbones that are placed, offloaded, wrapped or compiled: the right vectors, or one line that says what to do."""
 
+import functools
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import LADDER, SENTENCES
+from torch.nn.utils import parametrizations
 
 from modeling_2dmse import TwoDMSEModel, truncation
 
@@ -51,17 +54,91 @@ def test_offload_of_the_whole_model(folder):
     assert_equal(model, folder)
     with pytest.raises(ValueError, match="weights of this model are offloaded by accelerate; save it before"):
         model.save_pretrained(folder.parent / "saved")
+    model.add_exit_projections()
+    assert {weight.device.type for weight in model.exit_projections.parameters()} == {"cpu"}
+    assert_equal(model, folder)
 
 
-def test_a_hook_that_offloads_the_layers_as_one_is_refused(folder):
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+@pytest.mark.parametrize("other", [None, "before", "after"])
+def test_a_hook_that_offloads_the_layers_as_one_is_refused(other, folder):
+    from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 
     model = TwoDMSEModel.from_pretrained(folder)
-    encoder = model.backbone.encoder
+    encoder, expected = model.backbone.encoder, model.encode(SENTENCES)
     weights = dict(encoder.state_dict())
-    add_hook_to_module(encoder, AlignDevicesHook("cpu", offload=True, place_submodules=True, weights_map=weights))
-    with pytest.raises(ValueError, match="a hook of accelerate offloads BertEncoder as a whole"):
-        model.encode(SENTENCES, 1)
+    if other == "before":
+        add_hook_to_module(encoder, ModelHook())
+    hook = AlignDevicesHook("cpu", offload=True, place_submodules=True, weights_map=weights)
+    add_hook_to_module(encoder, hook, append=True)
+    if other == "after":
+        add_hook_to_module(encoder, ModelHook(), append=True)
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="a hook of accelerate offloads BertEncoder as a whole"):
+            model.train(mode).encode(SENTENCES, 1)
+        np.testing.assert_allclose(model.encode(SENTENCES), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "device_map", [{"": "disk"}, {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"}, {"": "meta"}]
+)
+def test_importing_an_offloaded_backbone(device_map, backbone_path, tmp_path):
+    path, options = backbone_path("bert"), {"device_map": device_map, "offload_folder": str(tmp_path / "off")}
+    if device_map == {"": "meta"}:
+        with pytest.raises(ValueError, match=r"device_map: .* is on the meta device, which keeps no values"):
+            TwoDMSEModel.from_backbone(path, **options)
+        model = TwoDMSEModel(TwoDMSEModel.from_backbone(path).config).to("meta")
+        model.tokenizer = TwoDMSEModel.from_backbone(path).tokenizer
+        with pytest.raises(ValueError, match="model: its weights are on the meta device, which keeps no values"):
+            model.encode(SENTENCES)
+        return
+    TwoDMSEModel.from_backbone(path, sizes=LADDER).save_pretrained(tmp_path / "plain")
+    model = TwoDMSEModel.from_backbone(path, sizes=LADDER, **options)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert_equal(model, tmp_path / "plain")
+
+
+def closure(module: torch.nn.Module):
+    forward = module.forward
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def method_around(module: torch.nn.Module):
+    forward = module.forward
+    return types.MethodType(lambda _, *args, **kwargs: forward(*args, **kwargs), module)
+
+
+@pytest.mark.parametrize("path", ["", "backbone", "backbone.encoder.layer.1", "backbone.encoder.layer.1.attention"])
+def test_forwards_that_were_set_on_modules_never_run_in_training_mode(path, folder):
+    for wrap in (closure, method_around):
+        model = TwoDMSEModel.from_pretrained(folder).train()
+        module = model.get_submodule(path)
+        module.forward = wrap(module)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"the forward of {type(module).__name__} was replaced by a function"):
+                model.encode(SENTENCES)
+        assert model.training
+        if path != "backbone":
+            assert_equal(model.eval(), folder)
+    model = TwoDMSEModel.from_pretrained(folder).train()
+    module = model.get_submodule(path)
+    module.forward = functools.partial(functools.partial(module.forward), return_dict=True)
+    if path.endswith(("1", "attention")):
+        module.forward = functools.partial(type(module).forward, module)
+    assert_equal(model, folder)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_weights(name, folder):
+    model = TwoDMSEModel.from_pretrained(folder)
+    getattr(parametrizations, name)(model.backbone.encoder.layer[1].attention.self.query)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    inputs = model.tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**inputs, layers=[4]).layer_embeddings[0])
+    np.testing.assert_allclose(model.encode(SENTENCES), expected, atol=1e-6)
+    np.testing.assert_allclose(model.train().encode(SENTENCES), expected, atol=1e-6)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("path", ["backbone", "backbone.encoder"])
@@ -118,6 +195,11 @@ def test_modules_around_parts(folder, monkeypatch):
     assert "a part of it is wrapped, and from_pretrained will refuse what is saved now" in warnings[0]
     with pytest.raises(ValueError, match=r"backbone\.encoder\.layer\.1"):
         TwoDMSEModel.from_pretrained(folder.parent / "saved")
+    for around in (Around, torch.nn.Sequential):
+        model = TwoDMSEModel.from_pretrained(folder)
+        model.backbone.encoder.layer = around(model.backbone.encoder.layer)
+        with pytest.raises(ValueError, match=f"encoder.layer is {around.__name__}, not a list of 4 layers; wrap the"):
+            model.encode(SENTENCES, 2)
     model.backbone.encoder = torch.nn.Sequential(model.backbone.encoder)
     with pytest.raises(ValueError, match=r"BertModel has no encoder.layer; wrap the layers or the whole model"):
         model.encode(SENTENCES)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_elsewhere
-from tiny_vision import FAMILIES, SETTINGS, draw_picture, tiny_batch, tiny_config, tiny_model, tiny_processor
-from transformers import AutoModel, AutoModelForPreTraining, Dinov2Config
+from tiny_vision import FAMILIES, SETTINGS, SHAPE, draw_picture, tiny_batch, tiny_config, tiny_model, tiny_processor
+from transformers import AutoModel, AutoModelForPreTraining, Dinov2Config, ViTConfig
 
 from modeling_franca import FrancaConfig, FrancaForPretraining, FrancaModel, koleo_loss, sinkhorn
 
@@ -215,6 +215,21 @@ def test_folders_load_as_model_and_as_plain_backbone(family, tmp_path):
     assert np.allclose(start.encode(pictures), expected, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(start.student.eval()(pixels).pooler_output, start.teacher(pixels).pooler_output)
+
+
+def test_an_offloaded_model_in_training_mode():
+    import accelerate
+
+    model = FrancaModel(FrancaConfig(ViTConfig(**SHAPE, intermediate_size=24, hidden_dropout_prob=0.3), **SETTINGS))
+    pixels = torch.randn((3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    expected = model.eval().encode(pixels)
+    accelerate.cpu_offload(model.train(), execution_device=torch.device("cpu"))
+    assert np.allclose(model.encode(pixels), expected, atol=1e-6)
+    forward = model.backbone.forward
+    model.backbone.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"the forward of ViTModel was replaced .*; call model.eval\(\) first"):
+        model.encode(pixels)
+    assert np.allclose(model.eval().encode(pixels), expected, atol=1e-6)
 
 
 def test_remote_code_in_a_fresh_process(tmp_path):

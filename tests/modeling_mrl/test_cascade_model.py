@@ -137,6 +137,23 @@ def test_fitted_thresholds_are_saved_with_the_model(backbone_path, tokenizer, tm
     assert model.truncate("2x4").config.thresholds is None
 
 
+def test_an_offloaded_classifier_in_training_mode(backbone_path, tokenizer):
+    import accelerate
+
+    model, batch = text_classifier(backbone_path("bert"), sizes=EXITS), token_batch()
+    data, collator = rows(tokenizer, 9), DataCollatorWithPadding(tokenizer)
+    model.config.thresholds = one_leaves_at_each(confidences(model(**batch).size_logits)[0])
+    expected, walked = model.collect_logits(data, collator)[0], model.predict_cascade(batch)
+    accelerate.cpu_offload(model.train(), execution_device=torch.device("cpu"))
+    assert torch.allclose(model.collect_logits(data, collator)[0], expected, atol=1e-5)
+    again = model.predict_cascade(batch)
+    assert (again.sizes.tolist(), again.layers.tolist()) == (walked.sizes.tolist(), walked.layers.tolist())
+    forward = model.backbone.encoder.forward
+    model.backbone.encoder.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"the forward of BertEncoder was replaced .*; call model.eval\(\) first"):
+        model.collect_logits(data, collator)
+
+
 def test_cascades_that_cannot_be_fitted_or_run(backbone_path, tokenizer):
     collator = DataCollatorWithPadding(tokenizer)
     model = text_classifier(backbone_path("bert"))

@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, LADDER, SENTENCES
 from datasets import Dataset
 from tiny_classifiers import EXITS, text_classifier, token_batch
-from transformers import AutoModel, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import AutoModel, DataCollatorWithPadding, T5Config, T5EncoderModel, Trainer, TrainingArguments
 
 from modeling_mrl import MatryoshkaForSequenceClassification, nested_loss
 
@@ -140,6 +140,21 @@ def test_wrong_folders_and_inputs(backbone_path, tmp_path):
     with pytest.raises(ValueError, match="size: 5 has no head,"):
         MatryoshkaForSequenceClassification.from_pretrained(tmp_path, size=5)
     assert MatryoshkaForSequenceClassification.from_pretrained(tmp_path, size=8).config.find_size().dim == 8
+
+
+def test_backbones_that_are_offloaded_or_have_two_stacks(backbone_path, tmp_path):
+    path, ids = backbone_path("bert"), torch.arange(12).reshape(2, 6) + 5
+    expected = text_classifier(path, sizes=EXITS)(input_ids=ids).logits
+    offloaded = text_classifier(path, sizes=EXITS, device_map={"": "disk"}, offload_folder=str(tmp_path / "off"))
+    assert offloaded.device.type == "meta"
+    assert torch.allclose(offloaded(input_ids=ids).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"device_map: .* is on the meta device, which keeps no values"):
+        text_classifier(path, device_map={"": "meta"})
+    T5EncoderModel(T5Config(vocab_size=50, d_model=16, num_layers=2, d_kv=8, num_heads=2, d_ff=16)).save_pretrained(
+        tmp_path / "t5"
+    )
+    with pytest.raises(ValueError, match="T5Model has an encoder and a decoder, which is not supported"):
+        text_classifier(tmp_path / "t5")
 
 
 def test_decoders_and_left_padding(backbone_path):

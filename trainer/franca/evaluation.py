@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from modeling_franca import FrancaModel, RasaProjector, grid_positions
 from modeling_franca.images import batches
+from modeling_franca.running import execution_device
 
 # Test images whose similarities to all training images are in memory at once.
 _ROWS = 1024
@@ -62,7 +63,8 @@ def knn_by_size(
 def patch_features(model: FrancaModel, images: Sequence, batch_size: int = 64) -> torch.Tensor:
     """The patch tokens (n, patches, D) of images, which the image processor resizes to the same size."""
     parts = batches(images, batch_size, model.image_processor)
-    return torch.cat([model(pixels.to(model.device)).patch_tokens.float().cpu() for pixels in parts])
+    device = execution_device(model)
+    return torch.cat([model(pixels.to(device)).patch_tokens.float().cpu() for pixels in parts])
 
 
 def patch_grid(model: FrancaModel, images: Sequence) -> tuple[int, int]:

@@ -11,11 +11,13 @@ from transformers import Trainer
 from modeling_mrl import Size
 from modeling_mrl.classifier import MatryoshkaClassifier
 from modeling_mrl.outputs import CascadeOutput
+from modeling_mrl.running import execution_device
 
 from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.inference import evaluation_mode
+from ..shared.mixin import check_at_hand
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import ClassifierTrainingArguments
@@ -29,6 +31,9 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Atte
         args: the arguments.
         eval_dataset: rows to evaluate on.
         **kwargs: passed to `Trainer`; `data_collator` must make batches with `labels`.
+
+    Raises:
+        ValueError: weights of the model are offloaded.
     """
 
     args: ClassifierTrainingArguments
@@ -43,6 +48,8 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Atte
         eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
+        if model is not None:  # which Trainer then makes
+            check_at_hand(model)
         if eval_dataset is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self.stop_signals = StopSignals()
@@ -132,8 +139,8 @@ def batches(
     model: MatryoshkaClassifier, dataset: Dataset, collator: Callable, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
     """The batches of a dataset on the model's device, without labels."""
-    loader = DataLoader(dataset, batch_size, collate_fn=collator)
-    return [{name: value.to(model.device) for name, value in batch.items() if name != "labels"} for batch in loader]
+    loader, device = DataLoader(dataset, batch_size, collate_fn=collator), execution_device(model)
+    return [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in loader]
 
 
 def _joined(outputs: Sequence[CascadeOutput], name: str) -> torch.Tensor:

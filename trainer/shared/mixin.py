@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+from transformers.integrations.fsdp import is_fsdp_enabled
+
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerMixin
 else:
@@ -10,7 +13,18 @@ else:
         """For a type checker, this is `Trainer`: a mixin uses its attributes and calls its methods with `super()`."""
 
 
-def check_model(model: object) -> None:
-    """ValueError if a trainer that cannot make its model by itself is given none."""
+def check_model(model: nn.Module | None) -> None:
+    """ValueError if a trainer that cannot make its model by itself is given none, or one that cannot be trained."""
     if model is None:
         raise ValueError("model: None is not allowed; give a model, because this trainer does not support model_init")
+    check_at_hand(model)
+
+
+def check_at_hand(model: nn.Module) -> None:
+    """ValueError if weights are offloaded, as accelerate does it: a step would change copies that are thrown away."""
+    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta and not is_fsdp_enabled():  # with FSDP, only the first process reads the weights
+        raise ValueError(
+            f"model: {len(on_meta)} of its weights are offloaded or without values (on the meta device), for example "
+            f"{on_meta[0]}; to train it, load it without cpu_offload and without a device_map that offloads layers"
+        )
