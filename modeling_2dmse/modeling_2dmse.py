@@ -33,7 +33,7 @@ from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
-from .tokens import write_truncation
+from .tokens import finish_tokenizer
 from .truncation import check_whole, cut_model, weights_to_save
 
 logger = logging.get_logger(__name__)
@@ -320,7 +320,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         try:
             self.tokenizer.save_pretrained(save_directory)
             max_length = self.max_length
-            write_truncation(save_directory, self.tokenizer, max_length)
+            finish_tokenizer(save_directory, self.tokenizer, max_length)
         except (OSError, ValueError) as error:
             # A model without a tokenizer can still be saved.
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.packing import Packing
-from modeling_2dmse.tokens import write_truncation
+from modeling_2dmse.tokens import finish_tokenizer
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
@@ -383,7 +383,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         # Trainer has saved the tokenizer once more.
-        write_truncation(output_dir or str(self.args.output_dir), self.encoder.tokenizer, self.encoder.max_length)
+        finish_tokenizer(output_dir or str(self.args.output_dir), self.encoder.tokenizer, self.encoder.max_length)
         if self.encoder is not self.model:
             # The folder of an adapter also gets the configuration of the model that it adapts.
             self.encoder.config.save_pretrained(output_dir or str(self.args.output_dir))

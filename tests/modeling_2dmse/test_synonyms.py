@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SENTENCES, run_elsewhere
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from modeling_2dmse import TwoDMSEConfig, TwoDMSEModel
 
@@ -157,6 +158,19 @@ def test_the_saved_tokenizer_truncates_at_the_longest_input_of_the_model(tiny_mo
     saved = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
     assert saved["truncation"]["max_length"] == 64, "the backbone's positions"
 
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_the_saved_tokenizer_has_a_class_of_every_version_of_transformers(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "whole")
+    model.export(tmp_path / "export", 2)
+    for name in ("whole", "export"):
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+        again = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert type(again) is type(model.tokenizer)
+        assert again(SENTENCES)["input_ids"] == model.tokenizer(SENTENCES)["input_ids"]
 
 OLD = """
 import sys, transformers
