@@ -224,7 +224,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             attention_mask = inputs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            return TwoDMSEOutput(last_hidden_state=self._project(self.token_states([depth], inputs)[0], depth))
+            states = self._project(self.token_states([depth], inputs)[0], depth)
+            return TwoDMSEOutput(last_hidden_state=states[..., : self.config.dim])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
