@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Self, cast
 
 import torch
@@ -33,13 +32,14 @@ from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
+from .synonyms import SynonymsMixin, sized
 from .tokens import finish_tokenizer
 from .truncation import check_whole, cut_model, weights_to_save
 
 logger = logging.get_logger(__name__)
 
 
-class TwoDMSEModel(EncodeMixin, PreTrainedModel):
+class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
     """An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al.).
 
     embedding(n, d) = normalize((pool(state(n), attention_mask) W_n)[:d]), where state(n) is the output of n layers and
@@ -130,18 +130,13 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of an elastic model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
-                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`.
-                `trust_remote_code=True` also holds for the tokenizer.
+                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`, and
+                may be given as `size` or `truncate_dim`. `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
             ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        for name in {"num_layers", "dim"} & set(kwargs):
-            if isinstance(kwargs[name], Integral):
-                kwargs[name] = int(kwargs[name])  # JSON, which a configuration is written as, has no others
-        if isinstance(kwargs.get("config"), TwoDMSEConfig):
-            kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
+        wants_info, kwargs = kwargs.pop("output_loading_info", False), sized(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
@@ -224,8 +219,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             attention_mask = inputs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            states = self._project(self.token_states([depth], inputs)[0], depth)
-            return TwoDMSEOutput(last_hidden_state=states[..., : self.config.dim])
+            state = self._project(self.token_states([depth], inputs)[0], depth)
+            return TwoDMSEOutput(last_hidden_state=state[..., : self.config.dim])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)

@@ -165,7 +165,6 @@ def test_the_saved_tokenizer_truncates_at_the_longest_input_of_the_model(tiny_mo
     assert saved["truncation"]["max_length"] == 64, "the backbone's positions"
 
 
-
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
 def test_the_saved_tokenizer_has_a_class_of_every_version_of_transformers(family, tiny_model, tmp_path):
     model = tiny_model(family)
@@ -177,6 +176,7 @@ def test_the_saved_tokenizer_has_a_class_of_every_version_of_transformers(family
         again = AutoTokenizer.from_pretrained(tmp_path / name)
         assert type(again) is type(model.tokenizer)
         assert again(SENTENCES)["input_ids"] == model.tokenizer(SENTENCES)["input_ids"]
+
 
 OLD = """
 import sys, transformers
