@@ -35,7 +35,6 @@ from .preparation import (
     check_optimizers,
     check_teacher,
     check_training_tables,
-    check_vocabulary,
     find_encoder,
     make_block_sampler,
     make_collator,
@@ -43,7 +42,7 @@ from .preparation import (
     prepare_rows,
     resolve_ladder,
     set_comparison,
-    set_special_tokens,
+    set_tokenizer,
 )
 from .projections import fit_exit_projections
 from .refining import refine_trained
@@ -53,6 +52,7 @@ from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.inference import evaluation_mode
+from .shared.mixin import given_or_default
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
 from .teacher_embeddings import TeacherEmbeddings
@@ -65,7 +65,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     Args:
         model: the model, or a peft model around it; None with `model_init`.
-        args: the arguments; `sizes`, if set, replaces the ladder of the model.
+        args: the arguments; `sizes`, if set, replaces the ladder of the model. Without any, the defaults, written to
+            `tmp_trainer`.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
             (sentence1, sentence2, score), or several such tables in a list or a dict. Each batch comes from one table.
         eval_dataset: a table with such columns, a dict of them by name, or a list of tasks from `trainer.evaluation`.
@@ -95,8 +96,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def __init__(
         self,
-        model: PreTrainedModel | None,
-        args: TwoDMSETrainingArguments,
+        model: PreTrainedModel | None = None,
+        args: TwoDMSETrainingArguments | None = None,
         train_dataset: Dataset | Sequence[Dataset] | Mapping[str, Dataset] | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | Sequence[Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -108,6 +109,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
     ):
         if (model is None) == (model_init is None):
             raise ValueError("model: give either model or model_init")
+        args = given_or_default(args, TwoDMSETrainingArguments)
         check_arguments(args, kwargs)
         self.args = args
         self.model_init = cast(Callable[..., PreTrainedModel], model_init)  # which Trainer checks for None
@@ -153,9 +155,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         self.ladder = resolve_ladder(self.encoder, self.args)
         self.encoder.config.set_ladder(self.ladder)
         set_comparison(self.encoder, self.args)
-        self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
-        check_vocabulary(self.encoder)
-        set_special_tokens(self.encoder)
+        set_tokenizer(self.encoder, self._processing_class)
         self._prepare_projections(model, self.args)
         self.training_objective = make_objective(
             self.encoder, self.ladder, self.args, self._unlabeled_texts is not None
