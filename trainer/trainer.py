@@ -19,6 +19,7 @@ from modeling_2dmse.tokens import finish_tokenizer
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
+from .base_card import card_facts
 from .compiling import compile_layers
 from .data import texts_to_fit
 from .description import describe_run
@@ -367,8 +368,9 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         """The settings that a model card shows."""
         return describe_run(self)
 
-    def create_model_card(self, *args, model_name=None, license=None, finetuned_from=None, **kwargs):
-        """Write the model card of this project, unless a script has already written a more complete one."""
+    def create_model_card(self, language=None, license=None, *args, model_name=None, finetuned_from=None, **kwargs):
+        """Write the model card of this project, unless a script has already written a more complete one. Language,
+        licence and base model are those given, or else those that the card of the backbone names."""
         folder = str(self.args.output_dir)
         if not self.is_world_process_zero() or os.path.exists(os.path.join(folder, "README.md")):
             return
@@ -376,8 +378,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         can_evaluate = self.eval_dataset and not self.is_fsdp_enabled
         results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
         name = model_name or os.path.basename(os.path.normpath(folder))
-        facts = {"base_model": finetuned_from, "license": license, "repo_id": self.args.hub_model_id}
-        run = Run(name, self.describe(), results, **facts)
+        facts: dict = card_facts(self.encoder.config.name_or_path, finetuned_from, license, language)
+        run = Run(name, self.describe(), results, repo_id=self.args.hub_model_id, **facts)
         write_card(folder, build_card(self.encoder, self.training_objective, run))
 
     def _save(self, output_dir=None, state_dict=None):
