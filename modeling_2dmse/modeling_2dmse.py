@@ -26,7 +26,7 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
-from .loading import check_loaded, tokenizer_kwargs
+from .loading import check_loaded, check_type, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
@@ -137,6 +137,7 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
             ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
         wants_info, kwargs = kwargs.pop("output_loading_info", False), sized(kwargs)
+        check_type(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
