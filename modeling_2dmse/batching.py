@@ -22,7 +22,7 @@ _GPU_TOKENS = (8192, 131_072)
 _TEXTS_FOR_A_BAR = 640
 
 
-def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
+def check_texts(texts: str | Iterable[str] | None) -> tuple[list[str], bool]:
     """The texts as a list, and whether a single string was given.
 
     Raises:
@@ -30,7 +30,10 @@ def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
     """
     single = isinstance(texts, str)
     try:
-        found = None if isinstance(texts, Mapping) else iter([texts] if isinstance(texts, str) else texts)
+        if texts is None or isinstance(texts, Mapping):
+            found = None
+        else:
+            found = iter([texts] if isinstance(texts, str) else texts)
     except TypeError:
         found = None
     if found is None:

@@ -10,11 +10,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import count_positions, layers_of
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
-from .configuration_2dmse import Size, TwoDMSEConfig, parse_size
+from .configuration_2dmse import Size, TwoDMSEConfig
 from .formats import check_precision, quantize
 from .packing import find_packing
 from .pooling import cut_and_normalize
 from .running import execution_device, inference_twin
+from .synonyms import Texts, move, one_of_texts, one_size
 
 # The mixin is combined with PreTrainedModel, and calls its methods; type checkers need to know them.
 if TYPE_CHECKING:
@@ -44,25 +45,6 @@ def to_embeddings(pooled: torch.Tensor, dim: int, similarity: str) -> torch.Tens
     [[3.0, 4.0]]
     """
     return pooled[..., :dim].float().contiguous() if similarity == "dot" else cut_and_normalize(pooled, dim)
-
-
-def one_size(
-    num_layers: int | None, dim: int | None, size: str | Size | None, truncate_dim: int | None
-) -> tuple[int | None, int | None]:
-    """Layers and dimensions that `encode` is asked for, under any of their names.
-
-    Raises:
-        ValueError: one of them is given under two names, or `size` is not a size.
-    """
-    if size is not None:
-        if (num_layers, dim, truncate_dim) != (None, None, None):
-            raise ValueError(f"size: {size} sets layers and dimensions; leave out num_layers, dim and truncate_dim")
-        return parse_size(size)
-    if truncate_dim is not None:
-        if dim not in (None, truncate_dim):
-            raise ValueError(f"truncate_dim: {truncate_dim} differs from dim, {dim}; give one of the two")
-        dim = truncate_dim
-    return num_layers, dim
 
 
 class EncodeMixin(_Model):
@@ -115,7 +97,7 @@ class EncodeMixin(_Model):
 
     def encode(
         self,
-        texts: str | Sequence[str],
+        texts: Texts | None = None,
         num_layers: int | None = None,
         dim: int | None = None,
         batch_size: int | None = None,
@@ -129,6 +111,9 @@ class EncodeMixin(_Model):
         truncate_dim: int | None = None,
         normalize_embeddings: bool | None = None,
         convert_to_numpy: bool | None = None,
+        device: str | torch.device | int | None = None,
+        sentences: Texts | None = None,
+        inputs: Texts | None = None,
     ) -> np.ndarray | torch.Tensor:
         """Embed texts at one size.
 
@@ -149,14 +134,17 @@ class EncodeMixin(_Model):
             normalize_embeddings: for calls written for sentence-transformers: as with a model that ends with its
                 Normalize module, vectors have unit length whether it is true or false.
             convert_to_numpy: for such calls too; without `convert_to_tensor`, the result is an array in any case.
+            device: moves the model there first, as sentence-transformers does.
+            sentences: another name of `texts`, that of sentence-transformers.
+            inputs: the same, since its version 6.
 
         Returns:
             (len(texts), dim) in the order of the texts, or (dim,) for a single string. They are unit vectors, unless
             `config.similarity` is `dot`.
 
         Raises:
-            ValueError: an item is not a string, the model does not have the size, it is given twice, or `batch_size`,
-                `max_length`, `prompt_name` or `precision` is not allowed.
+            ValueError: an item is not a string, the model does not have the size, texts or size are given twice, or
+                `batch_size`, `max_length`, `prompt_name`, `precision` or `device` is not allowed.
         """
         num_layers, dim = one_size(num_layers, dim, size, truncate_dim)
         dim = self.config.dim if dim is None else self._check_dim(dim)
@@ -164,7 +152,8 @@ class EncodeMixin(_Model):
         if batch_size is not None:
             check_batch_size(batch_size)
         check_precision(precision, self.config.similarity)
-        texts, single = check_texts(texts)
+        texts, single = check_texts(one_of_texts(texts, sentences, inputs))
+        move(self, device)
         states = self.encode_states(
             texts, layers, batch_size, self.find_prompt(prompt, prompt_name), max_length, show_progress_bar
         )

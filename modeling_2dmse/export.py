@@ -10,7 +10,7 @@ from .export_readme import write_export_readme
 from .file_modes import share_weights
 from .onnx_export import check_onnxruntime, write_onnx
 from .sentence_transformers_files import cut_weight, write_exported_modules, write_onnx_modules
-from .tokens import write_truncation
+from .tokens import finish_tokenizer
 
 FORMATS = ("transformers", "onnx")
 DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
@@ -39,7 +39,7 @@ def export(model, path: str, format: str, dtype: str) -> str:
     try:
         writer = _write_transformers if format == "transformers" else _write_onnx
         writer(model, partial, dtype)
-        write_truncation(partial, model.tokenizer, model.max_length)
+        finish_tokenizer(partial, model.tokenizer, model.max_length)
         write_export_readme(partial, os.path.basename(os.path.abspath(path)), model, format, dtype)
         if os.path.isdir(path):
             os.rmdir(path)  # empty, as checked

@@ -15,6 +15,18 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_ROUNDING = 0.1
 
 
+def check_origin(backbone: PreTrainedModel) -> None:
+    """ValueError if the code of the backbone or of its configuration is not in transformers, which is all that a new
+    process has: a saved folder carries this package's code only."""
+    for part in (backbone, backbone.config):
+        if type(part).__module__.partition(".")[0] != "transformers":
+            raise _refusal(
+                backbone,
+                f"{type(part).__name__} is not part of transformers, and its code is not saved, so that no other "
+                "process could read the saved folder; use a backbone of transformers",
+            )
+
+
 @torch.no_grad()
 def reads_left_to_right(backbone: PreTrainedModel) -> bool:
     """Whether the states of a text's tokens depend only on the tokens before them, found by changing the last token."""
@@ -94,9 +106,7 @@ def check_reload(backbone: PreTrainedModel, built: PreTrainedModel, stack: str, 
 def _check_tensors(backbone: PreTrainedModel, built: PreTrainedModel, what: str) -> None:
     """ValueError unless the tensors that a folder's code builds are those of the backbone."""
     if type(built) is not type(backbone):
-        raise _refusal(
-            backbone, f"it is not part of transformers, and a folder{what} would be read as {type(built).__name__}"
-        )
+        raise _refusal(backbone, f"a folder{what} would be read as {type(built).__name__}")
     shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     for name, tensor in built.state_dict().items():
         if name not in shapes:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .backbone import check_exits, find_layer_stack
 from .configuration_2dmse import Size, TwoDMSEConfig
-from .import_checks import check_padding, check_reload, reads_left_to_right
+from .import_checks import check_origin, check_padding, check_reload, reads_left_to_right
 from .loading import auto_kwargs, hub_kwargs, load_backbone, tokenizer_kwargs
 from .projection import ExitProjection
 from .sentence_transformers_import import Imported, read_folder
@@ -41,6 +41,7 @@ def import_backbone(
         )
     if isinstance(backbone, kind):
         raise ValueError(f"name_or_path: {name_or_path} is an elastic model already; load it with from_pretrained")
+    check_origin(backbone)
     model = _around(kind, backbone, found, sizes, prompts)
     if os.path.isdir(name_or_path):
         backbone.config.name_or_path = ""  # a local path means nothing to whoever loads the model

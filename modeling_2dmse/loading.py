@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .backbone import check_device_map, check_one_stack, drop_pooler
 
@@ -29,6 +29,21 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     _check_filled(sorted(set(info["missing_keys"]) & used.keys()), name_or_path, "download or save the model again")
     check_weights(backbone, name_or_path)
     return backbone
+
+
+def check_type(name: str | os.PathLike, kwargs: dict) -> None:
+    """ValueError if a folder or repository has an SMAE pre-training model; `kwargs` are those of `from_pretrained`."""
+    if kwargs.get("config") is not None:
+        return
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(name, **hub_kwargs(kwargs))
+    except OSError:  # a folder of adapters, or what `from_pretrained` itself will miss
+        return
+    if stored.get("model_type") == "starbucks-smae":
+        raise ValueError(
+            f"{name}: it is an SMAE pre-training model; AutoModel.from_pretrained loads its encoder, and "
+            "StarbucksForMaskedAutoencoding.from_pretrained the whole"
+        )
 
 
 def check_stored(name: object, quantized: bool) -> None:

@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Self, cast
 
 import torch
@@ -27,19 +26,20 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
-from .loading import check_loaded, tokenizer_kwargs
+from .loading import check_loaded, check_type, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
-from .tokens import write_truncation
+from .synonyms import SynonymsMixin, sized
+from .tokens import finish_tokenizer
 from .truncation import check_whole, cut_model, weights_to_save
 
 logger = logging.get_logger(__name__)
 
 
-class TwoDMSEModel(EncodeMixin, PreTrainedModel):
+class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
     """An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al.).
 
     embedding(n, d) = normalize((pool(state(n), attention_mask) W_n)[:d]), where state(n) is the output of n layers and
@@ -130,18 +130,14 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of an elastic model.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: with `num_layers=n`,
-                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`.
-                `trust_remote_code=True` also holds for the tokenizer.
+                the layers above n are neither built nor read. `num_layers` and `dim` also hold with a `config`, and
+                may be given as `size` or `truncate_dim`. `trust_remote_code=True` also holds for the tokenizer.
 
         Raises:
             ValueError: the weights do not fit the model, which would leave layers random, or are not finite.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        for name in {"num_layers", "dim"} & set(kwargs):
-            if isinstance(kwargs[name], Integral):
-                kwargs[name] = int(kwargs[name])  # JSON, which a configuration is written as, has no others
-        if isinstance(kwargs.get("config"), TwoDMSEConfig):
-            kwargs["config"] = kwargs["config"].with_size(kwargs.pop("num_layers", None), kwargs.pop("dim", None))
+        wants_info, kwargs = kwargs.pop("output_loading_info", False), sized(kwargs)
+        check_type(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
@@ -224,7 +220,8 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
             attention_mask = inputs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            return TwoDMSEOutput(last_hidden_state=self._project(self.token_states([depth], inputs)[0], depth))
+            state = self._project(self.token_states([depth], inputs)[0], depth)
+            return TwoDMSEOutput(last_hidden_state=state[..., : self.config.dim])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
@@ -320,7 +317,7 @@ class TwoDMSEModel(EncodeMixin, PreTrainedModel):
         try:
             self.tokenizer.save_pretrained(save_directory)
             max_length = self.max_length
-            write_truncation(save_directory, self.tokenizer, max_length)
+            finish_tokenizer(save_directory, self.tokenizer, max_length)
         except (OSError, ValueError) as error:
             # A model without a tokenizer can still be saved.
             logger.warning(f"saved without a tokenizer: {str(error).splitlines()[0]}")

@@ -221,6 +221,9 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save encoder, decoder and head, to continue pre-training."""
         self.config.encoder_config = self.encoder.config
+        module = type(self).__module__.rpartition(".")[2]
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**auto_map, "AutoModel": f"{module}.{StarbucksEncoder.__name__}"}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             share_weights(save_directory)
@@ -260,6 +263,17 @@ class StarbucksForMaskedAutoencoding(PreTrainedModel):
         return StarbucksOutput(loss, *parts)
 
 
+class StarbucksEncoder(StarbucksForMaskedAutoencoding):
+    """What AutoModel makes of the folder of a pre-training model: its encoder, a `TwoDMSEModel`."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """The encoder alone; the arguments are those of `StarbucksForMaskedAutoencoding.from_pretrained`."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        whole, info = StarbucksForMaskedAutoencoding.from_pretrained(*args, output_loading_info=True, **kwargs)
+        return (whole.encoder, info) if wants_info else whole.encoder
+
+
 def find_masked(labels: torch.Tensor) -> torch.Tensor:
     """The places of flattened labels that are not -100."""
     return labels.flatten().ne(IGNORED).nonzero().squeeze(1)
@@ -277,4 +291,4 @@ def _fill_head(head: MaskedLanguageHead, weights: dict | None, encoder: TwoDMSEM
 
 StarbucksForMaskedAutoencoding.register_for_auto_class("AutoModelForPreTraining")
 
-__all__ = ["StarbucksForMaskedAutoencoding"]
+__all__ = ["StarbucksEncoder", "StarbucksForMaskedAutoencoding"]

@@ -27,7 +27,7 @@ class Embedder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From three (batch, length) tensors to (batch, length, dim) token states and (batch, dim) embeddings."""
         config = self.model.config
-        states = self.model(input_ids, attention_mask, token_type_ids).last_hidden_state[..., : config.dim].float()
+        states = self.model(input_ids, attention_mask, token_type_ids).last_hidden_state.float()
         return states, to_embeddings(pool(states, attention_mask, config.pooling), config.dim, config.similarity)
 
 

@@ -23,17 +23,17 @@ POOLING_FLAGS = {
 def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
     """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize.
 
-    A model that keeps fewer dimensions than its backbone has also gets a Dense module, which cuts the vectors before
-    they are normalised. Normalize is left out if embeddings are compared by dot product.
+    The model cuts its token states to `config.dim`, so that vectors are cut before they are normalised. Normalize is
+    left out if embeddings are compared by dot product.
     """
-    _write_modules(folder, config, cut_weight(config), {"kwargs": ["num_layers"]})
-    _write_companions(folder, config, max_length, config.hidden_size)
+    _write_modules(folder, config, None, {"kwargs": ["num_layers"]})
+    _write_companions(folder, config, max_length, config.dim)
 
 
 def write_exported_modules(
     folder: str, config: TwoDMSEConfig, max_length: int | None, dense: torch.Tensor | None
 ) -> None:
-    """The same for a plain backbone.
+    """The same for a plain backbone; a Dense module cuts the vectors, and projects them, before they are normalised.
 
     Args:
         folder: where the files go.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .packing import Packing, to_device
 
@@ -189,8 +189,9 @@ def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_truncation(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Make a saved tokenizer truncate to `max_length`, for clients that read no more than its files.
+def finish_tokenizer(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make a saved tokenizer truncate to `max_length`, for clients that read no more than its files, and name its class
+    as every version of transformers does.
 
     transformers sets truncation in each call, and saves whatever the last call or the original file had: in
     tokenizer.json, and as `max_length` in tokenizer_config.json, which fastembed reads.
@@ -203,7 +204,10 @@ def write_truncation(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBa
         _update_json(path, {"truncation": cut if limited else None}, ensure_ascii=False)
     path = os.path.join(folder, "tokenizer_config.json")
     if os.path.isfile(path):
-        _update_json(path, {"model_max_length": max_length} if limited else {}, remove=("max_length",))
+        values: dict = {"model_max_length": max_length} if limited else {}
+        if type(tokenizer) is PreTrainedTokenizerFast:
+            values["tokenizer_class"] = "PreTrainedTokenizerFast"  # version 5 writes TokenizersBackend, its other name
+        _update_json(path, values, remove=("max_length",))
 
 
 def _update_json(path: str, values: dict, remove: Sequence[str] = (), **options) -> None:

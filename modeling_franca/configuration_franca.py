@@ -2,6 +2,13 @@
 
 import math
 
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is imported that older versions do not have
+    raise ImportError(
+        f"Franca models need transformers 5 or newer, not {transformers.__version__}; upgrade transformers"
+    )
+
 from transformers import AutoConfig, PreTrainedConfig
 
 HEAD_INPUTS = ("slice", "projection")

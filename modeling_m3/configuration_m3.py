@@ -2,6 +2,11 @@
 
 import math
 
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is imported that older versions do not have
+    raise ImportError(f"M3 models need transformers 5 or newer, not {transformers.__version__}; upgrade transformers")
+
 from transformers import LlavaConfig
 
 from .visual_tokens import check_token_count, check_token_sizes, nested_token_sizes

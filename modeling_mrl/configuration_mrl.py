@@ -5,6 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is imported that older versions do not have
+    raise ImportError(f"MRL models need transformers 5 or newer, not {transformers.__version__}; upgrade transformers")
+
 from transformers import AutoConfig, PreTrainedConfig
 
 HEAD_TYPES = ("separate", "tied")

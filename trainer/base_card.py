@@ -1,5 +1,7 @@
 """What the card of a backbone says about it: its published ancestor, its licence and its languages."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -40,3 +42,28 @@ def read_base_facts(name_or_path: str, is_local: bool) -> BaseFacts:
         license if isinstance(license, str) else None,
         tuple(language for language in languages if isinstance(language, str)),
     )
+
+
+def card_facts(
+    source: str | None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+) -> dict[str, object]:
+    """The fields of `model_card.Run` that are facts of the backbone: those given, and else those of its own card.
+
+    Args:
+        source: folder or Hub name that the model was loaded from, if any.
+        base_model: Hub name of the backbone.
+        license: licence of the model.
+        language: one or several codes of languages.
+    """
+    found = BaseFacts()
+    if source:
+        found = read_base_facts(source, is_local=os.path.isabs(source) or os.path.exists(source))
+    given = [language] if isinstance(language, str) else language
+    return {
+        "base_model": base_model or found.base_model,
+        "license": license or found.license,
+        "languages": tuple(given or found.languages),
+    }

@@ -54,8 +54,12 @@ def find_encoder(model: PreTrainedModel) -> TwoDMSEModel:
     return encoder
 
 
-def set_special_tokens(encoder: TwoDMSEModel) -> None:
-    """Set the ids of special tokens in the configuration, as Trainer does, which warns of it."""
+def set_tokenizer(encoder: TwoDMSEModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Give the encoder a tokenizer, its own if it is None, and set the ids of special tokens in its configuration, as
+    Trainer does, which warns of it; ValueError if the tokenizer has a token without a word embedding."""
+    encoder.tokenizer = tokenizer or encoder.tokenizer
+    rows = getattr(encoder.get_input_embeddings(), "num_embeddings", None)
+    check_words(max(encoder.tokenizer.get_vocab().values(), default=0), rows)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if (token := getattr(encoder.tokenizer, name, None)) is not None:
             setattr(encoder.config, name, token)
@@ -72,12 +76,6 @@ def check_arguments(args: object, others: Mapping[str, object]) -> None:
     }.items():
         if others.get(name) is not None:
             raise ValueError(f"{name}: it would not be called; {reason}")
-
-
-def check_vocabulary(encoder: TwoDMSEModel) -> None:
-    """ValueError if the tokenizer has a token without a word embedding."""
-    rows = getattr(encoder.get_input_embeddings(), "num_embeddings", None)
-    check_words(max(encoder.tokenizer.get_vocab().values(), default=0), rows)
 
 
 def check_optimizers(encoder: TwoDMSEModel, optimizers: Any) -> None:

@@ -2,9 +2,10 @@
 
 from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import TwoDMSETrainingArguments
+from .preparation import find_encoder, set_tokenizer
 from .shared.mixin import TrainerMixin
 
 
@@ -13,6 +14,7 @@ class SearchMixin(TrainerMixin):
 
     args: TwoDMSETrainingArguments
     _first_model: Any = None
+    _processing_class: PreTrainedTokenizerBase | None
 
     def hyperparameter_search(
         self,
@@ -47,7 +49,9 @@ class SearchMixin(TrainerMixin):
     def call_model_init(self, trial=None):
         """The model that `model_init` makes; the first one, which the checks of the constructor use, is made once."""
         first, self._first_model = self._first_model, None
-        return super().call_model_init(trial) if first is None else first
+        model = super().call_model_init(trial) if first is None else first
+        set_tokenizer(find_encoder(cast(PreTrainedModel, model)), self._processing_class)  # before Trainer, which warns
+        return model
 
     def _score_of_trial(self, metrics: dict[str, float]) -> float:
         name = f"eval_{str(self.args.metric_for_best_model or 'ladder_mean').removeprefix('eval_')}"

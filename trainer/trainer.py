@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.packing import Packing
-from modeling_2dmse.tokens import write_truncation
+from modeling_2dmse.tokens import finish_tokenizer
 
 from .arguments import TwoDMSETrainingArguments
 from .averaging import average_with_initial
+from .base_card import card_facts
 from .compiling import compile_layers
 from .data import texts_to_fit
 from .description import describe_run
@@ -35,7 +36,6 @@ from .preparation import (
     check_optimizers,
     check_teacher,
     check_training_tables,
-    check_vocabulary,
     find_encoder,
     make_block_sampler,
     make_collator,
@@ -43,7 +43,7 @@ from .preparation import (
     prepare_rows,
     resolve_ladder,
     set_comparison,
-    set_special_tokens,
+    set_tokenizer,
 )
 from .projections import fit_exit_projections
 from .refining import refine_trained
@@ -53,6 +53,7 @@ from .shared.attention import AttentionMixin
 from .shared.callbacks import EvaluateLastStep, LogShortRuns, SetEpoch, StopSignals
 from .shared.checkpoints import CheckpointMixin
 from .shared.inference import evaluation_mode
+from .shared.mixin import given_or_default
 from .shared.part_log import PartLogMixin
 from .step_loss import plan_gradient, plan_loss
 from .teacher_embeddings import TeacherEmbeddings
@@ -65,7 +66,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     Args:
         model: the model, or a peft model around it; None with `model_init`.
-        args: the arguments; `sizes`, if set, replaces the ladder of the model.
+        args: the arguments; `sizes`, if set, replaces the ladder of the model. Without any, the defaults, written to
+            `tmp_trainer`.
         train_dataset: a `datasets.Dataset` with columns (anchor, positive[, negative ...]) or
             (sentence1, sentence2, score), or several such tables in a list or a dict. Each batch comes from one table.
         eval_dataset: a table with such columns, a dict of them by name, or a list of tasks from `trainer.evaluation`.
@@ -95,8 +97,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def __init__(
         self,
-        model: PreTrainedModel | None,
-        args: TwoDMSETrainingArguments,
+        model: PreTrainedModel | None = None,
+        args: TwoDMSETrainingArguments | None = None,
         train_dataset: Dataset | Sequence[Dataset] | Mapping[str, Dataset] | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | Sequence[Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -108,6 +110,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
     ):
         if (model is None) == (model_init is None):
             raise ValueError("model: give either model or model_init")
+        args = given_or_default(args, TwoDMSETrainingArguments)
         check_arguments(args, kwargs)
         self.args = args
         self.model_init = cast(Callable[..., PreTrainedModel], model_init)  # which Trainer checks for None
@@ -153,9 +156,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         self.ladder = resolve_ladder(self.encoder, self.args)
         self.encoder.config.set_ladder(self.ladder)
         set_comparison(self.encoder, self.args)
-        self.encoder.tokenizer = self._processing_class or self.encoder.tokenizer
-        check_vocabulary(self.encoder)
-        set_special_tokens(self.encoder)
+        set_tokenizer(self.encoder, self._processing_class)
         self._prepare_projections(model, self.args)
         self.training_objective = make_objective(
             self.encoder, self.ladder, self.args, self._unlabeled_texts is not None
@@ -367,8 +368,9 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         """The settings that a model card shows."""
         return describe_run(self)
 
-    def create_model_card(self, *args, model_name=None, license=None, finetuned_from=None, **kwargs):
-        """Write the model card of this project, unless a script has already written a more complete one."""
+    def create_model_card(self, language=None, license=None, *args, model_name=None, finetuned_from=None, **kwargs):
+        """Write the model card of this project, unless a script has already written a more complete one. Language,
+        licence and base model are those given, or else those that the card of the backbone names."""
         folder = str(self.args.output_dir)
         if not self.is_world_process_zero() or os.path.exists(os.path.join(folder, "README.md")):
             return
@@ -376,14 +378,14 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         can_evaluate = self.eval_dataset and not self.is_fsdp_enabled
         results = self.results(self.eval_dataset, self.ladder) if can_evaluate else {}
         name = model_name or os.path.basename(os.path.normpath(folder))
-        facts = {"base_model": finetuned_from, "license": license, "repo_id": self.args.hub_model_id}
-        run = Run(name, self.describe(), results, **facts)
+        facts: dict = card_facts(self.encoder.config.name_or_path, finetuned_from, license, language)
+        run = Run(name, self.describe(), results, repo_id=self.args.hub_model_id, **facts)
         write_card(folder, build_card(self.encoder, self.training_objective, run))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         # Trainer has saved the tokenizer once more.
-        write_truncation(output_dir or str(self.args.output_dir), self.encoder.tokenizer, self.encoder.max_length)
+        finish_tokenizer(output_dir or str(self.args.output_dir), self.encoder.tokenizer, self.encoder.max_length)
         if self.encoder is not self.model:
             # The folder of an adapter also gets the configuration of the model that it adapts.
             self.encoder.config.save_pretrained(output_dir or str(self.args.output_dir))

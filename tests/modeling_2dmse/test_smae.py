@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, HIDDEN, LADDER, NUM_LAYERS, run_elsewhere, tiny_config
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
 
 from modeling_2dmse import StarbucksForMaskedAutoencoding, TwoDMSEModel, parse_ladder
 
@@ -183,26 +183,41 @@ def test_saves_and_reloads_as_itself_and_as_an_encoder(mlm_path, tmp_path, famil
     again = AutoModelForPreTraining.from_pretrained(tmp_path / "smae").eval()
     assert type(again) is StarbucksForMaskedAutoencoding
     assert torch.equal(again(**make_batch()).loss, expected)
+    model.encoder.tokenizer.save_pretrained(tmp_path / "smae")
+    text = ["a man plays the guitar"]
+    encoder = AutoModel.from_pretrained(tmp_path / "smae")
+    assert type(encoder) is TwoDMSEModel
+    assert (encoder.encode(text, num_layers=2) == model.encoder.encode(text, num_layers=2)).all()
+    with pytest.raises(ValueError, match=r"it is an SMAE pre-training model; AutoModel\.from_pretr"):
+        TwoDMSEModel.from_pretrained(tmp_path / "smae")
     model.save_encoder(tmp_path / "encoder")
     encoder = TwoDMSEModel.from_pretrained(tmp_path / "encoder")
     assert encoder.config.sizes == LADDER
-    text = ["a man plays the guitar"]
     assert (encoder.encode(text, num_layers=2) == model.encoder.encode(text, num_layers=2)).all()
 
 
 LOAD_ELSEWHERE = """
 import torch
-from transformers import AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForPreTraining
 model = AutoModelForPreTraining.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 assert "transformers_modules" in type(model).__module__
 batch, loss = torch.load(sys.argv[2])
 assert torch.equal(model(**batch).loss, loss)
+# The folder of the encoder, inside of a folder that has the code, and the encoder of the whole.
+encoders = [
+    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, **place)
+    for place in ({}, {"subfolder": "encoder"}, {"subfolder": "encoder", "num_layers": 2})
+]
+vectors = [encoder.encode(["a man plays the guitar"], num_layers=2) for encoder in encoders]
+assert vectors[0].shape == (1, 32) and all((other == vectors[0]).all() for other in vectors)
 """
 
 
 def test_loads_with_remote_code_without_this_package(mlm_path, tmp_path):
     model = StarbucksForMaskedAutoencoding.from_backbone(mlm_path("bert"), sizes=LADDER).eval()
     model.save_pretrained(tmp_path / "smae")
+    model.encoder.tokenizer.save_pretrained(tmp_path / "smae")
+    model.save_encoder(tmp_path / "smae" / "encoder")
     with torch.no_grad():
         torch.save((make_batch(), model(**make_batch()).loss), tmp_path / "case.pt")
     run_elsewhere(LOAD_ELSEWHERE, tmp_path, str(tmp_path / "smae"), str(tmp_path / "case.pt"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SENTENCES, run_elsewhere
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from modeling_2dmse import TwoDMSEConfig, TwoDMSEModel
 
@@ -85,8 +86,14 @@ def test_a_size_with_a_configuration(tiny_model, tmp_path):
     assert (config.num_layers, config.dim) == (4, 32), "the configuration that is given does not change"
     with pytest.raises(ValueError, match="num_layers: 9 is not allowed"):
         TwoDMSEModel.from_pretrained(tmp_path, config=config, num_layers=9)
-    stock = SentenceTransformer(str(tmp_path), model_kwargs={"num_layers": 2}, trust_remote_code=True, device="cpu")
-    assert np.allclose(stock.encode(SENTENCES), model.encode(SENTENCES, 2), atol=1e-6)
+    model.truncate(3, 16).save_pretrained(tmp_path / "cut")
+    for folder in (tmp_path, tmp_path / "cut"):
+        for name in ("model_kwargs", "config_kwargs"):
+            for size in ({"num_layers": 2}, {"dim": 8}, {"num_layers": 2, "dim": 8}):
+                stock = SentenceTransformer(str(folder), **{name: size}, trust_remote_code=True, device="cpu")
+                expected = TwoDMSEModel.from_pretrained(folder, **size).encode(SENTENCES)
+                assert expected.shape[1] == size.get("dim", 16 if folder.name == "cut" else 32)
+                assert np.allclose(stock.encode(SENTENCES), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("through", ["model", "backbone"])
@@ -156,6 +163,19 @@ def test_the_saved_tokenizer_truncates_at_the_longest_input_of_the_model(tiny_mo
     model.save_pretrained(tmp_path / "whole")
     saved = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
     assert saved["truncation"]["max_length"] == 64, "the backbone's positions"
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_the_saved_tokenizer_has_a_class_of_every_version_of_transformers(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "whole")
+    model.export(tmp_path / "export", 2)
+    for name in ("whole", "export"):
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+        again = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert type(again) is type(model.tokenizer)
+        assert again(SENTENCES)["input_ids"] == model.tokenizer(SENTENCES)["input_ids"]
 
 
 OLD = """

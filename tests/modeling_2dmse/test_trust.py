@@ -120,7 +120,10 @@ IN_A_TERMINAL = """
 import os, pty
 child, terminal = pty.fork()
 if child == 0:
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoTokenizer, logging
+    logging.set_verbosity_error()  # it warns that the configuration is of another kind
+    print("tokens", AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)("a")["input_ids"], flush=True)
+    logging.set_verbosity_warning()
     model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), "this process must not know the package"
     print("shape", model.encode(["a"]).shape, flush=True)
@@ -137,12 +140,14 @@ while True:
 _, status = os.waitpid(child, 0)
 assert status == 0, screen.decode()
 assert b"shape (1, 32)" in screen
+assert b"tokens [2, " in screen
 for unwanted in (b"y/N", b"custom code", b"of type", b"arning"):
     assert unwanted not in screen, screen.decode()
 """
 
 
 def test_the_first_snippet_in_a_terminal(tiny_model, tmp_path):
-    """`AutoModel.from_pretrained(folder, trust_remote_code=True).encode(["a"])` where this package is not installed."""
+    """`AutoModel.from_pretrained(folder, trust_remote_code=True).encode(["a"])` where this package is not installed,
+    and the tokenizer alone, which reads config.json first and asks unless it is told not to trust its code."""
     tiny_model().save_pretrained(tmp_path / "model")
     run_elsewhere(IN_A_TERMINAL, tmp_path, str(tmp_path / "model"))

@@ -1,5 +1,6 @@
 """What else people do with transformers' Trainer: model_init, predict, a model that was loaded with its own code."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import LADDER, SENTENCES, run_elsewhere
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, trainer_utils
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -62,6 +63,31 @@ def test_model_init_may_take_the_trial_of_a_search(tiny_model, tmp_path):
         TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS, model_init=tiny_model)
     with pytest.raises(ValueError, match="model: give either model or model_init"):
         TwoDMSETrainer(None, arguments(tmp_path), ROWS)
+
+
+def test_without_model_and_arguments_as_in_trainer(tiny_model, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(trainer_utils.logger, "warning", lines.append)
+    made = tiny_model("roberta")
+    made.config.pad_token_id = made.config.bos_token_id = 9  # which the tokenizer has not
+    trainer = TwoDMSETrainer(
+        args=arguments(tmp_path, max_steps=1), train_dataset=ROWS, model_init=lambda: copy.deepcopy(made)
+    )
+    trainer.train()
+    assert trainer.encoder.config.pad_token_id == trainer.processing_class.pad_token_id == 0
+    assert not [line for line in lines if "new PAD/BOS/EOS tokens" in line]
+    monkeypatch.chdir(tmp_path)
+    for made in (
+        TwoDMSETrainer(train_dataset=ROWS, model_init=lambda: tiny_model()),
+        TwoDMSETrainer(tiny_model(), train_dataset=ROWS),
+    ):
+        assert type(made.args) is TwoDMSETrainingArguments
+        assert made.args.output_dir == "tmp_trainer"
+    with pytest.raises(ValueError, match="model: give either model or model_init"):
+        TwoDMSETrainer()
+    for kind in (SmaeTrainer, M3Trainer, FrancaTrainer):
+        with pytest.raises(ValueError, match="model: None is not allowed; give a model"):
+            kind(model_init=lambda: None)
 
 
 def test_a_search_keeps_its_score_in_the_trainer(tiny_model, tmp_path):

@@ -1,13 +1,17 @@
 """The whole card, its metadata, and its costs."""
 
+import shutil
+
 import pytest
 import transformers
 import yaml
 from conftest import SENTENCES
+from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from modeling_2dmse import parse_ladder
-from trainer.base_card import BaseFacts, read_base_facts
+from modeling_2dmse import TwoDMSEModel, parse_ladder
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.base_card import BaseFacts, card_facts, read_base_facts
 from trainer.citations import CITATIONS
 from trainer.model_card import Run, build_card, measure_costs, write_card
 from trainer.objectives import OBJECTIVES, Objective
@@ -152,6 +156,29 @@ def test_facts_of_a_local_backbone(tmp_path):
     assert read_base_facts(str(tmp_path), True) == BaseFacts()
     assert read_base_facts(str(tmp_path / "absent"), True) == BaseFacts()
     assert read_base_facts("org/not-in-the-cache", False) == BaseFacts("org/not-in-the-cache")
+
+
+def test_the_card_of_a_trainer_names_the_facts_of_a_local_backbone(tiny_model, backbone_path, tmp_path):
+    shutil.copytree(backbone_path("bert"), tmp_path / "backbone")
+    head = "---\nbase_model: org/plain\nlicense: mit\nlanguage: [de, en]\n---\n# x\n"
+    (tmp_path / "backbone" / "README.md").write_text(head)
+    rows = Dataset.from_dict({"anchor": SENTENCES[:8], "positive": SENTENCES[8:16]})
+    for model, given, expected in (
+        (TwoDMSEModel.from_backbone(tmp_path / "backbone"), {}, ("org/plain", "mit", ["de", "en"])),
+        (
+            TwoDMSEModel.from_backbone(tmp_path / "backbone"),
+            {"language": "fr", "license": "apache-2.0", "finetuned_from": "org/other"},
+            ("org/other", "apache-2.0", ["fr"]),
+        ),
+        (tiny_model(), {}, (None, None, None)),
+    ):
+        folder = tmp_path / str(expected[0])
+        args = TwoDMSETrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
+        folder.mkdir(exist_ok=True, parents=True)
+        TwoDMSETrainer(model, args, rows).create_model_card(**given)
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+        assert (data.get("base_model"), data.get("license"), data.get("language")) == expected
+    assert card_facts(str(tmp_path / "gone"))["base_model"] is None, "a folder is no name of the Hub"
 
 
 def test_a_card_without_results(tiny_model):

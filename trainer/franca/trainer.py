@@ -12,7 +12,7 @@ from modeling_franca import FrancaForPretraining
 
 from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
-from ..shared.mixin import check_model
+from ..shared.mixin import check_model, given_or_default
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import FrancaTrainingArguments
@@ -34,7 +34,7 @@ class FrancaTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer)
 
     Args:
         model: the model; its image processor sets how images are normalized.
-        args: the arguments.
+        args: the arguments; without any, the defaults, written to `tmp_trainer`.
         train_dataset: rows with the columns `image` (PIL images) and `index`.
         data_collator: makes batches for the model's `forward`; by default a `MultiCrop` with these arguments.
         **kwargs: passed to `Trainer`.
@@ -51,13 +51,13 @@ class FrancaTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Trainer)
 
     def __init__(
         self,
-        model: FrancaForPretraining,
-        args: FrancaTrainingArguments,
+        model: FrancaForPretraining | None = None,
+        args: FrancaTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         data_collator: Callable | None = None,
         **kwargs: Any,
     ):
-        check_model(model)
+        model, args = check_model(model), given_or_default(args, FrancaTrainingArguments)
         collator = data_collator if data_collator is not None else make_collator(model, args)
         block = args.train_batch_size * args.world_size
         if train_dataset is not None and len(train_dataset) < block:

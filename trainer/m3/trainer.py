@@ -12,7 +12,7 @@ from modeling_m3 import MatryoshkaLlavaForConditionalGeneration, visual_output
 from ..shared.attention import UnreadMaskMixin, nothing_padded
 from ..shared.callbacks import StopSignals
 from ..shared.checkpoints import CheckpointMixin
-from ..shared.mixin import check_model
+from ..shared.mixin import check_model, given_or_default
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import M3TrainingArguments
@@ -34,7 +34,7 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMi
 
     Args:
         model: the model; its configuration sets the levels and their weights, unless the arguments do.
-        args: the arguments.
+        args: the arguments; without any, the defaults, written to `tmp_trainer`.
         train_dataset: rows from `trainer.m3.conversations.check_conversations`.
         eval_dataset: rows to evaluate on.
         processing_class: LLaVA's processor, with a chat template.
@@ -53,14 +53,14 @@ class M3Trainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, UnreadMaskMi
 
     def __init__(
         self,
-        model: MatryoshkaLlavaForConditionalGeneration,
-        args: M3TrainingArguments,
+        model: MatryoshkaLlavaForConditionalGeneration | None = None,
+        args: M3TrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ):
-        check_model(model)
+        model, args = check_model(model), given_or_default(args, M3TrainingArguments)
         if args.visual_token_sizes is not None or args.scale_loss_weights is not None:
             sizes = args.visual_token_sizes or model.config.visual_token_sizes
             model.config.set_levels(sizes, args.scale_loss_weights)

@@ -17,7 +17,7 @@ from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import EvaluateLastStep, StopSignals
 from ..shared.checkpoints import CheckpointMixin
 from ..shared.inference import evaluation_mode
-from ..shared.mixin import check_at_hand
+from ..shared.mixin import check_at_hand, given_or_default
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import ClassifierTrainingArguments
@@ -28,7 +28,7 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Atte
 
     Args:
         model: the classifier.
-        args: the arguments.
+        args: the arguments; without any, the defaults, written to `tmp_trainer`.
         eval_dataset: rows to evaluate on.
         **kwargs: passed to `Trainer`; `data_collator` must make batches with `labels`.
 
@@ -43,13 +43,14 @@ class ClassifierTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, Atte
 
     def __init__(
         self,
-        model: MatryoshkaClassifier,
-        args: ClassifierTrainingArguments,
+        model: MatryoshkaClassifier | None = None,
+        args: ClassifierTrainingArguments | None = None,
         eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
         if model is not None:  # which Trainer then makes
             check_at_hand(model)
+        args = given_or_default(args, ClassifierTrainingArguments)
         if eval_dataset is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         self.stop_signals = StopSignals()

@@ -13,7 +13,7 @@ from modeling_2dmse.modeling_smae import StarbucksForMaskedAutoencoding
 from ..shared.attention import AttentionMixin, UnreadMaskMixin
 from ..shared.callbacks import SetEpoch, StopSignals
 from ..shared.checkpoints import CheckpointMixin
-from ..shared.mixin import check_model
+from ..shared.mixin import check_model, given_or_default
 from ..shared.part_log import PartLogMixin
 from ..shared.sampling import ResumableOrderMixin
 from .arguments import SmaeTrainingArguments
@@ -27,7 +27,7 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
 
     Args:
         model: the model, with its tokenizer.
-        args: the arguments, which also set the mask rates.
+        args: the arguments, which also set the mask rates; without any, the defaults, written to `tmp_trainer`.
         train_dataset: texts (column `text`), or blocks from `trainer.smae.corpus.pack`. For an `IterableDataset`,
             `max_steps` must be set.
         eval_dataset: texts or blocks to evaluate on.
@@ -46,13 +46,13 @@ class SmaeTrainer(CheckpointMixin, ResumableOrderMixin, PartLogMixin, AttentionM
 
     def __init__(
         self,
-        model: StarbucksForMaskedAutoencoding,
-        args: SmaeTrainingArguments,
+        model: StarbucksForMaskedAutoencoding | None = None,
+        args: SmaeTrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        check_model(model)
+        model, args = check_model(model), given_or_default(args, SmaeTrainingArguments)
         tokenizer = model.encoder.tokenizer
         collator = MaskingCollator(
             tokenizer,
