@@ -21,12 +21,10 @@ _LINES = {
             r"(\n\t(logging_steps: 500|(logging|eval|save)_steps: 0\.\d+) \(from args\)[^\n]*)+$"
         ),
     ),
-    "torch.onnx._internal.exporter._registration": (re.compile("torchvision is not installed"),),
 }
 # Warnings that start like this.
 _WARNINGS = (
     "'pin_memory' argument is set as true but no accelerator is found",
-    "`isinstance.treespec, LeafSpec.` is deprecated",  # torch.export's own code; the points are parentheses
     "Detected pickle protocol",  # an error that says what to do follows
 )
 # Bars that appear only if the work takes seconds, and only for more than one item.
