@@ -101,7 +101,7 @@ def check(args: MiningArguments) -> None:
     """ValueError for a flag that is not allowed."""
     cli.exactly_one(args, "train_file", "beir_dir", "the pairs")
     if args.size is not None:
-        checks.check_sizes([args.size], "size")
+        checks.check_sizes([args.size], "size", args.model_name_or_path)
     if args.beir_dir is not None and args.corpus_file is not None:
         raise ValueError("corpus_file: the folder of --beir_dir has its own corpus; leave one of the two out")
     if not args.output_file.lower().endswith(FORMATS):

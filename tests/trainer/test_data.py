@@ -85,7 +85,7 @@ def test_parquet_gz(tmp_path):
         (
             "t.csv",
             "sentence1,sentence2,score\na,b,1\na,b,n/a\na,b,\na,b,1_0\n",
-            "score must hold numbers, but has others in 2 rows, first 'n/a' in row 2; remove these rows, or pass --skip_inv",
+            "score must hold numbers, but has others in 2 rows, first 'n/a' in row 2; remove these rows, or pass",
         ),
         ("t.csv", 'sentence1,sentence2,score\na,b,"1,5"\n', "has '1,5' in row 1: write a point instead of the comma"),
         (

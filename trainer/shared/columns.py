@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datasets import ClassLabel, Dataset, LargeList, List
 from transformers.utils import logging
 
+from .roles import is_teacher_score, parse_role
+
 logger = logging.get_logger(__name__)
 
 # The first part of the name of each column with a teacher's scores is the column of texts that they belong to.
@@ -32,8 +34,6 @@ _SCORED_ONLY = (
     *(("question1", "question2"), ("sent1", "sent2")),
 )
 _NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document|doc)?s?(\d*)")
-_TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
-_TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
 
 
 class UnknownColumns(ValueError):
@@ -72,12 +72,7 @@ def name_columns(table: Dataset, columns: Sequence[str] | None, argument: str) -
 def _given(names: Sequence[str], columns: Sequence[str], argument: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for entry in columns:
-        name, _, role = entry.rpartition(":")
-        if not name or not _TARGET.fullmatch(role):
-            raise ValueError(
-                f"columns: {entry!r} is not NAME:ROLE, for example query:anchor document:positive; roles: anchor, "
-                "positive, negative, negative_1, ..., sentence1, sentence2, score"
-            )
+        name, role = parse_role(entry)
         if name not in names:
             raise ValueError(f"columns: {argument} has no column {name}, only {', '.join(names)}")
         if role in given.values():
@@ -117,8 +112,8 @@ def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[s
 
 def _teacher_scores(free: list[str], given: dict[str, str], texts: list[str], argument: str) -> dict[str, str]:
     """The columns with a teacher's scores, of all texts or of none."""
-    scores = {name: name for name in free if _TEACHER.fullmatch(name)}
-    scores |= {name: role for name, role in given.items() if _TEACHER.fullmatch(role)}
+    scores = {name: name for name in free if is_teacher_score(name)}
+    scores |= {name: role for name, role in given.items() if is_teacher_score(role)}
     missing = [text + TEACHER_SCORE for text in texts if text + TEACHER_SCORE not in scores.values()]
     if scores and missing:
         raise ValueError(f"{argument}: there are columns {', '.join(scores)}, but no {missing[0]}")

@@ -5,11 +5,14 @@ Imports no library, so that a script refuses a file at once.
 
 import codecs
 import contextlib
+import csv
 import gzip
 import os
 import re
 import zlib
 
+# Of files that are read as tables.
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 # Bytes of a file that are looked at.
 _SAMPLE = 1 << 20
 # A name of each encoding that people have, and what iconv calls it.
@@ -27,6 +30,15 @@ def find_suffix(path: str) -> str:
     return os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
 
 
+def check_format(path: str, argument: str) -> None:
+    """ValueError for a file of a table that has another suffix, or is empty."""
+    if find_suffix(path) not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{argument}: {path} is empty")
+
+
 def check_heading(path: str, argument: str) -> None:
     """ValueError if the first line of a csv or tsv file is of another encoding, or has another separator."""
     suffix = find_suffix(path)
@@ -38,6 +50,15 @@ def check_heading(path: str, argument: str) -> None:
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {_convert(encoding)}")
     if separated := _separator_hint(heading.decode("utf-8", errors="replace"), suffix):
         raise ValueError(f"{argument}: {path} has only one column{separated}")
+
+
+def read_names(path: str) -> list[str] | None:
+    """The names of the columns of a csv or tsv file; None for other files."""
+    suffix = find_suffix(path)
+    if suffix not in (".csv", ".tsv") or not os.path.isfile(path):
+        return None
+    heading = _read_start(path).partition(b"\n")[0].decode("utf-8-sig", errors="replace")
+    return next(csv.reader([heading.rstrip("\r")], delimiter="\t" if suffix == ".tsv" else ","), [])
 
 
 def find_hint(path: str, suffix: str, cause: str) -> str:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers.utils import logging
 
-from .headings import check_heading, find_hint, find_suffix
+from .headings import check_format, check_heading, find_hint, find_suffix
 
 logger = logging.get_logger(__name__)
 
@@ -57,12 +57,8 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
             raise ValueError(f"{argument}: the splits {split} of {path} have different columns; name one of them")
         return first
     check_file(path, argument)
+    check_format(path, argument)
     suffix = find_suffix(path)
-    if suffix not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{argument}: {path} is empty")
     check_csv(path, suffix, argument)
     try:
         table = _load(path, suffix)
