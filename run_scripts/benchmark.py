@@ -87,7 +87,7 @@ def check(name: str | None, args: BenchmarkArguments) -> None:
     checks.check_at_least("vectors", args.vectors, 1000)
     for limit in ("max_texts", "max_length"):
         checks.check_at_least(limit, getattr(args, limit), 1)
-    checks.check_sizes(args.sizes, model=args.model_name_or_path)
+    checks.check_sizes(args.sizes)
     checks.check_model(args.model_name_or_path)
     checks.check_files("train_file", args.train_file)
     checks.check_files("texts", args.texts)
