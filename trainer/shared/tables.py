@@ -91,8 +91,11 @@ def as_strings(table: Dataset, *more: str) -> Dataset:
 
 
 def require_table(table: object, argument: str) -> Dataset:
-    """The table itself; ValueError for everything else that people have, which says how to make a table of it."""
+    """The table itself; ValueError if it has no rows, and for everything else that people have, which says how to make
+    a table of it."""
     if isinstance(table, Dataset):
+        if not len(table):
+            raise ValueError(f"{argument}: the table has no rows")
         return table
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"{argument}: a DatasetDict is a dict of splits; pass one of {', '.join(map(str, table))}")
