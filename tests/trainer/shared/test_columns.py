@@ -160,6 +160,38 @@ def test_a_list_of_negatives_beside_numbered_ones():
     }
 
 
+@pytest.mark.parametrize(
+    "name", ["relevance", "relevant", "is_relevant", "Rel", "qrel", "grade", "label", "similarity"]
+)
+def test_pairs_that_are_not_relevant_are_no_positives(name):
+    texts = {"query": ["a", "b", "c"], "passage": ["d", "e", "f"]}
+    for values in ([1, 0, 1], [True, False, True], ["1", "0", "1"], [2.0, 0.0, None], [3, 0, 2]):
+        table = Dataset.from_dict(texts | {name: values})
+        if None in values:
+            with pytest.raises(ValueError, match="column score holds 1 values that are not finite"):
+                check_table(table)
+        else:
+            assert check_table(table)["score"][:] == [float(value) for value in values]
+    for roles, column in ((["query:anchor", "passage:positive"], {}), (None, {"negative": ["x", "y", "z"]})):
+        table = Dataset.from_dict(texts | {name: [1, 0, 1]} | column)
+        with pytest.raises(
+            ValueError, match=f"the column {name} is 0 in some rows, which would be trained as positives"
+        ):
+            check_table(table, columns=roles)
+        assert check_table(table.remove_columns(name), columns=roles).column_names == PAIR + list(column)
+
+
+def test_judgements_without_a_zero():
+    texts = {"query": ["a", "b", "c"], "passage": ["d", "e", "f"]}
+    for values in ([1, 1, 1], [2, 1, 3], ["A", "B", "C"]):
+        assert check_table(Dataset.from_dict(texts | {"grade": values})).column_names == PAIR
+    assert check_table(Dataset.from_dict(texts | {"relevance": [0, 1, 2]})).column_names == SCORED
+    with pytest.raises(ValueError, match=r"^train_file: the column rel is 0 in every row, so no row is a positive$"):
+        check_table(Dataset.from_dict(texts | {"rel": [0, 0, 0]}))
+    with pytest.raises(ValueError, match="column score must hold numbers, but has texts, for example 'yes' in row 1"):
+        check_table(Dataset.from_dict(texts | {"relevant": ["yes", "no", "yes"]}))
+
+
 @pytest.mark.parametrize("names", [["Sentence1", "Sentence2"], ["sentence_A", "sentence_B"]])
 def test_sentences_need_a_score_under_any_name(names):
     texts = {name: ["a", "b"] for name in names}
