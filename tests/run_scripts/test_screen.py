@@ -42,6 +42,18 @@ def refusal(main, argv, capsys) -> str:
         (["--learning-rat=1"], "--learning-rat is unknown; did you mean --learning_rate?"),
         (["-learning_rate", "1"], "-learning_rate is unknown; did you mean --learning_rate?"),
         (["--model_nam_or_path", "m"], "--model_nam_or_path is unknown; did you mean --model_name_or_path?"),
+        (["--model", "m"], "--model is unknown; did you mean --model_name_or_path?"),
+        (["--size", "2x64"], "--size is unknown; did you mean --sizes?"),
+        (["--lr=1"], "--lr is unknown; did you mean --learning_rate?"),
+        (["--device_train_batch", "1"], "--device_train_batch is unknown; did you mean --per_device_train_batch_size?"),
+        (["--columnss", "a"], "--columnss is unknown; did you mean --columns?"),
+        (["--guide", "a"], "--guide is unknown; did you mean --guide_model_name_or_path?"),
+        (
+            ["--train", "a"],
+            "--train is unknown; did you mean --train_file or --train_split or --train_sampling_strategy?",
+        ),
+        (["--eval", "a"], "--eval is unknown; --help lists the flags"),
+        (["--hepl"], "--hepl is unknown; did you mean --help?"),
         (["--zzz"], "--zzz is unknown; --help lists the flags"),
         (["--overwrite_output_dir"], "--overwrite_output_dir is unknown; --help lists the flags"),
     ],
@@ -66,8 +78,9 @@ def test_a_typing_error_in_a_recipe_and_in_a_command(tmp_path, capsys, monkeypat
     (tmp_path / "recipe.yaml").write_text("model_name_or_path: m\nlerning_rate: 1\n")
     line = refusal(finetune.main, [str(tmp_path / "recipe.yaml")], capsys)
     assert line.endswith("--lerning_rate is unknown; did you mean --learning_rate?")
-    monkeypatch.setattr("sys.argv", ["twodmse", "finetun"])
-    assert "finetun is unknown; did you mean finetune?" in refusal(lambda _: console.main(), [], capsys)
+    for word, meant in (("finetun", "finetune"), ("--hepl", "--help"), ("help", "--help"), ("mine", "mine_negatives")):
+        monkeypatch.setattr("sys.argv", ["twodmse", word])
+        assert f"{word} is unknown; did you mean {meant}?" in refusal(lambda _: console.main(), [], capsys)
 
 
 def argument_classes():
