@@ -1,11 +1,14 @@
 """What `from_pretrained` needs besides transformers: checks of the weights, and arguments for the other files."""
 
+import difflib
 import os
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel, __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from .backbone import check_device_map, check_one_stack, drop_pooler
 
@@ -18,10 +21,14 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
         kwargs: those of `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: it has an encoder and a decoder, some of its layers have no weights, or weights are not finite, no
-            floating-point numbers or on the meta device.
+        ValueError: transformers has no such model, it has an encoder and a decoder, some of its layers have no weights,
+            or weights are not finite, no floating-point numbers or on the meta device.
     """
-    backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    try:
+        backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except ValueError as error:
+        _check_known(name_or_path, error, **hub_kwargs(kwargs))
+        raise
     check_one_stack(backbone)
     check_device_map(backbone, name_or_path)
     backbone = drop_pooler(backbone)
@@ -44,6 +51,23 @@ def check_type(name: str | os.PathLike, kwargs: dict) -> None:
             f"{name}: it is an SMAE pre-training model; AutoModel.from_pretrained loads its encoder, and "
             "StarbucksForMaskedAutoencoding.from_pretrained the whole"
         )
+
+
+def _check_known(name_or_path: str, error: ValueError, **kwargs) -> None:
+    """ValueError from `error` in one sentence, if the cause is a model type that AutoModel does not load: transformers
+    lists all that it does."""
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in MODEL_MAPPING_NAMES or "auto_map" in config:
+        return
+    if kind in CONFIG_MAPPING and kind not in CONFIG_MAPPING_NAMES:  # a class that was registered
+        return
+    near = difflib.get_close_matches(kind, MODEL_MAPPING_NAMES, cutoff=0.75)
+    hint = f"did you mean {' or '.join(near)}?" if near else "name a text encoder, or update transformers"
+    raise ValueError(
+        f"name_or_path: {name_or_path} is of the model type {kind!r}, which transformers {__version__} cannot load as "
+        f"an encoder; {hint}"
+    ) from error
 
 
 def check_stored(name: object, quantized: bool) -> None:

@@ -1,6 +1,10 @@
 """One size as an ONNX file: token ids to token states and embeddings."""
 
+import contextlib
+import logging
 import os
+import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -9,6 +13,13 @@ from .encoding import to_embeddings
 from .pooling import pool
 
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
+# How lines of torch's exporter and of onnxruntime's quantisation start that have no meaning for a text encoder, by
+# their logger, and a warning of torch about torch's own code.
+_LINES = {
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed. Skipping",
+    "root": "Please consider to run pre-processing before quantization",
+}
+_WARNING = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
 
 
 class Embedder(nn.Module):
@@ -58,7 +69,7 @@ def write_onnx(model, folder: str, dtype: str) -> None:
     # The axes of all inputs are the same two; torch warns about names that are given twice.
     named, free = {0: "batch_size", 1: "sequence_length"}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     path = os.path.join(folder, "model.onnx")
-    with torch.inference_mode(False), torch.no_grad():
+    with _known_lines_hidden(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             module,
             kwargs=inputs,
@@ -95,7 +106,27 @@ def _quantize(path: str, target: str) -> None:
     except ImportError as error:
         raise ValueError('dtype: int8 needs onnx; pip install "twodmse[onnx]"') from error
     # Weights of 7 bits, scaled per channel: on CPUs without VNNI, sums of 8-bit products overflow and saturate.
-    quantize_dynamic(path, target, per_channel=True, reduce_range=True)
+    with _known_lines_hidden():
+        quantize_dynamic(path, target, per_channel=True, reduce_range=True)
+
+
+@contextlib.contextmanager
+def _known_lines_hidden() -> Iterator[None]:
+    """Hide `_LINES` and `_WARNING`, about which a user can do nothing."""
+    loggers = [logging.getLogger(name) for name in _LINES]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_WARNING, category=FutureWarning)
+        for logger in loggers:
+            logger.addFilter(_is_shown)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(tuple(_LINES.values()))
 
 
 def check_onnxruntime():

@@ -219,7 +219,7 @@ class MatryoshkaClassifier(PreTrainedModel):
             data_collator: from a list of rows to a batch; default: transformers' `default_data_collator`, which does
                 not pad (`DataCollatorWithPadding` does).
             batch_size: rows per batch.
-            disable_tqdm: whether to show no progress bar; default: shown on a terminal.
+            disable_tqdm: whether to show no progress bar; default: shown on a terminal, for several batches.
 
         Returns:
             One threshold for each size but the largest.
@@ -252,6 +252,8 @@ class MatryoshkaClassifier(PreTrainedModel):
         loader = DataLoader(dataset, batch_size, collate_fn=data_collator or default_data_collator)
         logits, labels = [], []
         model, device = inference_twin(self), execution_device(self)
+        if disable_tqdm is None and len(loader) == 1:
+            disable_tqdm = True
         for batch in logging.tqdm(loader, desc="Classifying", leave=False, disable=disable_tqdm):
             batch = {name: value.to(device) for name, value in batch.items()}
             labels.append(batch.pop("labels", None))

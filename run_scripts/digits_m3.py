@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli
+from run_scripts.shared import checks, cli, screen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,8 +51,9 @@ def main(argv=None) -> None:
         folder = os.path.join(args.output_dir, "model")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for split, table in tables.items():
-            table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
+        with screen.without_bars():
+            for split, table in tables.items():
+                table.to_parquet(os.path.join(args.output_dir, f"{split}.parquet"))
     sizes = ", ".join(f"{len(table)} {split}" for split, table in tables.items())
     print(f"{sizes} rows and {model.num_parameters():,} random parameters; written to {args.output_dir}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from retrieval.reading import STDIN, Malformed, Text, count_lines, read_texts
 from retrieval.shards import FORMATS, Corpus, Store, check_settings, encode_shards, finish, is_ours, make_shards
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
+from trainer.shared.headings import check_heading
 from twodmse import __version__
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def main(argv=None) -> None:
         (args,) = cli.Parser((EncodeArguments,)).parse(argv)
         check(args)
         texts = read_texts(args.input, args.text_column, args.id_column)
+        checks.check_model(args.model_name_or_path)
 
         import torch
         from accelerate import PartialState
@@ -222,8 +225,9 @@ def check(args: EncodeArguments) -> None:
     if not is_ours(Path(args.output_dir)):
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
     if args.sizes:
-        checks.check_chosen_sizes(args.sizes)
-    checks.check_model(args.model_name_or_path)
+        checks.check_chosen_sizes(args.sizes, args.model_name_or_path)
+    if os.path.isfile(args.input):
+        check_heading(args.input, "input")
 
 
 def describe(args: EncodeArguments, model: TwoDMSEModel, sizes: list[Size], prompt: str) -> dict:

@@ -117,7 +117,7 @@ def check(args: EvaluationArguments) -> None:
     checks.check_no_results(args.output_dir, args.overwrite)
     if args.cross_sizes and not args.beir_dirs:
         raise ValueError("cross_sizes: only retrieval has queries and documents; name some with --beir_dirs")
-    checks.check_chosen_sizes(args.sizes)
+    checks.check_chosen_sizes(args.sizes, args.model_name_or_path)
     checks.check_files("sts_files", *(args.sts_files or []))
     checks.check_beir_dirs("beir_dirs", args.beir_dirs or [], args.split)
     checks.check_model(args.model_name_or_path)

@@ -61,7 +61,8 @@ def main(argv=None) -> None:
         collator = ConversationCollator(processor, sizes)
         collator([rows[0]])  # shows here what does not fit the processor's template
     model = models.to_device(model).eval()
-    batches = tqdm(DataLoader(rows, args.batch_size, collate_fn=collator), desc="scoring", disable=None)
+    loader = DataLoader(rows, args.batch_size, collate_fn=collator)
+    batches = tqdm(loader, desc="scoring", disable=len(loader) == 1 or None)  # None: shown on a terminal
     with cli.user_errors(), cli.reading_pictures():
         levels = join_scores(score_batch(model, send_to_device(batch, model.device)) for batch in batches)
         check_losses({size: scores.loss for size, scores in levels.items()})

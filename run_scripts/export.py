@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from run_scripts.shared import checks, cli, remote_code
+from run_scripts.shared.model_folder import read_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +87,11 @@ def check(args: ExportArguments) -> None:
         raise ValueError(f"dtype: {args.dtype!r} is not allowed for {args.format}; choose one of {', '.join(dtypes)}")
     if os.path.isfile(args.output_dir) or (os.path.isdir(args.output_dir) and os.listdir(args.output_dir)):
         raise ValueError(f"output_dir: {args.output_dir} is not empty; choose another folder")
+    for name, highest in zip(("num_layers", "dim"), read_shape(args.model_name_or_path), strict=True):
+        value = getattr(args, name)
+        if value is not None and (value < 1 or value > (highest or value)):
+            known = f"this model has 1 to {highest}" if highest else "use a whole number from 1"
+            raise ValueError(f"{name}: {value} is not allowed; {known}")
     checks.check_files("sts_files", *(args.sts_files or []))
     checks.check_model(args.model_name_or_path)
 

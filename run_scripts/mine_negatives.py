@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from run_scripts.shared import checks, cli, remote_code
+from run_scripts.shared import checks, cli, remote_code, screen
 from trainer.selection import NegativeSelection
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check(args: MiningArguments) -> None:
     """ValueError for a flag that is not allowed."""
     cli.exactly_one(args, "train_file", "beir_dir", "the pairs")
     if args.size is not None:
-        checks.check_sizes([args.size], "size")
+        checks.check_sizes([args.size], "size", args.model_name_or_path)
     if args.beir_dir is not None and args.corpus_file is not None:
         raise ValueError("corpus_file: the folder of --beir_dir has its own corpus; leave one of the two out")
     if not args.output_file.lower().endswith(FORMATS):
@@ -197,12 +197,15 @@ def build_table(task: MiningTask, negatives: torch.Tensor, selection: NegativeSe
 
 def write_table(table: Dataset, path: str) -> None:
     """Write atomically: a reader sees the old file or the complete new one. The same table gives the same bytes."""
+    from datasets import config
+
     partial, name = f"{path}.partial", path.lower()
+    one_step = name.endswith(".parquet") or len(table) <= config.DEFAULT_MAX_BATCH_SIZE
     try:
         with open(partial, "wb") as raw:
             is_packed = name.endswith(".gz")
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_packed else contextlib.nullcontext(raw)
-            with packed as file:
+            with packed as file, screen.without_bars(one_step):
                 if name.endswith(".parquet"):
                     table.to_parquet(file)
                 elif name.endswith((".jsonl", ".jsonl.gz")):

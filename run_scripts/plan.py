@@ -77,7 +77,7 @@ def check(args: PlanArguments) -> None:
     for name in ("corpus_size", "max_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     checks.check_choice("precision", args.precision, tuple(BYTES))
-    checks.check_chosen_sizes(args.sizes)
+    checks.check_chosen_sizes(args.sizes, args.model_name_or_path)
     checks.check_files("texts", args.texts)
     checks.check_files("results", args.results)
     checks.check_model(args.model_name_or_path)

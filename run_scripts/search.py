@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Characters shown of a text.
 _SHOWN = 160
+# What ends the interactive mode; the first is the word that is told.
+_ENDS = ("exit", "quit", "q", ":q", "exit()", "quit()")
 
 
 @dataclass
@@ -126,7 +128,7 @@ def ask():
             return
         except UnicodeDecodeError as error:
             raise ValueError(f"query: standard input has a line that is not UTF-8: {error}") from error
-        if line.strip().lower() in ("exit", "quit"):
+        if line.strip().lower() in _ENDS:
             return
         if line.strip():
             yield line

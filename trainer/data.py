@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -264,7 +265,7 @@ def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
     try:
         scores = pc.cast(column, "float64").to_numpy(zero_copy_only=False)
     except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise ValueError(f"{argument}: column {name} must hold numbers: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{argument}: column {name} {_describe_texts(column, name)}") from error
     broken = ~np.isfinite(scores)
     if optional:
         broken &= np.asarray([bool(text) for text in table[name.removesuffix(TEACHER_SCORE)]])
@@ -275,3 +276,27 @@ def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
             f"the first in row {broken[0] + 1}{INVALID_ROWS if name == 'score' else ''}"
         )
     return table.remove_columns(name).add_column(name, scores.tolist())
+
+
+def _describe_texts(column: pa.ChunkedArray, name: str) -> str:
+    """What is wrong with a column of scores that cannot be cast to numbers, as the end of an error."""
+    if str(column.type) not in ("string", "large_string"):
+        return f"must hold numbers, not {column.type}"
+    wrong = [(row, value) for row, value in enumerate(column.to_pylist(), 1) if value and not _is_number(value)]
+    row, value = wrong[0]
+    if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
+        return f"must hold numbers, but has {value!r} in row {row}: write a point instead of the comma"
+    if len(wrong) == len(column):
+        return f"must hold numbers, but has texts, for example {value!r} in row {row}"
+    rows = "one row" if len(wrong) == 1 else f"{len(wrong)} rows"
+    return f"must hold numbers, but has others in {rows}, first {value!r} in row {row}" + INVALID_ROWS * (
+        name == "score"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        pa.scalar(text).cast("float64")
+    except ValueError:
+        return False
+    return True

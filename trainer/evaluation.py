@@ -272,11 +272,14 @@ def evaluate_tasks(
         the contents of `results.json`: `{"sts": {name: ...}, "retrieval": {name: ...}}`.
 
     Raises:
-        ValueError: two tasks have the same name.
+        ValueError: two tasks have the same name, or one has nothing to score.
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks: two of {', '.join(names)} have the same name; name them apart with `name_apart`")
+    for task in tasks:
+        if not (task.score if isinstance(task, StsData) else task.queries and task.corpus):
+            raise ValueError(f"tasks: {task.name} has nothing to score")
     results: dict = {}
     for task in tasks:
         if isinstance(task, StsData):

@@ -173,7 +173,8 @@ def top_candidates(
         cosine is -inf if a query has fewer candidates.
     """
     steps = math.ceil(len(queries) / query_chunk) * math.ceil(len(documents) / corpus_chunk)
-    with logging.tqdm(total=steps, desc="Searching", unit="block", leave=False, disable=None) as bar:
+    hidden_bar = steps == 1 or None  # None: shown on a terminal
+    with logging.tqdm(total=steps, desc="Searching", unit="block", leave=False, disable=hidden_bar) as bar:
         for start in range(0, len(queries), query_chunk):
             block = queries[start : start + query_chunk]
             pairs = [(row, number) for row, numbers in enumerate(excluded[start : start + len(block)])

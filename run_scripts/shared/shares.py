@@ -16,13 +16,16 @@ from . import plots
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Untouched, and after each effort of elasticize.py.
+# Untouched, and after each effort of elasticize.py, in the colours that the methods have in other pictures: fit refines
+# projections, short and full are ours on fewer and more pairs.
 _STYLES = {
     "untouched": {"color": plots.COLORS["untrained"], "linestyle": "--"},
-    "fit": {"color": plots.COLORS["starbucks-score_kl"]},
+    "fit": {"color": plots.COLORS["projections-refined"]},
     "short": {"color": plots.COLORS[plots.OURS], "linewidth": 3, "markersize": 7, "zorder": 4},
-    "full": {"color": plots.COLORS["separate"]},
+    "full": {"color": plots.COLORS[plots.OURS], "linestyle": "-.", "marker": "s", "zorder": 5},
 }
+# Relative times whose labels would touch.
+_NEAR = 0.1
 
 
 def shares(results: dict, name: str) -> dict[str, dict[str, float]]:
@@ -92,9 +95,12 @@ def _draw(axis: "Axes", name: str, runs: Sequence[dict]) -> None:
             axis.plot(*drawn[label], label=label, **{"marker": "o", "markersize": 4} | _STYLES[label])
     times, values = drawn[[label for label in _STYLES if label in drawn][-1]]
     for place, (size, x, y) in enumerate(zip(runs[-1]["costs"], times, values, strict=True)):
-        offset = (0, -16 if place % 2 else 8)  # neighbours may take nearly the same time
-        label = axis.annotate(size, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=7)
-        label.set(path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5)  # readable on lines
+        last = place == len(times) - 1  # the lines of all runs come to it from below
+        height = -16 if place % 2 and not last else 8  # neighbours may take nearly the same time
+        near = [abs(other - x) < _NEAR for other in (*times[place - 1 : place], *times[place + 1 : place + 2])]
+        side = "center" if not any(near) else "right" if height > 0 else "left"  # away from a line that rises
+        label = axis.annotate(size, (x, y), xytext=(0, height), textcoords="offset points", ha=side, fontsize=7)
+        label.set(path_effects=[withStroke(linewidth=2, foreground="white")], zorder=6)  # readable on lines
     plots.set_title(axis, *dict.fromkeys((runs[-1].get("base_model") or plots.public_name(runs[-1]["model"]), name)))
     axis.set(xlabel="time to encode, relative to the full size", xlim=(0, 1.1), xticks=[n / 5 for n in range(6)])
     axis.grid(alpha=0.25)

@@ -1,6 +1,7 @@
 """One size as a small model: every form of it gives the same vectors, and it contains nothing that it does not need."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -95,10 +96,18 @@ def test_half_precision(dtype, tiny_model, tmp_path):
     assert (half * model.encode(SENTENCES, 2, 16)).sum(1).min() > 0.99
 
 
-def test_int8_onnx_is_smaller_and_close(tiny_model, tmp_path):
+def test_int8_onnx_is_smaller_and_close_and_no_line_of_a_library_is_shown(tiny_model, tmp_path, caplog, recwarn):
     model = tiny_model()
+    exporting = logging.getLogger("torch.onnx._internal.exporter._registration")
+    exporting.addHandler(caplog.handler)  # torch's loggers do not propagate
     for dtype in ("float32", "int8"):
         model.export(tmp_path / dtype, 2, 16, format="onnx", dtype=dtype)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [str(warning.message) for warning in recwarn] == []
+    exporting.warning("torchvision is not installed. Skipping torchvision::nms")
+    logging.getLogger().warning("Please consider to run pre-processing before quantization")
+    assert len(caplog.records[-2:]) == 2, "they are hidden while a model is exported, and no longer"
+    exporting.removeHandler(caplog.handler)
     assert sorted(path.name for path in (tmp_path / "float32" / "onnx").iterdir()) == ["model.onnx"]
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "int8" / "onnx").iterdir()}
     assert sizes["model_quantized.onnx"] < sizes["model.onnx"]

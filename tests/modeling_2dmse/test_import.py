@@ -236,6 +236,23 @@ def test_damaged_weights_of_a_dense_module_are_refused_by_name(backbone_path, tm
         TwoDMSEModel.from_backbone(folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bertt"}, "is of the model type 'bertt', which transformers .* did you mean bert"),
+        ({"model_type": "pix2struct"}, "'pix2struct', which transformers .* cannot load as an encoder; name a text"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "a.B", "AutoModel": "a.C"}}, "trust_remote_code"),
+    ],
+)
+def test_an_unknown_type_of_model_is_refused_without_a_list_of_all(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as refused:
+        TwoDMSEModel.from_backbone(tmp_path)
+    assert len(str(refused.value)) < 500 or "auto_map" in config
+    with pytest.raises(ValueError, match=f"^model_name_or_path: .*({message})"):
+        models.load_encoder(str(tmp_path))
+
+
 def test_adapters_of_peft_are_refused_by_name(backbone_path, tmp_path):
     peft = pytest.importorskip("peft")
     adapted = AutoModel.from_pretrained(backbone_path("bert"))

@@ -213,8 +213,9 @@ def test_help_and_refusals_load_no_libraries_of_training(name, tmp_path):
     command = ["train"] if name == "classify" else []
     kind, flag = ("folder", "train_dir") if name == "pretrain_franca" else ("file", "train_file")
     wrong = [*command, "--model_name_or_path", "m", "--output_dir", "out", f"--{flag}", "absent"]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "data.csv").write_text("precious")
+    for folder, file in (("m", "config.json"), ("out", "data.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("precious")
     there = "out" if kind == "folder" else "out/data.csv"
     for argv, code, message in (
         ([*command, "--help"], 0, ""),
@@ -236,7 +237,7 @@ def test_help_and_refusals_load_no_libraries_of_training(name, tmp_path):
             line[: len(f"{name}.py: error: {message}")] for line in errors
         ]
         assert seconds < 20
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "data.csv"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"m", "config.json", "out", "data.csv"}
 
 
 @pytest.mark.parametrize("way", [["-m", "run_scripts.finetune"], ["-m", "twodmse", "finetune"]])

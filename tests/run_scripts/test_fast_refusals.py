@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import pytest
 
-from modeling_2dmse import export, parse_size
+from modeling_2dmse import export, parse_ladder, parse_size
 from modeling_2dmse.formats import PRECISIONS
 from modeling_franca import rasa
 from retrieval.planning import BYTES
 from run_scripts import benchmark
 from run_scripts.benchmarks import registry
 from run_scripts.shared import checks, cli, early
-from trainer.shared.tables import read_table
+from run_scripts.shared.model_folder import read_shape
+from trainer.shared import headings
+from trainer.shared.tables import FORMATS, read_table
 from twodmse.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +49,13 @@ WRONG = {
     ),
     "demo: model": ("demo", [*MODEL], "model_name_or_path: ./absent does not exist"),
     "demo: corpus": ("demo", ["--corpus_file", "x.txt"], "corpus_file: x.txt is not a file"),
-    "encode: model": ("encode", [*MODEL, *OUT, "--input", "x"], "model_name_or_path: ./absent does not exist"),
+    "encode: model": ("encode", [*MODEL, *OUT, "--input", "-"], "model_name_or_path: ./absent does not exist"),
     "encode: precision": ("encode", [*MODEL, *OUT, "--input", "x", "--precision", "int4"], "precision: 'int4' is unk"),
+    "encode: name": (
+        "encode",
+        ["--model_name_or_path", "models/absent", *OUT, "--input", "-"],
+        "model_name_or_path: models/absent is not a folder, and the Hub cannot be asked for it",
+    ),
     "encode: input": ("encode", ["--model_name_or_path", "a", *OUT, "--input", "x.txt"], "input: x.txt is not a file"),
     "encode: part": (
         "encode",
@@ -67,6 +74,16 @@ WRONG = {
     "evaluate_franca: folder": ("evaluate_franca", [*MODEL, *OUT, "--train_dir", "x"], "train_dir: x is not a folder"),
     "evaluate_m3: file": ("evaluate_m3", [*MODEL, *OUT, "--data_file", "x"], "data_file: x is not a file"),
     "export: dtype": ("export", [*MODEL, *OUT, "--dtype", "int8"], "dtype: 'int8' is not allowed for transformers"),
+    "export: name": (
+        "export",
+        ["--model_name_or_path", "a model", *OUT],
+        "model_name_or_path: a model is not a folder, nor a name that the Hub allows",
+    ),
+    "export: layers": (
+        "export",
+        [*MODEL, *OUT, "--num_layers", "0"],
+        "num_layers: 0 is not allowed; use a whole number",
+    ),
     "export: model": ("export", [*MODEL, *OUT], "model_name_or_path: ./absent does not exist"),
     "mine_negatives: size": (
         "mine_negatives",
@@ -182,13 +199,85 @@ def test_training_scripts_load_no_more_than_their_flags_need(name):
     check_refusal(refused, name, "flags: --nonsense is unknown")
 
 
-@pytest.mark.parametrize("start", [["run_scripts/finetune.py"], ["-m", "twodmse", "finetune"]])
-def test_training_scripts_refuse_a_typo_before_torch_is_imported(start):
-    command = [sys.executable, "-X", "importtime", *start, "--leerning_rate", "1"]
+@pytest.mark.parametrize(
+    ("start", "flag", "message"),
+    [
+        (
+            ["run_scripts/finetune.py"],
+            ["--leerning_rate", "1"],
+            "flags: --leerning_rate is unknown; did you mean --learn",
+        ),
+        (["-m", "twodmse", "pretrain"], ["--sizes", "2x"], "sizes: '2x' is not a size; write LAYERSxDIM"),
+    ],
+)
+def test_training_scripts_refuse_a_typo_before_torch_is_imported(start, flag, message):
+    command = [sys.executable, "-X", "importtime", *start, *flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "error: flags: --leerning_rate is unknown; did you mean --learning_rate?\n" in done.stderr
+    assert f"error: {message}" in done.stderr
     assert not re.search(r"\| +(torch|accelerate)$", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    {
+        "sizes": (["--sizes", "1x8", "9x9"], "sizes: 9x9 asks for 9 layers, but the backbone has 1 to 4"),
+        "dims": (["--sizes=4x33"], "sizes: 4x33 asks for 33 dimensions, but the backbone has 1 to 32"),
+        "role": (["--columns", "a=b"], "columns: 'a=b' is not NAME:ROLE, for example query:anchor"),
+        "column": (["--columns", "c:anchor"], "columns: train_file has no column c, only a, b"),
+        "separator": (
+            ["--eval_file", "semicolons.csv"],
+            "eval_file: semicolons.csv has only one column; its columns se",
+        ),
+        "encoding": (
+            ["--train-file", "utf16.tsv"],
+            "train_file: utf16.tsv cannot be read as tsv: it is not UTF-8, perh",
+        ),
+        "folder": (["--model_name_or_path", "./absent"], "model_name_or_path: ./absent does not exist"),
+        "guide": (["--guide_model_name_or_path", "a/b"], "guide_model_name_or_path: a/b is not a folder, and the Hub"),
+        "recipe": (["recipe.yaml"], "sizes: '6' is not a size"),
+        "no recipe": (["finetune.yaml"], "recipe: finetune.yaml is not a file"),
+    }.values(),
+)
+def test_wrong_values_of_a_training_script(flags, message, tmp_path, monkeypatch, capsys):
+    """In this process, with the flags of a run that works before those that are wrong."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "distilbert", "n_layers": 4, "dim": 32}')
+    (tmp_path / "pairs.csv").write_text("a,b\nx,y\n")
+    (tmp_path / "semicolons.csv").write_text("anchor;positive\nx;y\n")
+    (tmp_path / "utf16.tsv").write_text("anchor\tpositive\nx\ty\n", encoding="utf-16")
+    (tmp_path / "recipe.yaml").write_text("sizes: [6]\n")
+    good = ["--model_name_or_path", "model", "--train_file", "pairs.csv", "--sizes", "4x32", "--columns", "a:anchor"]
+    early.refuse(str(ROOT / "run_scripts" / "finetune.py"), good)
+    words = flags + good[:4] if flags[0].endswith(".yaml") else good + flags
+    with pytest.raises(SystemExit, match="2"):
+        early.refuse(str(ROOT / "run_scripts" / "finetune.py"), words)
+    assert f": error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ('{"num_hidden_layers": 6, "hidden_size": 384, "dim": 8}', (6, 384)),
+        ('{"n_layer": 2, "n_embd": 4}', (2, 4)),
+        ('{"text_config": {"hidden_size": 8}, "num_layers": "3"}', (None, None)),
+        ("[1]", (None, None)),
+        ("{", (None, None)),
+    ],
+)
+def test_the_shape_of_a_model(config, shape, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert read_shape(str(tmp_path)) == shape
+    assert read_shape(str(tmp_path / "absent")) == (None, None)
+
+
+def test_sizes_are_beyond_a_model_as_the_library_says(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 6, "hidden_size": 384}')
+    for size in ("6x384", "7x8", "1x385"):
+        wanted = reason(parse_ladder, [size], 6, 384)
+        assert reason(checks.check_sizes, [size], "sizes", str(tmp_path)) == wanted
+        assert (wanted is None) == (size == "6x384")
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -224,6 +313,7 @@ def test_choices_are_those_of_the_libraries():
     assert checks.EXPORT_DTYPES == export.DTYPES
     assert tuple(checks.EXPORT_DTYPES) == export.FORMATS
     assert checks.RASA_METHODS == rasa.METHODS
+    assert tuple(FORMATS) == headings.SUFFIXES
     assert list(registry.MEASURES) == list(benchmark.BENCHMARKS)
 
 

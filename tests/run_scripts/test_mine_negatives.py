@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SENTENCES
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from modeling_2dmse import TwoDMSEModel
-from run_scripts.mine_negatives import FORMATS, main
+from run_scripts.mine_negatives import FORMATS, main, write_table
+from trainer import mining
 from trainer.data import check_table
 from trainer.shared.tables import read_table
 
@@ -59,6 +62,33 @@ def test_end_to_end(suffix, files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "11 rows, 10 anchors, 10 documents; at 1x8" in printed
     assert "0 rows dropped, with fewer than 2 left (range_min 1, range_max 100)" in printed
+
+
+def test_a_bar_of_one_step_is_hidden(tmp_path, monkeypatch, capsys):
+    bars = sys.modules["datasets.utils.tqdm"]
+    monkeypatch.setattr(bars, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)  # scripts set it without a terminal
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", False)
+    table = Dataset.from_dict({"anchor": SENTENCES, "positive": SENTENCES})
+    for suffix in FORMATS:
+        write_table(table, str(tmp_path / f"short{suffix}"))
+    vectors = torch.eye(4)
+    searched = []
+    monkeypatch.setattr(
+        mining.logging, "tqdm", lambda **kwargs: searched.append(kwargs["disable"]) or nullcontext(Bar())
+    )
+    for chunk in (4, 2):
+        list(mining.top_candidates(vectors, vectors, 1, [[]] * 4, query_chunk=chunk))
+    assert searched == [True, None]
+    assert capsys.readouterr().err == ""
+    write_table(concatenate_datasets([table] * 51), str(tmp_path / "long.csv"))
+    assert "2/2" in capsys.readouterr().err
+
+
+class Bar:
+    """A bar that is not drawn."""
+
+    def update(self):
+        pass
 
 
 def test_awkward_texts_survive_in_every_format(files, tmp_path):

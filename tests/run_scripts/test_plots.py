@@ -125,6 +125,10 @@ def test_the_picture_of_shares(figures):
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untouched", "short"]
         assert figure.axes[0].get_legend() is None, "no legend over the lines"
         check_inside(figure)
+        *_, last = figure.axes[0].texts
+        assert last.xyann == (0, 8), "above the lines that come to the full size from below"
+    save_shares([run | {"effort": "fit"}], "x.png")
+    assert to_hex(figures[-1].axes[0].lines[1].get_color()) == plots.COLORS["projections-refined"]
 
 
 def test_the_picture_of_a_classifier(figures):

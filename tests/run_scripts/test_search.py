@@ -75,7 +75,7 @@ def test_k_is_what_the_last_stage_keeps(encoded, capsys):
         assert len(capsys.readouterr().out.splitlines()) == k + 3
 
 
-@pytest.mark.parametrize("word", ["exit", "Quit "])
+@pytest.mark.parametrize("word", ["exit", "Quit ", "q", ":q", "exit()", "quit()"])
 def test_a_word_ends_the_interactive_mode(encoded, capsys, monkeypatch, word):
     build(encoded, "--size", "1x8")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{SENTENCES[2]}\n{word}\n{SENTENCES[7]}\n"))

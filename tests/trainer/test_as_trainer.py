@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments, trainer_utils
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
+from trainer.evaluation import RetrievalData, StsData
 from trainer.franca.trainer import FrancaTrainer
 from trainer.m3.trainer import M3Trainer
 from trainer.preparation import check_checkpointing
@@ -178,6 +179,28 @@ def test_predict(tiny_model, tmp_path):
     pairs = trainer.predict(ROWS)
     assert pairs.label_ids is None
     assert [len(vectors) for vectors in pairs.predictions] == [8, 8]
+    for name in ("text", "score"):  # any name
+        one = trainer.predict(Dataset.from_dict({name: ROWS["anchor"][:]}))
+        assert np.array_equal(one.predictions, pairs.predictions[:1])
+        assert (one.label_ids, one.metrics) == (None, {})
+    with pytest.raises(ValueError, match="test_dataset: column number holds int64, not texts"):
+        trainer.predict(Dataset.from_dict({"number": [1, 2]}))
+
+
+@pytest.mark.parametrize("rows", [ROWS.select([]), SCORED.select([]), Dataset.from_dict({"text": []})])
+def test_an_empty_table_is_refused(rows, tiny_model, tmp_path):
+    trainer = TwoDMSETrainer(tiny_model(), arguments(tmp_path), ROWS)
+    for name, call in {
+        "test_dataset": trainer.predict,
+        "eval_dataset": trainer.evaluate,
+        "eval_dataset b": lambda rows: trainer.evaluate({"a": ROWS, "b": rows}),
+        "train_dataset": lambda rows: TwoDMSETrainer(tiny_model(), arguments(tmp_path), [ROWS, rows]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: the table has no rows$"):
+            call(rows)
+    for task in (StsData("a", [], [], []), RetrievalData("a", {}, {"d": "text"}, {}), RetrievalData("a", {}, {}, {})):
+        with pytest.raises(ValueError, match=r"^tasks: a has nothing to score$"):
+            trainer.evaluate([task])
 
 
 FOREIGN = """

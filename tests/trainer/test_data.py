@@ -77,7 +77,17 @@ def test_parquet_gz(tmp_path):
         ("t.csv", "sentence1,sentence2\na,b\n", "are not one of the accepted sets"),
         ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds 1 empty texts, the first in row 1"),
         ("t.csv", "anchor,positive\na,b\n  ,c\n", "column anchor holds 1 empty texts, the first in row 2"),
-        ("t.csv", "sentence1,sentence2,score\na,b,high\n", "column score must hold numbers"),
+        (
+            "t.csv",
+            "sentence1,sentence2,score\na,b,high\n",
+            "must hold numbers, but has texts, for example 'high' in row 1",
+        ),
+        (
+            "t.csv",
+            "sentence1,sentence2,score\na,b,1\na,b,n/a\na,b,\na,b,1_0\n",
+            "score must hold numbers, but has others in 2 rows, first 'n/a' in row 2; remove these rows, or pass",
+        ),
+        ("t.csv", 'sentence1,sentence2,score\na,b,"1,5"\n', "has '1,5' in row 1: write a point instead of the comma"),
         (
             "t.csv",
             "sentence1,sentence2,score\na,b,1\nc,d,\n",

@@ -4,8 +4,10 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset, LargeList, List
+from datasets import ClassLabel, Dataset, LargeList, List, Value
 from transformers.utils import logging
+
+from .roles import is_teacher_score, parse_role
 
 logger = logging.get_logger(__name__)
 
@@ -26,14 +28,18 @@ _SECOND = (
     *("positives", "documents", "docs", "passages", "answers", "responses", "positivepassages", "positivedocuments"),
 )
 _SCORE = ("score", "label", "labels", "similarity", "similarityscore", "relatednessscore", "isduplicate")
+# Judgements of a document for a query: read as the score if there are rows that are not relevant.
+_JUDGEMENT = (
+    *("relevance", "relevant", "isrelevant", "relevancy", "relevancelabel", "relevancescore", "relevancegrade"),
+    *("rel", "qrel", "qrels", "grade", "gain", "judgment", "judgement", "isselected", "iscorrect", "ispositive"),
+    *("match", "ismatch", "target"),
+)
 # Pairs of sentences that need not mean the same: without a score, the score is missing.
 _SCORED_ONLY = (
     *(("sentence1", "sentence2"), ("sentencea", "sentenceb")),
     *(("question1", "question2"), ("sent1", "sent2")),
 )
 _NEGATIVE = re.compile(r"(?:hard)?(?:negative|neg)s?(?:passage|document|doc)?s?(\d*)")
-_TEACHER = re.compile(r"(positive|negative(_\d+)?)_score")
-_TARGET = re.compile(rf"anchor|positive|negative(_\d+)?|sentence1|sentence2|score|{_TEACHER.pattern}")
 
 
 class UnknownColumns(ValueError):
@@ -54,11 +60,14 @@ def name_columns(table: Dataset, columns: Sequence[str] | None, argument: str) -
         ValueError: a role is missing or two columns could have it; the message lists the columns.
     """
     given = _given(table.column_names, columns or (), argument)
-    roles = _roles(table.column_names, given, argument)
+    judged = _judged(table, given, argument)
+    roles = _roles(table.column_names, given, judged, argument)
     if "score" in roles.values():
         _check_classes(table, next(name for name, role in roles.items() if role == "score"), given, argument)
     renamed = {name: role for name, role in roles.items() if name != role}
     left_out = [name for name in table.column_names if name not in roles]
+    if "positive" in roles.values():
+        _refuse_zeros(table, judged, left_out, argument)
     if renamed:
         logger.warning(f"{argument}: {', '.join(f'{name} is read as {role}' for name, role in renamed.items())}")
     if left_out:
@@ -72,12 +81,7 @@ def name_columns(table: Dataset, columns: Sequence[str] | None, argument: str) -
 def _given(names: Sequence[str], columns: Sequence[str], argument: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for entry in columns:
-        name, _, role = entry.rpartition(":")
-        if not name or not _TARGET.fullmatch(role):
-            raise ValueError(
-                f"columns: {entry!r} is not NAME:ROLE, for example query:anchor document:positive; roles: anchor, "
-                "positive, negative, negative_1, ..., sentence1, sentence2, score"
-            )
+        name, role = parse_role(entry)
         if name not in names:
             raise ValueError(f"columns: {argument} has no column {name}, only {', '.join(names)}")
         if role in given.values():
@@ -86,13 +90,55 @@ def _given(names: Sequence[str], columns: Sequence[str], argument: str) -> dict[
     return given
 
 
-def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[str, str]:
+def _judged(table: Dataset, given: dict[str, str], argument: str) -> list[str]:
+    """The columns that judge documents, and find some of them not relevant.
+
+    Raises:
+        ValueError: a column finds none relevant.
+    """
+    judged = []
+    for name in table.column_names:
+        if name in given or _plain(name) not in _JUDGEMENT:
+            continue
+        values = _numbers(table, name)
+        if values and max(values) <= 0:
+            raise ValueError(f"{argument}: the column {name} is {max(values):g} in every row, so no row is a positive")
+        if min(values, default=1) <= 0 or (not values and "relevan" in _plain(name)):
+            judged.append(name)
+    return judged
+
+
+def _refuse_zeros(table: Dataset, judged: Sequence[str], left_out: Sequence[str], argument: str) -> None:
+    """ValueError if a column that is left out says that some of the pairs are no positives."""
+    for name in left_out:
+        if name in judged or (_plain(name) in _SCORE and set(_numbers(table, name)) == {0, 1}):
+            raise ValueError(
+                f"{argument}: the column {name} is 0 in some rows, which would be trained as positives; keep the rows "
+                "that are positives, and leave out the column"
+            )
+
+
+def _numbers(table: Dataset, name: str) -> list[float]:
+    """The different numbers in a column; none if it has anything else."""
+    if not isinstance(table.features[name], (ClassLabel, Value)):
+        return []
+    try:
+        return [float(value) for value in table.unique(name) if value is not None]
+    except (TypeError, ValueError):
+        return []
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _roles(names: Sequence[str], given: dict[str, str], judged: Sequence[str], argument: str) -> dict[str, str]:
     """The role of each column that has one."""
     free = [name for name in names if name not in given]
-    plain = {name: re.sub(r"[\W_]", "", name.lower()) for name in free}
+    plain = {name: _plain(name) for name in free}
     first = _pick(free, plain, _FIRST, ("anchor", "sentence1"), given)
     second = _pick(free, plain, _SECOND, ("positive", "sentence2"), given)
-    score = _pick(free, plain, _SCORE, ("score",), given)
+    score = _pick(free, plain, _SCORE, ("score",), given) or list(judged)
     negatives = {name: match[1] for name in free if (match := _NEGATIVE.fullmatch(plain[name]))}
     scored = (
         bool(score) and not negatives and not any(role.startswith(("neg", "anc", "pos")) for role in given.values())
@@ -117,8 +163,8 @@ def _roles(names: Sequence[str], given: dict[str, str], argument: str) -> dict[s
 
 def _teacher_scores(free: list[str], given: dict[str, str], texts: list[str], argument: str) -> dict[str, str]:
     """The columns with a teacher's scores, of all texts or of none."""
-    scores = {name: name for name in free if _TEACHER.fullmatch(name)}
-    scores |= {name: role for name, role in given.items() if _TEACHER.fullmatch(role)}
+    scores = {name: name for name in free if is_teacher_score(name)}
+    scores |= {name: role for name, role in given.items() if is_teacher_score(role)}
     missing = [text + TEACHER_SCORE for text in texts if text + TEACHER_SCORE not in scores.values()]
     if scores and missing:
         raise ValueError(f"{argument}: there are columns {', '.join(scores)}, but no {missing[0]}")
@@ -138,7 +184,11 @@ def _check_classes(table: Dataset, name: str, given: dict[str, str], argument: s
     """ValueError if a column that was not named as the score has classes, such as those of inference data."""
     feature = table.features[name]
     classes = isinstance(feature, ClassLabel) and feature.num_classes > 2
-    if not classes and name != "score" and str(getattr(feature, "dtype", "")).startswith("int"):
+    if (
+        not classes
+        and _plain(name) not in ("score", *_JUDGEMENT)
+        and str(getattr(feature, "dtype", "")).startswith("int")
+    ):
         classes = set(table.unique(name)) in ({0, 1, 2}, {-1, 0, 1, 2})
     if classes and name not in given:
         raise ValueError(

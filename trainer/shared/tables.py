@@ -1,12 +1,10 @@
 """Reading tables of any accepted format, checking their texts, and drawing and holding out rows."""
 
-import contextlib
 import csv
 import gzip
 import io
 import math
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from typing import IO, Any, cast
@@ -18,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers.utils import logging
+
+from .headings import check_format, check_heading, find_hint, find_suffix
 
 logger = logging.get_logger(__name__)
 
@@ -57,12 +57,8 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
             raise ValueError(f"{argument}: the splits {split} of {path} have different columns; name one of them")
         return first
     check_file(path, argument)
-    suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
-    if suffix not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{argument}: {path} is empty")
+    check_format(path, argument)
+    suffix = find_suffix(path)
     check_csv(path, suffix, argument)
     try:
         table = _load(path, suffix)
@@ -71,10 +67,8 @@ def read_table(path: str, argument: str = "train_file", split: str = "train") ->
         cause = read_reason(error)
         if "corresponds to no data" in cause:  # the message of datasets for a header without rows
             raise ValueError(f"{argument}: {path} has no rows") from error
-        hint = _hint(path, suffix, cause)
+        hint = find_hint(path, suffix, cause)
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {cause}{hint}") from error
-    if hint := _hint(path, suffix, ""):
-        raise ValueError(f"{argument}: {path} has only one column{hint}")
     if len(table) == 0:
         raise ValueError(f"{argument}: {path} has no rows")
     return as_strings(table)
@@ -97,8 +91,11 @@ def as_strings(table: Dataset, *more: str) -> Dataset:
 
 
 def require_table(table: object, argument: str) -> Dataset:
-    """The table itself; ValueError for everything else that people have, which says how to make a table of it."""
+    """The table itself; ValueError if it has no rows, and for everything else that people have, which says how to make
+    a table of it."""
     if isinstance(table, Dataset):
+        if not len(table):
+            raise ValueError(f"{argument}: the table has no rows")
         return table
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"{argument}: a DatasetDict is a dict of splits; pass one of {', '.join(map(str, table))}")
@@ -128,6 +125,7 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
     """
     if suffix not in (".csv", ".tsv"):
         return
+    check_heading(path, argument)
     csv.field_size_limit(2**31 - 1)
     try:
         with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
@@ -139,15 +137,13 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
         raise ValueError(f"{argument}: line {rows.line_num} of {path} is not {suffix[1:]}: {error}") from error
     except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         reason = read_reason(error)
-        hint = _hint(path, suffix, reason)
+        hint = find_hint(path, suffix, reason)
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
     if longer is not None:
-        raise ValueError(
-            f"{argument}: line {longer} of {path} has more than its {len(names)} columns{_hint(path, suffix, '')}"
-        )
+        raise ValueError(f"{argument}: line {longer} of {path} has more than its {len(names)} columns")
 
 
 def is_saved(path: str) -> bool:
@@ -182,38 +178,6 @@ def read_splits(path: str, argument: str, split: str) -> list[Dataset]:
     if not all(map(len, tables)):
         raise ValueError(f"{argument}: {path} has no rows")
     return tables
-
-
-def _hint(path: str, suffix: str, cause: str) -> str:
-    """What is probably wrong with a file, as the end of an error; nothing if there is no sign."""
-    if "codec can't decode" in cause or re.search("utf-?8", cause.lower()):
-        # Excel's "Unicode text" is UTF-16; its files start with the bytes ff fe, or fe ff.
-        marked = re.search("byte 0xf[ef] in position 0", cause)
-        encoding = ("UTF-16", "utf-16") if marked else ("Latin-1", "latin1")
-        return f"; it is not UTF-8, perhaps {encoding[0]}: convert it with iconv -f {encoding[1]} -t utf-8"
-    if suffix in (".jsonl", ".ndjson") and cause:
-        opener = gzip.open if path.lower().endswith(".gz") else open
-        with contextlib.suppress(EOFError, OSError, zlib.error), opener(path, "rb") as lines:
-            if lines.readline().startswith(b"["):
-                return '; its lines seem to be lists: write objects, for example {"anchor": "...", "positive": "..."}'
-    if suffix in (".csv", ".tsv"):
-        own, other, fitting = ",", "\t", "tabs: name it .tsv"
-        if suffix == ".tsv":
-            own, other, fitting = "\t", ",", "commas: name it .csv"
-        opener = gzip.open if path.lower().endswith(".gz") else open
-        heading = ""
-        # A damaged archive has an error already.
-        damaged = contextlib.suppress(EOFError, OSError, zlib.error)
-        with damaged, opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            heading = file.readline()
-        if own in heading:
-            return ""
-        if other in heading:
-            return f"; its columns seem to be separated by {fitting}"
-        for mark, name in ((";", "semicolons"), ("|", "vertical bars")):
-            if mark in heading:
-                return f"; its columns seem to be separated by {name}: separate them by commas, or by tabs as .tsv"
-    return ""
 
 
 def _load(path: str, suffix: str) -> Dataset:

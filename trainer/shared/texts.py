@@ -1,10 +1,10 @@
 """Reading texts without labels from files of any accepted format."""
 
 import os
-import re
 
 from datasets import Dataset, IterableDataset
 
+from .headings import find_hint, find_suffix
 from .tables import FORMATS, READ_ERRORS, check_csv, check_file, load_file, read_reason, read_table
 
 MIN_WORDS = 3
@@ -30,7 +30,7 @@ def read_corpus(
     check_file(path, argument)
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
-    suffix = os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
+    suffix = find_suffix(path)
     if suffix != ".txt":
         if suffix not in FORMATS:
             raise ValueError(f"{argument}: {path} has an unknown format; use one of .txt, {', '.join(FORMATS)}")
@@ -48,7 +48,9 @@ def read_corpus(
     except READ_ERRORS as error:
         if str(error).startswith(f"{argument}: "):
             raise
-        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {read_reason(error)}") from error
+        reason = read_reason(error)
+        hint = find_hint(path, suffix, reason)
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
 
 
 def check_corpus(

@@ -1,11 +1,14 @@
 """Tables as people have them: names of columns, hints in errors, saved folders, rows that are not valid."""
 
+import gzip
+
 import pytest
 from conftest import SENTENCES
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from trainer.data import check_table
 from trainer.shared.tables import hold_out, read_splits, read_table
+from trainer.shared.texts import read_corpus
 
 PAIR, SCORED = ["anchor", "positive"], ["sentence1", "sentence2", "score"]
 NAMED = [
@@ -105,12 +108,39 @@ def test_lists_of_positives_and_negatives(kind):
             "anchor,positive\ncaf\u00e9,b\n".encode("latin-1"),
             "perhaps Latin-1: convert it with iconv -f latin1 -t utf-8",
         ),
+        ("anchor,positif\u00e9\na,b\n".encode("latin-1"), "perhaps Latin-1: convert it"),
+        ("anchor,positive\na,b\n".encode("utf-16-le"), "perhaps UTF-16LE: convert it with iconv -f utf-16le -t utf-8"),
+        ("anchor,positive\na,b\n".encode("utf-16-be"), "perhaps UTF-16BE: convert it with iconv -f utf-16be"),
+        (
+            "anchor,positive\na,\u201cb\u201d\n".encode("cp1252"),
+            "perhaps Windows-1252: convert it with iconv -f windows",
+        ),
+        ("anchor,positive\ncaf\u00e9,b \u2013 c\n".encode("cp1252"), "perhaps Windows-1252: convert it"),
+        (b"anchor,positive\n" + b"a,b\n" * 300_000 + b"a,\x93b\n", "perhaps Windows-1252: convert it"),
     ],
 )
 def test_hints(content, message, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_table(str(tmp_path / "t.csv"))
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(content, compresslevel=1))
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=message):
+            read_table(str(path))
+
+
+def test_the_encoding_of_other_files(tmp_path):
+    for name, content, message in (
+        ("t.jsonl", '{"anchor": "a", "positive": "b"}\n'.encode("utf-16"), "perhaps UTF-16: convert it"),
+        ("u.jsonl", '{"anchor": "a", "positive": "b"}\n'.encode("utf-16-le"), "perhaps UTF-16LE: convert it"),
+        ("v.jsonl", '{"anchor": "\u201ca", "positive": "b"}\n'.encode("cp1252"), "perhaps Windows-1252: convert it"),
+        ("w.txt", "it\u2019s a text\n".encode("cp1252"), "perhaps Windows-1252: convert it"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_corpus(str(tmp_path / name), "text") if name.endswith(".txt") else read_table(str(tmp_path / name))
+    (tmp_path / "x.parquet").write_bytes(b"\xff\xfe nothing")
+    with pytest.raises(ValueError, match="cannot be read as parquet") as refused:
+        read_table(str(tmp_path / "x.parquet"))
+    assert "UTF" not in str(refused.value)
 
 
 def test_a_hint_for_lines_that_are_lists(tmp_path):
@@ -128,6 +158,38 @@ def test_a_list_of_negatives_beside_numbered_ones():
         "negative_2": ["e", "g"],
         "negative_3": ["f", None],
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["relevance", "relevant", "is_relevant", "Rel", "qrel", "grade", "label", "similarity"]
+)
+def test_pairs_that_are_not_relevant_are_no_positives(name):
+    texts = {"query": ["a", "b", "c"], "passage": ["d", "e", "f"]}
+    for values in ([1, 0, 1], [True, False, True], ["1", "0", "1"], [2.0, 0.0, None], [3, 0, 2]):
+        table = Dataset.from_dict(texts | {name: values})
+        if None in values:
+            with pytest.raises(ValueError, match="column score holds 1 values that are not finite"):
+                check_table(table)
+        else:
+            assert check_table(table)["score"][:] == [float(value) for value in values]
+    for roles, column in ((["query:anchor", "passage:positive"], {}), (None, {"negative": ["x", "y", "z"]})):
+        table = Dataset.from_dict(texts | {name: [1, 0, 1]} | column)
+        with pytest.raises(
+            ValueError, match=f"the column {name} is 0 in some rows, which would be trained as positives"
+        ):
+            check_table(table, columns=roles)
+        assert check_table(table.remove_columns(name), columns=roles).column_names == PAIR + list(column)
+
+
+def test_judgements_without_a_zero():
+    texts = {"query": ["a", "b", "c"], "passage": ["d", "e", "f"]}
+    for values in ([1, 1, 1], [2, 1, 3], ["A", "B", "C"]):
+        assert check_table(Dataset.from_dict(texts | {"grade": values})).column_names == PAIR
+    assert check_table(Dataset.from_dict(texts | {"relevance": [0, 1, 2]})).column_names == SCORED
+    with pytest.raises(ValueError, match=r"^train_file: the column rel is 0 in every row, so no row is a positive$"):
+        check_table(Dataset.from_dict(texts | {"rel": [0, 0, 0]}))
+    with pytest.raises(ValueError, match="column score must hold numbers, but has texts, for example 'yes' in row 1"):
+        check_table(Dataset.from_dict(texts | {"relevant": ["yes", "no", "yes"]}))
 
 
 @pytest.mark.parametrize("names", [["Sentence1", "Sentence2"], ["sentence_A", "sentence_B"]])

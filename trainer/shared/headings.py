@@ -1,0 +1,124 @@
+"""What the start of a file shows before a library reads it: its encoding, and what separates the columns of a table.
+
+Imports no library, so that a script refuses a file at once.
+"""
+
+import codecs
+import contextlib
+import csv
+import gzip
+import os
+import re
+import zlib
+
+# Of files that are read as tables.
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+# Bytes of a file that are looked at.
+_SAMPLE = 1 << 20
+# A name of each encoding that people have, and what iconv calls it.
+_ICONV = {"UTF-16": "utf-16", "UTF-16LE": "utf-16le", "UTF-16BE": "utf-16be", "Latin-1": "latin1",
+          "Windows-1252": "windows-1252"}  # fmt: skip
+_SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "vertical bars"}
+
+
+def find_suffix(path: str) -> str:
+    """The suffix of a file name in lower case, without .gz.
+
+    >>> find_suffix("Pairs.CSV.gz")
+    '.csv'
+    """
+    return os.path.splitext(re.sub(r"\.gz$", "", path.lower()))[1]
+
+
+def check_format(path: str, argument: str) -> None:
+    """ValueError for a file of a table that has another suffix, or is empty."""
+    if find_suffix(path) not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{argument}: {path} is empty")
+
+
+def check_heading(path: str, argument: str) -> None:
+    """ValueError if the first line of a csv or tsv file is of another encoding, or has another separator."""
+    suffix = find_suffix(path)
+    if suffix not in (".csv", ".tsv"):
+        return
+    heading = _read_start(path).partition(b"\n")[0]
+    encoding = _encoding_of(heading)
+    if encoding is not None:
+        raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {_convert(encoding)}")
+    if separated := _separator_hint(heading.decode("utf-8", errors="replace"), suffix):
+        raise ValueError(f"{argument}: {path} has only one column{separated}")
+
+
+def read_names(path: str) -> list[str] | None:
+    """The names of the columns of a csv or tsv file; None for other files."""
+    suffix = find_suffix(path)
+    if suffix not in (".csv", ".tsv") or not os.path.isfile(path):
+        return None
+    heading = _read_start(path).partition(b"\n")[0].decode("utf-8-sig", errors="replace")
+    return next(csv.reader([heading.rstrip("\r")], delimiter="\t" if suffix == ".tsv" else ","), [])
+
+
+def find_hint(path: str, suffix: str, cause: str) -> str:
+    """What is probably wrong with a file, as the end of an error; nothing if there is no sign.
+
+    Args:
+        path: the file.
+        suffix: its suffix, without .gz.
+        cause: the error of the library that has read it.
+    """
+    if suffix == ".parquet":
+        return ""
+    start = _read_start(path)
+    encoding = _encoding_of(start) or _encoding_named(cause)
+    if encoding is not None:
+        return f"; {_convert(encoding)}"
+    if suffix in (".jsonl", ".ndjson") and start.startswith(b"["):
+        return '; its lines seem to be lists: write objects, for example {"anchor": "...", "positive": "..."}'
+    heading = start.partition(b"\n")[0].decode("utf-8", errors="replace")
+    return _separator_hint(heading, suffix)
+
+
+def _read_start(path: str) -> bytes:
+    opener = gzip.open if path.lower().endswith(".gz") else open
+    with contextlib.suppress(EOFError, OSError, zlib.error), opener(path, "rb") as file:  # it has an error of its own
+        return file.read(_SAMPLE)
+    return b""
+
+
+def _encoding_of(start: bytes) -> str | None:
+    """The encoding of the start of a file; None if it is UTF-8."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"  # Excel's "Unicode text"
+    if b"\0" in start[:2]:
+        return "UTF-16BE" if start[0] == 0 else "UTF-16LE"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _SAMPLE)
+    except UnicodeDecodeError:
+        # What is quotation marks and dashes in the one is nothing in the other.
+        return "Windows-1252" if re.search(rb"[\x80-\x9f]", start) else "Latin-1"
+    return None
+
+
+def _encoding_named(cause: str) -> str | None:
+    """The encoding of a file that an error calls no UTF-8, after a long start that is."""
+    if "codec can't decode" not in cause and not re.search("utf-?8", cause.lower()):
+        return None
+    return "Windows-1252" if re.search("byte 0x[89]", cause) else "Latin-1"
+
+
+def _convert(encoding: str) -> str:
+    return f"it is not UTF-8, perhaps {encoding}: convert it with iconv -f {_ICONV[encoding]} -t utf-8"
+
+
+def _separator_hint(heading: str, suffix: str) -> str:
+    if suffix not in (".csv", ".tsv"):
+        return ""
+    own, name = (",", ".tsv") if suffix == ".csv" else ("\t", ".csv")
+    other = next((mark for mark in _SEPARATORS if mark in heading), None)
+    if own in heading or other is None:
+        return ""
+    advice = f"name it {name}" if other in "\t," else "separate them by commas, or by tabs as .tsv"
+    return f"; its columns seem to be separated by {_SEPARATORS[other]}: {advice}"
