@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so that their th
 import pytest
 import torch
 import transformers
-from forking import start_group
+from forking import finish, start_group
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -205,16 +204,7 @@ def cpu_environment(*folders: Path, **more: str) -> dict[str, str]:
 
 def run_processes(world: int, script: Path, *arguments: str, folders: Sequence[Path] = ()) -> None:
     """Run a script in several gloo processes, as `torchrun` does, which would take seconds to import torch itself."""
-    running = start_group(script, list(map(str, arguments)), cpu_environment(*folders), world)
-    try:
-        while None in [process.poll() for process in running] and not any(process.poll() for process in running):
-            time.sleep(0.05)
-        for process in running:
-            assert not process.poll(), process.output()[-3000:]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    finish(start_group(script, list(map(str, arguments)), cpu_environment(*folders), world))
 
 
 @pytest.fixture

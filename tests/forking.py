@@ -9,6 +9,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,3 +101,23 @@ def start_group(script: Path, arguments: Sequence[str], environment: dict[str, s
         )
         for rank in range(world)
     ]
+
+
+def finish(group: Sequence[ForkedScript]) -> list[str]:
+    """Wait for all processes, and kill them if one fails; what each has printed. AssertionError with its output."""
+    try:
+        while None in [process.poll() for process in group] and not any(process.poll() for process in group):
+            time.sleep(0.02)
+        for process in group:
+            assert not process.poll(), process.output()[-3000:]
+    finally:
+        kill(group)
+    return [process.output() for process in group]
+
+
+def kill(group: Sequence[ForkedScript]) -> None:
+    """Send SIGKILL to all processes that still run, and wait for their end."""
+    for process in group:
+        process.kill()
+    for process in group:
+        process.wait(timeout=60)

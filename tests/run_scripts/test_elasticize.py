@@ -6,8 +6,8 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import LADDER, SENTENCES, cpu_environment, tiny_config
 from datasets import Dataset, DatasetDict
+from forking import finish, start_group
 from PIL import Image
 from transformers import AutoModel, TrainerCallback
 
@@ -26,6 +27,7 @@ from run_scripts.shared.shares import save_shares, shares
 from run_scripts.training import corpus, elasticizing
 from trainer.evaluation import best_for_cost
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"{a}. {b}." for i, a in enumerate(SENTENCES) for b in SENTENCES[i + 1 : i + 4]]
 ROWS = {"text": TEXTS, "title": [" ".join(text.split()[:3]) for text in TEXTS]}
 
@@ -121,11 +123,8 @@ def test_a_dataset_is_streamed(tmp_path):
 def test_two_processes_share_the_work(start, tmp_path, backbone_path):
     words = start.words(per_device_train_batch_size=8, ddp_backend="gloo")
     (tmp_path / "run.py").write_text(FEW_STEPS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = [*launch, str(tmp_path / "run.py"), *words]
-    done = subprocess.run(run, env=cpu_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Use it:") == done.stdout.count("documents to learn from") == 1
+    printed = "".join(finish(start_group(tmp_path / "run.py", words, cpu_environment(ROOT), 2)))
+    assert printed.count("Use it:") == printed.count("documents to learn from") == 1
     two = json.loads((tmp_path / "out" / "results.json").read_text())
     state = json.loads((tmp_path / "out" / "checkpoint-12" / "trainer_state.json").read_text())
     assert state["global_step"] == 12  # 48 pairs, 2 processes of 8, 4 times

@@ -2,9 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, cpu_environment
+from forking import ForkedScript, finish, kill, start_group
 
 from modeling_2dmse import TwoDMSEModel
 from modeling_2dmse.formats import quantize
@@ -92,34 +90,30 @@ def test_a_second_run_encodes_only_what_has_changed(start, monkeypatch):
     assert contents(start / "out") == {**contents(start / "fresh"), "settings.json": before["settings.json"]}
 
 
-def launch(folder: Path, name: str, processes: int = 1):
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *several, "run_scripts/encode.py"]
+def launch(folder: Path, name: str, processes: int) -> list[ForkedScript]:
     # As many threads as in this process: with another number, rounding differs.
-    environment = cpu_environment(OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
-    return subprocess.Popen(
-        [*command, *flags(folder, name)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    environment = cpu_environment(ROOT, OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
+    script = folder / f"{name}-{time.monotonic_ns()}.py"
+    script.write_text((ROOT / "run_scripts" / "encode.py").read_text())
+    return start_group(script, flags(folder, name), environment, processes)
 
 
 def test_a_killed_and_repeated_run_writes_the_files_of_one_run(start):
     encode.main(flags(start, "whole"))
     for shards in (1, 4):
-        process = launch(start, "out")
-        while process.poll() is None and len(list((start / "out" / "done").glob("0*.json"))) < shards:
+        group = launch(start, "out", processes=1)
+        while group[0].poll() is None and len(list((start / "out" / "done").glob("0*.json"))) < shards:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill(group)
+    assert len(list((start / "out" / "done").glob("0*.json"))) < 9, "it was killed before its end"
     encode.main(flags(start, "out"))
     assert contents(start / "out") == contents(start / "whole")
 
 
 def test_two_processes_write_the_files_of_one(start):
     encode.main(flags(start, "one"))
-    process = launch(start, "two", processes=2)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
-    assert 0 < int(re.search(rb"(\d+) encoded here", printed)[1]) < len(TEXTS), "the first process did only a part"
+    printed, _ = finish(launch(start, "two", processes=2))
+    assert 0 < int(re.search(r"(\d+) encoded here", printed)[1]) < len(TEXTS), "the first process did only a part"
     assert set(contents(start / "two")) == set(contents(start / "one"))
     for size in ("1x8", "4x32"):
         (ids, rows), (other_ids, other_rows) = whole(start / "two", size), whole(start / "one", size)

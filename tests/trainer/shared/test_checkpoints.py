@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
-from forking import ForkedScript, start_group
+from forking import ForkedScript, finish, kill, start_group
 from safetensors.torch import load_file
 
 from run_scripts import finetune
@@ -77,21 +77,6 @@ def launch(tmp_path, folder, processes: int) -> list[ForkedScript]:
     return [ForkedScript(script, [], environment, script.with_suffix(".log"))]
 
 
-def finish(group: list[ForkedScript]) -> str:
-    """Wait for the end of all processes; what the first one printed."""
-    for process in group:
-        assert process.wait(timeout=200) == 0, process.output()[-2000:]
-    return group[0].output()
-
-
-def kill(group: list[ForkedScript]) -> None:
-    """Send SIGKILL to all processes at once: a survivor would train at the same time as the next ones."""
-    for process in group:
-        process.kill()
-    for process in group:
-        process.wait(timeout=60)
-
-
 @pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 4)])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(processes, kills, tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
@@ -115,7 +100,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(processes, kills, t
         assert newest is None or find_problem(newest) is None
     assert cut_while_writing, "no process was killed while it wrote a checkpoint"
     last = finish(launch(tmp_path, tmp_path / "killed", processes))
-    assert int(last.split("step ")[1].split()[0]) > 1, "it resumed, and did not start again"
+    assert int(last[0].split("step ")[1].split()[0]) > 1, "it resumed, and did not start again"
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     start = load_file(tmp_path / "start" / "model.safetensors")
     assert any(not torch.equal(one[name], start[name]) for name in one)
