@@ -35,7 +35,7 @@ from .sentence_transformers_files import write_sentence_transformers_files
 from .sentence_transformers_import import cuts_later
 from .synonyms import SynonymsMixin, sized
 from .tokens import finish_tokenizer
-from .truncation import check_whole, cut_model, weights_to_save
+from .truncation import check_whole, cut_model, warn_of_base_size, weights_to_save
 
 logger = logging.get_logger(__name__)
 
@@ -310,6 +310,8 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         self._note_vocabulary()
         if not args and kwargs.get("state_dict") is None and not self._hf_peft_config_loaded:
             kwargs["state_dict"] = weights_to_save(self)
+        if self._hf_peft_config_loaded:
+            warn_of_base_size(self)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
