@@ -19,7 +19,8 @@ def sized(kwargs: dict) -> dict:
         ValueError: as `one_size`.
     """
     kwargs = size_fields(kwargs)
-    if isinstance(kwargs.get("config"), TwoDMSEConfig):
+    # Not by its class: transformers imports a folder's code for the model and for the configuration separately.
+    if getattr(kwargs.get("config"), "model_type", None) == TwoDMSEConfig.model_type:
         size = {name: kwargs.pop(name, None) for name in ("num_layers", "dim")}
         kwargs["config"] = kwargs["config"].with_size(**size)
     return kwargs

@@ -17,7 +17,7 @@ LOAD_ELSEWHERE = """
 import sys
 assert not any("modeling_2dmse" in name for name in sys.modules)
 import numpy as np
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 try:
     AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
@@ -27,6 +27,10 @@ else:
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 small = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, num_layers=2)
 texts = open(sys.argv[2]).read().splitlines()
+# As sentence-transformers loads it, with a configuration whose class transformers has imported separately.
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+same = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, config=config, size="2x16")
+assert (same.encode(texts) == small.encode(texts, dim=16)).all()
 np.savez(sys.argv[3], full=model.encode(texts, dim=16), small=small.encode(texts, dim=16))
 try:
     import modeling_2dmse
