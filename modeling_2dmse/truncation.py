@@ -59,7 +59,7 @@ def _warn_of_wrapped(model: "TwoDMSEModel") -> None:
 
 def warn_of_base_size(model: "TwoDMSEModel") -> None:
     """Warn if the folder of adapters that is saved will be read at another size, that of the base model it names."""
-    name, config = model.config.name_or_path, model.config
+    name, config = str(model.config.name_or_path), model.config
     try:
         stored, _ = TwoDMSEConfig.get_config_dict(name, local_files_only=True)
     except (OSError, ValueError):  # it is not at hand
