@@ -161,8 +161,8 @@ class MatryoshkaClassifier(PreTrainedModel):
             )
         wants_info, config = kwargs.pop("output_loading_info", False), kwargs.get("config")
         if "size" in kwargs and getattr(config, "model_type", None) == MatryoshkaConfig.model_type:
-            kwargs["config"] = config = copy.deepcopy(config)
-            config.size = kwargs.pop("size")
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].size = kwargs.pop("size")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
