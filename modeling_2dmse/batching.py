@@ -30,8 +30,8 @@ def check_texts(texts: str | Iterable[str] | None) -> tuple[list[str], bool]:
     """
     single = isinstance(texts, str)
     try:
-        if texts is None or isinstance(texts, Mapping):
-            found = None
+        if texts is None or isinstance(texts, (bytes, Mapping)) or hasattr(texts, "columns"):
+            found = None  # going through a table of pandas would give the names of its columns
         else:
             found = iter([texts] if isinstance(texts, str) else texts)
     except TypeError:

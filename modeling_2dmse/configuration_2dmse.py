@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable
+from numbers import Integral
 from typing import NamedTuple
 
 import transformers
@@ -92,6 +93,40 @@ def parse_ladder(
         if hidden_size is not None and size.dim > hidden_size:
             raise ValueError(f"sizes: {size} asks for {size.dim} dimensions, but the backbone has 1 to {hidden_size}")
     return sorted(ladder)
+
+
+def one_size(
+    num_layers: int | None, dim: int | None, size: str | Size | None, truncate_dim: int | None
+) -> tuple[int | None, int | None]:
+    """Layers and dimensions that are asked for, under any of their names.
+
+    Raises:
+        ValueError: one of them is given under two names, or `size` is not a size.
+    """
+    if size is not None:
+        if (num_layers, dim, truncate_dim) != (None, None, None):
+            raise ValueError(f"size: {size} sets layers and dimensions; leave out num_layers, dim and truncate_dim")
+        return parse_size(size)
+    if truncate_dim is not None:
+        if dim not in (None, truncate_dim):
+            raise ValueError(f"truncate_dim: {truncate_dim} differs from dim, {dim}; give one of the two")
+        dim = truncate_dim
+    return num_layers, dim
+
+
+def size_fields(kwargs: dict) -> dict:
+    """Arguments with the size among them as `num_layers` and `dim`, whatever names it is given under.
+
+    Raises:
+        ValueError: as `one_size`.
+    """
+    names = ("num_layers", "dim", "size", "truncate_dim")
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    found = dict(zip(names[:2], one_size(*map(kwargs.get, names)), strict=True))
+    for name, value in found.items():
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            found[name] = int(value)  # JSON, which a configuration is written as, has no others
+    return others | {name: value for name, value in found.items() if value is not None}
 
 
 def default_ladder(num_layers: int, dim: int) -> list[Size]:
@@ -235,6 +270,15 @@ class TwoDMSEConfig(PreTrainedConfig):
         config.num_layers = self.num_layers if num_layers is None else num_layers
         config.dim = self.dim if dim is None else dim
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`; the size among the arguments may have any of its names.
+
+        Raises:
+            ValueError: as `one_size`.
+        """
+        return super().from_dict(config_dict, **size_fields(kwargs))
 
     def to_dict(self):
         """The configuration as it is written to JSON, with the keys that other libraries read."""

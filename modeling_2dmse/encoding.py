@@ -10,12 +10,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import count_positions, layers_of
 from .batching import check_batch_size, check_texts, default_batch_tokens, pooled_states
-from .configuration_2dmse import Size, TwoDMSEConfig
+from .configuration_2dmse import Size, TwoDMSEConfig, one_size
 from .formats import check_precision, quantize
-from .packing import find_packing
+from .packing import find_packing, is_compiled
 from .pooling import cut_and_normalize
 from .running import execution_device, inference_twin
-from .synonyms import Texts, move, one_of_texts, one_size
+from .synonyms import Texts, move, one_of_texts
 
 # The mixin is combined with PreTrainedModel, and calls its methods; type checkers need to know them.
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class EncodeMixin(_Model):
                 self._batch_tokens(),
                 batch_size,
                 device,
-                packs=lambda: self.device.type != "meta" and self.packs,
+                packs=lambda: self.device.type != "meta" and not is_compiled(model) and self.packs,
                 show_progress_bar=show_progress_bar,
                 progress=progress,
                 vocabulary=getattr(self.get_input_embeddings(), "num_embeddings", None),
@@ -233,9 +233,11 @@ class EncodeMixin(_Model):
             The text, `""` if neither is given and there is no default.
 
         Raises:
-            ValueError: the configuration has no prompt of that name.
+            ValueError: `prompt` is no text, or the configuration has no prompt of that name.
         """
         if prompt is not None:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt: {prompt!r} is not allowed; give one text, which goes in front of every text")
             return prompt
         name = name if name is not None else self.config.default_prompt_name
         if name is None:

@@ -26,15 +26,16 @@ from .encoding import EncodeMixin, check_between
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
-from .loading import check_loaded, check_type, tokenizer_kwargs
+from .loading import check_loaded, check_type, hub_kwargs, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
 from .packing import Packing, packed_inputs, pool_packed
 from .pooling import pool
 from .projection import ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
+from .sentence_transformers_import import cuts_later
 from .synonyms import SynonymsMixin, sized
 from .tokens import finish_tokenizer
-from .truncation import check_whole, cut_model, weights_to_save
+from .truncation import check_whole, cut_model, warn_of_base_size, weights_to_save
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = [rf"^(backbone\.{stack}|exit_projections)\.({deeper})\."]
         self._tokenizer = None
         self._packs = None
-        self._hub_kwargs = {}
+        self._cuts_later, self._hub_kwargs = False, {}
         self.post_init()
 
     @classmethod
@@ -141,9 +142,9 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         model._hub_kwargs = {**tokenizer_kwargs(pretrained_model_name_or_path, kwargs), "config": model.config}
-        check_loaded(
-            model, info, pretrained_model_name_or_path, f"{cls.__name__}.from_backbone imports a plain encoder"
-        )
+        hint = f"{cls.__name__}.from_backbone imports a plain encoder"
+        check_loaded(model, info, pretrained_model_name_or_path, hint)
+        model._cuts_later = cuts_later(pretrained_model_name_or_path, model.config, **hub_kwargs(kwargs))
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
@@ -221,7 +222,7 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
             state = self._project(self.token_states([depth], inputs)[0], depth)
-            return TwoDMSEOutput(last_hidden_state=state[..., : self.config.dim])
+            return TwoDMSEOutput(last_hidden_state=state if self._cuts_later else state[..., : self.config.dim])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
         layers = self._check_layers(layers)
@@ -309,6 +310,8 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         self._note_vocabulary()
         if not args and kwargs.get("state_dict") is None and not self._hf_peft_config_loaded:
             kwargs["state_dict"] = weights_to_save(self)
+        if self._hf_peft_config_loaded:
+            warn_of_base_size(self)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return

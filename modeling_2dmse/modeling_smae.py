@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import LayerStandIn, build_backbone, cut_config, layers_of, view
-from .configuration_2dmse import Size
+from .configuration_2dmse import Size, size_fields
 from .configuration_smae import StarbucksConfig
 from .file_modes import share_weights
 from .import_checks import reads_left_to_right
@@ -268,10 +268,14 @@ class StarbucksEncoder(StarbucksForMaskedAutoencoding):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """The encoder alone; the arguments are those of `StarbucksForMaskedAutoencoding.from_pretrained`."""
+        """The encoder alone; the arguments are those of `StarbucksForMaskedAutoencoding.from_pretrained`, and the size
+        of the encoder, as in `TwoDMSEModel.from_pretrained`."""
+        kwargs = size_fields(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
+        size = {name: kwargs.pop(name) for name in ("num_layers", "dim") if name in kwargs}
         whole, info = StarbucksForMaskedAutoencoding.from_pretrained(*args, output_loading_info=True, **kwargs)
-        return (whole.encoder, info) if wants_info else whole.encoder
+        encoder = whole.encoder.truncate(**size) if size else whole.encoder
+        return (encoder, info) if wants_info else encoder
 
 
 def find_masked(labels: torch.Tensor) -> torch.Tensor:

@@ -233,6 +233,11 @@ def find_packing(backbone: PreTrainedModel) -> bool:
     return packs
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs parts of a model. These would be compiled again for each row of other texts."""
+    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in model.modules())
+
+
 def packed_inputs(backbone: nn.Module, packing: Packing) -> dict:
     """What a backbone's forward needs beside the tokens of a packed row."""
     # A mask of four dimensions is taken as prepared: no family builds a mask of all tokens by all tokens.

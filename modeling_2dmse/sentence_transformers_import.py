@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import cached_file, logging
 
-from .configuration_2dmse import POOLING_MODES
+from .configuration_2dmse import POOLING_MODES, TwoDMSEConfig
 from .sentence_transformers_files import POOLING_FLAGS
 
 logger = logging.get_logger(__name__)
@@ -119,6 +119,24 @@ def read_folder(name_or_path: str, pooling: str | None = None, **hub_kwargs) -> 
     unit_length = _read_modules(folder, entries[1:], found, pooling)
     _read_model_settings(folder, found, unit_length)
     return found
+
+
+def cuts_later(name_or_path: str | os.PathLike, config: TwoDMSEConfig, **hub_kwargs) -> bool:
+    """Whether the folder of a cut elastic model has a Dense module that makes its dimensions of whole token states, as
+    earlier versions wrote it.
+
+    Args:
+        name_or_path: the folder or Hub name.
+        config: of the model.
+        hub_kwargs: those of `loading.hub_kwargs`.
+    """
+    if config.dim == config.hidden_size:
+        return False
+    folder = _Folder(str(name_or_path), hub_kwargs)
+    entries = folder.json("modules.json", kind=list) or []
+    path = next((_relative(folder, entry) for entry in entries if _kind(folder, entry) == "Dense"), None)
+    settings = (folder.json(f"{path}/config.json") if path else None) or {}
+    return (settings.get("in_features"), settings.get("out_features")) == (config.hidden_size, config.dim)
 
 
 def _kind(folder: _Folder, entry: dict) -> str:

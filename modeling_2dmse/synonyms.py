@@ -1,35 +1,15 @@
 """What users of sentence-transformers type: other names of texts and sizes, queries and documents, similarity."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .configuration_2dmse import Size, TwoDMSEConfig, parse_size
+from .configuration_2dmse import TwoDMSEConfig, size_fields
 
 Texts = str | Sequence[str]
 Embeddings = np.ndarray | torch.Tensor | Sequence[np.ndarray] | Sequence[torch.Tensor]
-
-
-def one_size(
-    num_layers: int | None, dim: int | None, size: str | Size | None, truncate_dim: int | None
-) -> tuple[int | None, int | None]:
-    """Layers and dimensions that are asked for, under any of their names.
-
-    Raises:
-        ValueError: one of them is given under two names, or `size` is not a size.
-    """
-    if size is not None:
-        if (num_layers, dim, truncate_dim) != (None, None, None):
-            raise ValueError(f"size: {size} sets layers and dimensions; leave out num_layers, dim and truncate_dim")
-        return parse_size(size)
-    if truncate_dim is not None:
-        if dim not in (None, truncate_dim):
-            raise ValueError(f"truncate_dim: {truncate_dim} differs from dim, {dim}; give one of the two")
-        dim = truncate_dim
-    return num_layers, dim
 
 
 def sized(kwargs: dict) -> dict:
@@ -38,15 +18,12 @@ def sized(kwargs: dict) -> dict:
     Raises:
         ValueError: as `one_size`.
     """
-    names = ("num_layers", "dim", "size", "truncate_dim")
-    others = {name: value for name, value in kwargs.items() if name not in names}
-    found = dict(zip(names[:2], one_size(*map(kwargs.get, names)), strict=True))
-    for name, value in found.items():
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            found[name] = int(value)  # JSON, which a configuration is written as, has no others
-    if isinstance(others.get("config"), TwoDMSEConfig):
-        return {**others, "config": others["config"].with_size(**found)}
-    return others | {name: value for name, value in found.items() if value is not None}
+    kwargs = size_fields(kwargs)
+    # Not by its class: transformers imports a folder's code for the model and for the configuration separately.
+    if getattr(kwargs.get("config"), "model_type", None) == TwoDMSEConfig.model_type:
+        size = {name: kwargs.pop(name, None) for name in ("num_layers", "dim")}
+        kwargs["config"] = kwargs["config"].with_size(**size)
+    return kwargs
 
 
 def one_of_texts(texts: Texts | None, sentences: Texts | None, inputs: Texts | None) -> Texts | None:
@@ -59,11 +36,14 @@ def one_of_texts(texts: Texts | None, sentences: Texts | None, inputs: Texts | N
 
 
 def move(model: torch.nn.Module, device: str | torch.device | int | None) -> None:
-    """Move the model to a device, if one is named; ValueError for several."""
-    if isinstance(device, (list, tuple, dict)):
-        raise ValueError(f"device: {device!r} is not allowed; name one device, for example 'cpu'")
-    if device is not None:
-        model.to(device)
+    """Move the model to a device, if one is named; ValueError for several, or for what is no device."""
+    if device is None:
+        return
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: {device!r} is not allowed; name one device, for example 'cpu'") from error
+    model.to(place)
 
 
 if TYPE_CHECKING:

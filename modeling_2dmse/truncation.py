@@ -57,6 +57,23 @@ def _warn_of_wrapped(model: "TwoDMSEModel") -> None:
         )
 
 
+def warn_of_base_size(model: "TwoDMSEModel") -> None:
+    """Warn if the folder of adapters that is saved will be read at another size, that of the base model it names."""
+    name, config = str(model.config.name_or_path), model.config
+    try:
+        stored, _ = TwoDMSEConfig.get_config_dict(name, local_files_only=True)
+    except (OSError, ValueError):  # it is not at hand
+        return
+    if stored.get("model_type") != TwoDMSEConfig.model_type:
+        return
+    base = TwoDMSEConfig.from_dict(stored)
+    if (base.num_layers, base.dim) != (config.num_layers, config.dim):
+        logger.warning(
+            f"adapters: their folder does not keep the size, and {name} has {base.num_layers}x{base.dim}; load it with "
+            f"num_layers={config.num_layers} and dim={config.dim}"
+        )
+
+
 def _name_in_folder(name: str) -> str:
     return name.replace(_COMPILED, "")
 

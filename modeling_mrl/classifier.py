@@ -148,7 +148,7 @@ class MatryoshkaClassifier(PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub name of a nested classifier.
             args: those of `PreTrainedModel.from_pretrained`.
             kwargs: those of `PreTrainedModel.from_pretrained`, and fields of the configuration: `size="2x64"` chooses
-                the size whose logits are `logits`.
+                the size whose logits are `logits`, also with a `config`.
 
         Raises:
             ValueError: it is another kind of model, or the weights do not fill the model.
@@ -159,7 +159,10 @@ class MatryoshkaClassifier(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: a model of type {stored} is not a nested classifier; "
                 f"{cls.__name__}.from_backbone puts new heads on it"
             )
-        wants_info = kwargs.pop("output_loading_info", False)
+        wants_info, config = kwargs.pop("output_loading_info", False), kwargs.get("config")
+        if "size" in kwargs and getattr(config, "model_type", None) == MatryoshkaConfig.model_type:
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].size = kwargs.pop("size")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = cast("tuple[Self, dict]", loaded)
         absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.batching import check_words
 from modeling_2dmse.configuration_2dmse import default_ladder
+from modeling_2dmse.packing import is_compiled
 
 from .arguments import TwoDMSETrainingArguments
 from .data import (
@@ -294,7 +295,7 @@ def make_collator(
 
 def runs_packed(encoder: TwoDMSEModel, args: TwoDMSETrainingArguments) -> bool:
     """Whether the rows of a step run as one packed row."""
-    padded = args.torch_compile or args.gradient_cache_chunk_size is not None
+    padded = args.torch_compile or is_compiled(encoder) or args.gradient_cache_chunk_size is not None
     return args.device.type == "cuda" and not padded and encoder.packs
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SENTENCES, run_elsewhere
 from safetensors.torch import load_file, save_file
 
-from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse import Size, TwoDMSEModel, truncation
+from modeling_2dmse.sentence_transformers_files import write_exported_modules
 
 LOAD_ELSEWHERE = """
 import sys
 assert not any("modeling_2dmse" in name for name in sys.modules)
 import numpy as np
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 try:
     AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
@@ -25,6 +27,10 @@ else:
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 small = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, num_layers=2)
 texts = open(sys.argv[2]).read().splitlines()
+# As sentence-transformers loads it, with a configuration whose class transformers has imported separately.
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+same = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, config=config, size="2x16")
+assert (same.encode(texts) == small.encode(texts, dim=16)).all()
 np.savez(sys.argv[3], full=model.encode(texts, dim=16), small=small.encode(texts, dim=16))
 try:
     import modeling_2dmse
@@ -106,6 +112,27 @@ def test_a_cut_folder_normalises_after_the_cut_in_sentence_transformers(projecte
     assert np.allclose(again.encode(SENTENCES), expected, atol=1e-6)
 
 
+def test_the_folder_of_an_earlier_cut_model_whose_dense_module_cuts(tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = tiny_model(projected=True)
+    small = model.truncate(2, 8)
+    small.save_pretrained(tmp_path / "old")
+    write_exported_modules(str(tmp_path / "old"), small.config, 48, torch.eye(8, 32))  # as it was written then
+    expected = model.encode(SENTENCES, 2, 8)
+    again = TwoDMSEModel.from_pretrained(tmp_path / "old")
+    assert np.allclose(again.encode(SENTENCES), expected, atol=1e-6)
+    stock = SentenceTransformer(str(tmp_path / "old"), trust_remote_code=True, device="cpu")
+    assert np.allclose(stock.encode(SENTENCES), expected, atol=1e-6)
+    stock.save(str(tmp_path / "stock"))
+    again.save_pretrained(tmp_path / "new")
+    for name in ("stock", "new"):
+        stock = SentenceTransformer(str(tmp_path / name), trust_remote_code=True, device="cpu")
+        assert np.allclose(stock.encode(SENTENCES), expected, atol=1e-6)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # not in silence
+        SentenceTransformer(str(tmp_path / "old"), model_kwargs={"dim": 4}, device="cpu").encode(SENTENCES)
+
+
 def test_weights_that_do_not_fill_the_model_are_refused(tiny_model, tmp_path):
     tiny_model().truncate(2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -179,6 +206,21 @@ def test_a_model_with_adapters_of_transformers_saves_them(tiny_model, tmp_path):
     assert not (tmp_path / "adapters" / "model.safetensors").exists()
     again = TwoDMSEModel.from_pretrained(tmp_path / "adapters")
     np.testing.assert_allclose(again.encode(SENTENCES), model.encode(SENTENCES), atol=1e-6)
+
+
+def test_adapters_of_a_smaller_size_say_how_they_are_loaded(tiny_model, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    warnings: list[str] = []
+    monkeypatch.setattr(truncation.logger, "warning", warnings.append)
+    tiny_model().save_pretrained(tmp_path / "base")
+    for size in ({}, {"num_layers": 2, "dim": 8}):
+        model = TwoDMSEModel.from_pretrained(tmp_path / "base", **size)
+        model.add_adapter(peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / "adapters")
+        again = TwoDMSEModel.from_pretrained(tmp_path / "adapters", **size)
+        np.testing.assert_allclose(again.encode(SENTENCES), model.encode(SENTENCES), atol=1e-6)
+        assert len(warnings) == len(size) / 2
+    assert warnings[0].endswith("has 4x32; load it with num_layers=2 and dim=8")
 
 
 def test_the_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp_path):

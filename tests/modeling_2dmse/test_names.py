@@ -1,6 +1,7 @@
 """Names of sentence-transformers: they do what they do there, or one line names the argument."""
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import SENTENCES
@@ -20,6 +21,10 @@ def test_texts_by_their_names_and_the_device(tiny_model):
     for given, message in (
         ({"texts": SENTENCES, "sentences": SENTENCES}, "texts: texts and sentences are names of one argument"),
         ({}, "texts: a NoneType is not allowed"),
+        ({"texts": SENTENCES, "device": 1.5}, "device: 1.5 is not allowed; name one device"),
+        ({"texts": SENTENCES, "prompt": 5}, "prompt: 5 is not allowed; give one text"),
+        ({"texts": pandas.DataFrame({"a": SENTENCES})}, "texts: a DataFrame is not allowed"),
+        ({"texts": b"a text"}, "texts: a bytes is not allowed"),
         ({"texts": SENTENCES, "device": ["cpu", "cpu"]}, r"device: \['cpu', 'cpu'\] is not allowed; name one device"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -188,6 +188,9 @@ def test_saves_and_reloads_as_itself_and_as_an_encoder(mlm_path, tmp_path, famil
     encoder = AutoModel.from_pretrained(tmp_path / "smae")
     assert type(encoder) is TwoDMSEModel
     assert (encoder.encode(text, num_layers=2) == model.encoder.encode(text, num_layers=2)).all()
+    small = AutoModel.from_pretrained(tmp_path / "smae", size="2x8")
+    assert small.num_layers == 2
+    assert (small.encode(text) == model.encoder.encode(text, num_layers=2, dim=8)).all()
     with pytest.raises(ValueError, match=r"it is an SMAE pre-training model; AutoModel\.from_pretr"):
         TwoDMSEModel.from_pretrained(tmp_path / "smae")
     model.save_encoder(tmp_path / "encoder")

@@ -87,12 +87,12 @@ def test_a_size_with_a_configuration(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="num_layers: 9 is not allowed"):
         TwoDMSEModel.from_pretrained(tmp_path, config=config, num_layers=9)
     model.truncate(3, 16).save_pretrained(tmp_path / "cut")
-    for folder in (tmp_path, tmp_path / "cut"):
+    for folder, whole in ((tmp_path, 32), (tmp_path / "cut", 16)):
         for name in ("model_kwargs", "config_kwargs"):
-            for size in ({"num_layers": 2}, {"dim": 8}, {"num_layers": 2, "dim": 8}):
+            for size in ({"num_layers": 2}, {"dim": 8}, {"num_layers": 2, "truncate_dim": 8}, {"size": "2x8"}):
                 stock = SentenceTransformer(str(folder), **{name: size}, trust_remote_code=True, device="cpu")
                 expected = TwoDMSEModel.from_pretrained(folder, **size).encode(SENTENCES)
-                assert expected.shape[1] == size.get("dim", 16 if folder.name == "cut" else 32)
+                assert expected.shape[1] == (8 if len(size) == 2 or "num_layers" not in size else whole)
                 assert np.allclose(stock.encode(SENTENCES), expected, atol=1e-6)
 
 

@@ -170,6 +170,17 @@ def test_compiled_parts(folder):
         model.encode(SENTENCES)
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 15), reason="torch.compile needs an older Python")
+@pytest.mark.parametrize("part", ["model", "layers"])
+def test_a_compiled_model_encodes_texts_of_several_lengths(part, folder):
+    model = TwoDMSEModel.from_pretrained(folder)
+    for module in [model] if part == "model" else model.backbone.encoder.layer:
+        module.compile(backend="eager", dynamic=True)
+    assert_equal(model, folder)
+    assert_equal(model.train(), folder)
+    assert model.packs, "it would run packed rows if it were not compiled"
+
+
 class Around(torch.nn.Module):
     """A module of one's own around a layer."""
 

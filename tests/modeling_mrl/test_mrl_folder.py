@@ -90,6 +90,12 @@ def test_stock_text_pipeline(batch_size, backbone_path, tokenizer, tmp_path):
     assert [row["label"] for row in found] == [names[label] for label in labels.tolist()]
     assert confidence.std() > 1e-3
     assert [row["score"] for row in found] == pytest.approx(confidence.tolist(), abs=1e-5)
+    config = pipe.model.config
+    whole = type(model).from_pretrained(tmp_path, config=config, size="4x32")  # a pipeline passes both, too
+    assert (whole.config.size, config.size) == ("4x32", "1x8")
+    assert torch.equal(whole(**inputs).logits, model(**inputs, size="4x32").logits)
+    with pytest.raises(ValueError, match="size: "):
+        type(model).from_pretrained(tmp_path, config=config, size="4x8")
 
 
 def test_stock_image_pipeline(tmp_path):

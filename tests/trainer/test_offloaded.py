@@ -60,6 +60,14 @@ def test_every_trainer_refuses_an_offloaded_model(tiny_model, backbone_path, lla
     mixin.check_at_hand(model)  # it may be a process that waits for the weights of the first one
 
 
+def test_a_model_that_is_offloaded_after_the_trainer_is_built(tiny_model, tmp_path):
+    args = TwoDMSETrainingArguments(str(tmp_path), sizes=LADDER, use_cpu=True, report_to="none")
+    trainer = TwoDMSETrainer(tiny_model(), args, Dataset.from_dict(TRIPLETS))
+    offloaded(trainer.model)
+    with pytest.raises(ValueError, match=REFUSED):
+        trainer.train()
+
+
 def test_a_guide_may_be_offloaded(tiny_model, tmp_path):
     args = TwoDMSETrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     batch = dict(tiny_model().tokenizer(SENTENCES, padding=True, return_tensors="pt"))

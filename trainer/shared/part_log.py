@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .arguments import BaseTrainingArguments
-from .mixin import TrainerMixin
+from .mixin import TrainerMixin, check_at_hand
 
 
 class _Step(NamedTuple):
@@ -31,6 +31,8 @@ class PartLogMixin(TrainerMixin):
     def train(self, *args, **kwargs):
         if isinstance(self.args, BaseTrainingArguments):
             self.args.say_precision()
+        if self.model is not None:
+            check_at_hand(self.model)  # it may have been offloaded after the trainer was built
         return super().train(*args, **kwargs)
 
     def record(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
