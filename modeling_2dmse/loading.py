@@ -27,7 +27,7 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     try:
         backbone, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except ValueError as error:
-        _check_known(name_or_path, error, **hub_kwargs(kwargs))
+        check_known(name_or_path, error, **hub_kwargs(kwargs))
         raise
     check_one_stack(backbone)
     check_device_map(backbone, name_or_path)
@@ -53,7 +53,7 @@ def check_type(name: str | os.PathLike, kwargs: dict) -> None:
         )
 
 
-def _check_known(name_or_path: str, error: ValueError, **kwargs) -> None:
+def check_known(name_or_path: str, error: ValueError, **kwargs) -> None:
     """ValueError from `error` in one sentence, if the cause is a model type that AutoModel does not load: transformers
     lists all that it does."""
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)

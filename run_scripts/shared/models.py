@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from modeling_2dmse import StarbucksConfig, TwoDMSEConfig, TwoDMSEModel
 from modeling_2dmse.batching import check_words
-from modeling_2dmse.loading import check_type
+from modeling_2dmse.loading import check_known
 from run_scripts.shared import checks, output, remote_code
 from run_scripts.shared.quickstart import MODEL_NAME, minilm_path
 
@@ -106,7 +106,7 @@ def read_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
             # A value in the file: no flag is wrong, even if the message starts with its name.
             if "trust_remote_code" in str(error):
                 raise
-            check_type(name_or_path, error, **hub)
+            check_known(name_or_path, error, **hub)
             raise ValueError(
                 f"model_name_or_path: {name_or_path}/config.json: {' '.join(str(error).split())}"
             ) from error
