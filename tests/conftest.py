@@ -217,6 +217,9 @@ def few_refining_steps(monkeypatch):
     few = functools.partial(refining.refine_exit_projections, steps=2)
     for module in (refining, fitting, elasticizing):
         monkeypatch.setattr(module, "refine_exit_projections", few)
+    few = functools.partial(refining.rotate_last_exit, steps=2)
+    for module in (refining, elasticizing):
+        monkeypatch.setattr(module, "rotate_last_exit", few)
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:

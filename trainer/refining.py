@@ -1,9 +1,10 @@
 """Training exit projections alone, on states that are computed once: seconds instead of minutes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch.nn.utils.parametrizations import orthogonal
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel
@@ -87,7 +88,8 @@ def refine_trained(
 ) -> None:
     """Refine the exits of a trained model below its last one, towards its own full size and its teacher.
 
-    The mean similarity of both is a better target than that of either (docs/lab-notes.md).
+    The mean similarity of both is a better target than that of either (docs/lab-notes.md). The last exit is rotated
+    towards its own full size, so that it can be cut to the dims of the other sizes.
 
     Args:
         encoder: the trained model with exit projections, which is changed in place.
@@ -104,6 +106,13 @@ def refine_trained(
         refine_exit_projections(
             encoder, texts, targets, sizes, seed=seed, states=torch.stack(below), layers=layers[:-1]
         )
+    rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)
+
+
+def dims_of_last_exit(encoder: TwoDMSEModel, sizes: Sequence[Size]) -> list[int]:
+    """The dims of all sizes up to that of the largest size with all layers; none if there is no such size."""
+    largest = max((size.dim for size in sizes if size.num_layers == encoder.num_layers), default=0)
+    return sorted({size.dim for size in sizes if size.dim <= largest})
 
 
 def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tensor:
@@ -120,7 +129,44 @@ def join_targets(targets: Sequence[torch.Tensor], similarity: str) -> torch.Tens
     return torch.cat(parts, dim=1) / len(parts) ** 0.5
 
 
-@torch.enable_grad()
+def rotate_last_exit(
+    encoder: TwoDMSEModel,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    dims: Sequence[int],
+    steps: int = STEPS,
+    seed: int = 0,
+) -> None:
+    """Rotate the last exit so that its first few dimensions give the similarities of the targets as well as they can.
+
+    The full size stays as it is: a rotation Q changes no similarity. Principal directions, with which the exit starts,
+    lose the least squared error, but not the fewest near neighbors. Q is trained as `refine_exit_projections` trains P,
+    at all dims but the largest, and stays orthogonal by torch's parametrization.
+
+    Args:
+        encoder: the model with exit projections, which is changed in place.
+        states: (texts, hidden), what the last exit puts out for some thousands of texts.
+        targets: (texts, any dim), the embeddings whose similarities the dims learn.
+        dims: the dims at which embeddings will be used. At the largest, similarities stay as they are.
+        steps: number of steps.
+        seed: seed of the batches.
+    """
+    check_projections(encoder)
+    if len(set(dims)) < 2:
+        return
+    *below, width = sorted(set(dims))
+    similarity, device = encoder.config.similarity, encoder.input_device
+    given, wanted = states[:, :width].to(device), to_embeddings(targets, targets.shape[1], similarity).to(device)
+    rotation = torch.nn.Linear(width, width, bias=False, device=device)
+    torch.nn.init.eye_(rotation.weight)
+    orthogonal(rotation, orthogonal_map="cayley")
+    batches = _Batches(wanted, similarity, torch.Generator().manual_seed(seed))
+    _minimize(list(rotation.parameters()), lambda: batches.loss([rotation(given[batches.draw()])], [below]), steps)
+    weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[-1].weight
+    turned = rotation.weight.detach().double() @ weight.detach()[:width].double()
+    weight.data[:width] = turned.to(weight.dtype)
+
+
 def _train(
     states: torch.Tensor,
     targets: torch.Tensor,
@@ -137,28 +183,60 @@ def _train(
         states: (L, texts, hidden).
         targets: (texts, any dim).
     """
-    size = states.shape[-1]
-    matrices = torch.eye(size, device=states.device).repeat(len(states), 1, 1).requires_grad_()
-    optimizer = torch.optim.Adam([matrices], lr=RATE)
+    matrices = torch.eye(states.shape[-1], device=states.device).repeat(len(states), 1, 1).requires_grad_()
+    batches = _Batches(targets, similarity, generator)
+
+    def loss() -> torch.Tensor:
+        rows = batches.draw()
+        pairs = zip(states, matrices, dims, strict=True)
+        return batches.loss([state[rows] @ matrix[:, : widths[-1]] for state, matrix, widths in pairs], dims)
+
+    _minimize([matrices], loss, steps)
+    return matrices.detach().double()
+
+
+class _Batches:
+    """Texts of a step: some of them search, the others are found.
+
+    Args:
+        targets: (texts, any dim), of unit norm for `cosine`.
+        similarity: `cosine` or `dot`.
+        generator: draws the texts of each step.
+    """
+
+    def __init__(self, targets: torch.Tensor, similarity: str, generator: torch.Generator):
+        self.targets, self.similarity, self.generator = targets, similarity, generator
+        self.scale = SCALE if similarity == "cosine" else 1.0
+
+    def draw(self) -> torch.Tensor:
+        """The rows of the next step, (at most 4,352,); what the similarities of the targets give is kept."""
+        rows = torch.randperm(len(self.targets), generator=self.generator)[: _QUERIES + _DOCUMENTS]
+        rows = rows.to(self.targets.device)
+        self.queries = min(_QUERIES, len(rows) // 2)
+        target = self.targets[rows]
+        self.wanted = (self.scale * target[: self.queries] @ target[self.queries :].T).softmax(dim=-1)
+        return rows
+
+    def loss(self, outputs: Sequence[torch.Tensor], dims: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The divergences of exits, whose `outputs` for the rows are (rows, any dim), at the dims of each."""
+        loss = torch.zeros((), device=self.targets.device)
+        for output, widths in zip(outputs, dims, strict=True):
+            for dim in widths:
+                student = to_embeddings(output, dim, self.similarity)
+                scores = self.scale * student[: self.queries] @ student[self.queries :].T
+                # The divergence of the two distributions, but for the entropy of the target, which is constant.
+                loss = loss + torch.nn.functional.cross_entropy(scores, self.wanted)
+        return loss
+
+
+@torch.enable_grad()
+def _minimize(parameters: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], steps: int) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=RATE)
     warm_up = max(1, int(_WARM_UP * steps))
     rate = lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    scale = SCALE if similarity == "cosine" else 1.0
     for _ in logging.tqdm(range(steps), desc="Refining projections", leave=False, disable=None):
-        rows = torch.randperm(len(targets), generator=generator)[: _QUERIES + _DOCUMENTS].to(states.device)
-        queries = min(_QUERIES, len(rows) // 2)
-        target = targets[rows]
-        wanted = (scale * target[:queries] @ target[queries:].T).softmax(dim=-1)
-        loss = torch.zeros((), device=states.device)
-        for state, matrix, widths in zip(states, matrices, dims, strict=True):
-            outputs = state[rows] @ matrix[:, : widths[-1]]
-            for dim in widths:
-                student = to_embeddings(outputs, dim, similarity)
-                scores = scale * student[:queries] @ student[queries:].T
-                # The divergence of the two distributions, but for the entropy of the target, which is constant.
-                loss = loss + torch.nn.functional.cross_entropy(scores, wanted)
         optimizer.zero_grad()
-        loss.backward()
+        loss().backward()
         optimizer.step()
         schedule.step()
-    return matrices.detach().double()

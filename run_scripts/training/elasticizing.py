@@ -33,7 +33,7 @@ from trainer.evaluation import (
 from trainer.model_card import measure_costs
 from trainer.projections import fit_exit_projections
 from trainer.pseudo_pairs import Document, draw_documents, make_pairs
-from trainer.refining import refine_exit_projections, refine_trained
+from trainer.refining import dims_of_last_exit, refine_exit_projections, refine_trained, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
 from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions
@@ -117,6 +117,8 @@ class Work:
                 refine_exit_projections(
                     self.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed, states=states[:-1]
                 )
+                dims = dims_of_last_exit(self.encoder, self.ladder)
+                rotate_last_exit(self.encoder, states[-1], states[-1], dims, seed=self.args.seed)
 
     def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
         """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""

@@ -6,10 +6,11 @@ from conftest import SENTENCES
 from torch.nn.functional import normalize
 
 from modeling_2dmse import parse_ladder
+from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.pooling import cut_and_normalize
 from trainer import fit_exit_projections
 from trainer.alignment import score_kl
-from trainer.refining import SCALE, join_targets, refine_exit_projections
+from trainer.refining import SCALE, dims_of_last_exit, join_targets, refine_exit_projections, rotate_last_exit
 
 TEXTS = [f"{a} and {b}" for a in SENTENCES for b in SENTENCES[:6]]
 SIZES = parse_ladder(["1x8", "2x8", "2x16", "4x16", "4x32"])
@@ -64,3 +65,39 @@ def test_wrong_arguments_are_refused(tiny_model):
     model.add_exit_projections()
     with pytest.raises(ValueError, match=f"targets: there are 3 for {len(TEXTS)} texts"):
         refine_exit_projections(model, TEXTS, targets[:3], SIZES)
+
+
+@pytest.mark.parametrize(("similarity", "width"), [("cosine", 32), ("dot", 32), ("cosine", 24)])
+def test_a_rotation_brings_few_dims_nearer_and_keeps_the_largest(similarity, width, tiny_model):
+    model = tiny_model()
+    model.config.similarity = similarity
+    model.add_exit_projections()
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(120, 32, generator=generator) * torch.linspace(1.5, 0.5, 32)]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    rotate_last_exit(model, states[0], states[0], [8, 16, width], steps=60)
+    last = model.exit_projections[3].weight.detach()
+    states.append(states[0] @ last.T)  # the projection was the identity
+    scale = SCALE if similarity == "cosine" else 1.0
+    target = to_embeddings(states[0], 32, similarity).double()
+    wanted = (scale * target[:60] @ target[60:].T).softmax(dim=-1)
+    before, after = {}, {}
+    for found, state in ((before, states[0]), (after, states[1])):
+        for dim in (8, 16, width):
+            cut = to_embeddings(state, dim, similarity).double()
+            found[dim] = cut @ cut.T
+            scores = (scale * cut[:60] @ cut[60:].T).log_softmax(dim=-1)
+            found[f"divergence {dim}"] = (wanted * (wanted.log() - scores)).sum(dim=-1).mean().item()
+    assert torch.allclose(before[width], after[width], atol=1e-5)
+    first, then = (sum(found[f"divergence {dim}"] for dim in (8, 16)) for found in (before, after))
+    assert then < 0.9 * first
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    assert changed == {"exit_projections.3.weight"}
+    assert torch.equal(last[width:], weights["exit_projections.3.weight"][width:])
+
+
+def test_the_last_exit_is_cut_to_the_dims_of_the_ladder(tiny_model):
+    model = tiny_model()
+    assert dims_of_last_exit(model, SIZES) == [8, 16, 32]
+    assert dims_of_last_exit(model, parse_ladder(["1x8", "2x32", "4x16"])) == [8, 16]
+    assert dims_of_last_exit(model, parse_ladder(["1x8", "2x16"])) == []
