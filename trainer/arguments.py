@@ -106,7 +106,9 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     refine_projections: bool = field(
         default=False,
-        metadata={"help": "After training, refine the projections of the exits below the last one."},
+        metadata={
+            "help": "After training, refine the projections of the exits below the last one, and rotate the last one."
+        },
     )
     loss: str | None = field(
         default=None,
