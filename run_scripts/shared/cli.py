@@ -235,7 +235,11 @@ def reading_pictures():
 def recipe_flags(path: str) -> list[str]:
     """The flags that a YAML recipe sets."""
     if not os.path.isfile(path):
-        raise ValueError(f"recipe: {path} is not a file")
+        name = os.path.splitext(os.path.basename(path))[0]
+        near = difflib.get_close_matches(name, [recipe.stem for recipe in RECIPES.glob("*.yaml")], n=1)
+        folder = RECIPES.relative_to(Path.cwd()) if RECIPES.is_relative_to(Path.cwd()) else RECIPES
+        hint = f"; did you mean {folder / near[0]}.yaml?" if near else ""
+        raise ValueError(f"recipe: {path} is not a file{hint}")
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)

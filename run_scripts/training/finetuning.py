@@ -102,9 +102,8 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         if "score" in evaluation.column_names:
             advice = "; name other rows with --eval_file, or pass --max_eval_samples 0 for no evaluation"
             check_varied(evaluation, "max_eval_samples: what is held out of the training data", advice)
-        output.say(
-            f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
-        )
+        rows = "one row is" if len(evaluation) == 1 else f"{len(evaluation)} rows are"
+        output.say(f"without evaluation data, {rows} held out of the training data (--max_eval_samples)")
     return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
 
 
@@ -301,7 +300,7 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
     batch = args.per_device_train_batch_size
     if rows < batch:
         raise ValueError(
-            f"train_file: {rows} rows are fewer than one batch of {batch}; "
+            f"train_file: {'one row is' if rows == 1 else f'{rows} rows are'} fewer than one batch of {batch}; "
             "add rows or lower --per_device_train_batch_size"
         )
 
