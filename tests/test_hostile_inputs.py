@@ -216,7 +216,7 @@ CASES = {
     # tables
     "scores: one row": bad_scores("a.csv has one row", "a.csv", "sentence1,sentence2,score\na,b,1\n"),
     "scores: constant": bad_scores("all have the score 2", "a.csv", "sentence1,sentence2,score\na,b,2\nc,d,2\n"),
-    "scores: nan": bad_scores("not finite", "a.csv", "sentence1,sentence2,score\na,b,nan\nc,d,2\n"),
+    "scores: nan": bad_scores("not a finite", "a.csv", "sentence1,sentence2,score\na,b,nan\nc,d,2\n"),
     "scores: text": bad_scores("score", "a.csv", "sentence1,sentence2,score\na,b,x\nc,d,2\n"),
     "scores: gz cut": bad_scores("sts_files: ", "a.csv.gz", packed("sentence1,sentence2,score\n" * 99, "cut")),
     "scores: gz flipped": bad_scores("sts_files: ", "a.jsonl.gz", packed('{"a": 1}\n' * 99, "flipped")),

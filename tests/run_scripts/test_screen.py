@@ -19,7 +19,7 @@ from modeling_2dmse import parse_ladder
 from retrieval import planning
 from run_scripts import encode, finetune
 from run_scripts.shared import cli, screen
-from run_scripts.shared.early import find_options
+from run_scripts.shared.early import find_kinds, find_options
 from trainer.evaluation import best_for_cost
 from trainer.shared.arguments import BaseTrainingArguments
 from twodmse import __main__ as console
@@ -63,7 +63,7 @@ def test_a_typing_error_in_a_flag(argv, message, capsys):
 
 
 def test_a_flag_is_not_taken_for_its_negation():
-    options = find_options("finetune")
+    options = find_options(find_kinds("finetune"))
     for flag, message in (("--overwrite_output_dir", "--help lists"), ("--no_bf_16", "did you mean --no_bf16")):
         with pytest.raises(ValueError, match=message):
             cli.refuse_unknown([flag], options)
