@@ -19,7 +19,7 @@ from modeling_2dmse.tokens import Tokens, from_rows, join_tokens, tokenize
 
 from .shared.columns import name_columns
 from .shared.roles import TEACHER_SCORE
-from .shared.tables import INVALID_ROWS, as_strings, check_texts, draw_rows, skip_rows, text_columns
+from .shared.tables import INVALID_ROWS, as_strings, check_texts, draw_rows, refuse_codes, skip_rows, text_columns
 
 # The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
@@ -52,6 +52,7 @@ def check_table(
             table = _check_scores(table, argument, name)
         else:  # numbered negatives may be empty: rows may have different numbers of negatives
             check_texts(table, name, argument, optional=name.startswith("negative_"))
+            refuse_codes(table, name, argument)
     return table
 
 

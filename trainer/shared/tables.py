@@ -39,6 +39,8 @@ _NO_TEXTS = (
     (r"^[!-~]{0,40}[0-9][!-~]{0,40}$", "ids"),
 )
 
+_SAMPLE = 1000
+
 # What datasets, pandas, pyarrow and gzip raise for files that are cut off, damaged or of another kind.
 READ_ERRORS = (
     *(datasets.exceptions.DatasetsError, pa.ArrowException, EOFError, OSError, ValueError, TypeError, LookupError),
@@ -280,15 +282,24 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
         return
     if str(column.type) not in ("string", "large_string"):
         raise ValueError(f"{argument}: column {name} holds {_describe_kind(column.type)}, not texts")
-    for pattern, what in _NO_TEXTS:
-        if len(column.unique()) > 1 and pc.all(pc.match_substring_regex(column, pattern)).as_py():
-            raise ValueError(f"{argument}: column {name} holds {what}, such as {column[0].as_py()[:40]!r}, not texts")
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
     count = pc.sum(empty).as_py()
     if count and not optional:
         row = pc.index(empty, True).as_py()
         texts = "an empty text" if count == 1 else f"{count} empty texts, the first"
         raise ValueError(f"{argument}: column {name} holds {texts} in row {row + 1}{INVALID_ROWS}")
+
+
+def refuse_codes(table: Dataset, name: str, argument: str) -> None:
+    """ValueError if all texts of a column that pairs are trained or scored on are ids, or lists written as text."""
+    column = table.with_format("arrow")[:][name].drop_null()
+    if len(column) < 2:
+        return
+    column = column.filter(pc.not_equal(column, ""))
+    for pattern, what in _NO_TEXTS:
+        parts = (column[:_SAMPLE], column)  # the first rows of most columns show that they are texts
+        if all(pc.all(pc.match_substring_regex(part, pattern)).as_py() for part in parts) and len(column.unique()) > 1:
+            raise ValueError(f"{argument}: column {name} holds {what}, such as {column[0].as_py()[:40]!r}, not texts")
 
 
 def _describe_kind(kind: pa.DataType) -> str:

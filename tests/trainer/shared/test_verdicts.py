@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from trainer.data import check_table
-from trainer.shared.tables import read_table
+from trainer.shared.tables import check_texts, read_table
 from trainer.shared.texts import read_corpus
 
 TEXTS = {"query": ["a", "b", "c", "d"], "answer": ["e", "f", "g", "h"]}
@@ -69,6 +69,18 @@ def test_other_columns_are_left_out(cells, columns):
 def test_texts_that_are_none(texts, message):
     with pytest.raises(ValueError, match=message):
         check_table(Dataset.from_dict({"query": texts, "answer": ["a", "b"]}))
+
+
+def test_negatives_that_some_rows_do_not_have():
+    pairs = {"anchor": ["a", "b", "c"], "positive": ["d", "e", "f"]}
+    assert check_table(Dataset.from_dict(pairs | {"negative_1": [None] * 3})).num_rows == 3
+    assert check_table(Dataset.from_dict(pairs | {"negative_1": [""] * 3})).num_rows == 3
+    with pytest.raises(ValueError, match="column negative_1 holds lists or objects written as text, such as"):
+        check_table(Dataset.from_dict(pairs | {"negative_1": ['["g"]', "", '["h", "i"]']}))
+
+
+def test_codes_that_are_embedded_are_texts():
+    check_texts(Dataset.from_dict({"text": ["PLAIN-2", "MED-10"]}), "text", "test_dataset", optional=False)
 
 
 def test_texts_that_look_like_something_else():
