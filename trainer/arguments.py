@@ -201,7 +201,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             )
             if value not in allowed
         ]
-        problems += find_problems(self, _RANGES) + training_problems(self)
+        problems += find_problems(self, _RANGES)
+        problems += [problem for problem in training_problems(self) if problem.split(":")[0] not in _RANGES]
         if not 0 <= self.initial_share <= 1:
             problems.append(f"initial_share: {self.initial_share} is not allowed; use a number from 0 to 1")
         if not 0 <= self.shallow_steps < 1:

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from modeling_2dmse.batching import check_texts as as_texts
 from modeling_2dmse.tokens import Tokens, from_rows, join_tokens, tokenize
 
-from .shared.columns import TEACHER_SCORE, name_columns
-from .shared.tables import INVALID_ROWS, as_strings, check_texts, draw_rows, skip_rows, text_columns
+from .shared.columns import name_columns
+from .shared.roles import TEACHER_SCORE
+from .shared.tables import INVALID_ROWS, as_strings, check_texts, draw_rows, refuse_codes, skip_rows, text_columns
 
 # The column of texts without labels, which `add_unlabeled_texts` adds after the others.
 UNLABELED = "unlabeled"
@@ -51,6 +52,7 @@ def check_table(
             table = _check_scores(table, argument, name)
         else:  # numbered negatives may be empty: rows may have different numbers of negatives
             check_texts(table, name, argument, optional=name.startswith("negative_"))
+            refuse_codes(table, name, argument)
     return table
 
 
@@ -271,9 +273,10 @@ def _check_scores(table: Dataset, argument: str, name: str) -> Dataset:
         broken &= np.asarray([bool(text) for text in table[name.removesuffix(TEACHER_SCORE)]])
     broken = np.flatnonzero(broken)
     if len(broken):
+        several = f"{len(broken)} values that are not finite numbers, the first"
+        values = "a value that is not a finite number" if len(broken) == 1 else several
         raise ValueError(
-            f"{argument}: column {name} holds {len(broken)} values that are not finite numbers, "
-            f"the first in row {broken[0] + 1}{INVALID_ROWS if name == 'score' else ''}"
+            f"{argument}: column {name} holds {values} in row {broken[0] + 1}{INVALID_ROWS if name == 'score' else ''}"
         )
     return table.remove_columns(name).add_column(name, scores.tolist())
 

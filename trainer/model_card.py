@@ -20,6 +20,8 @@ from .shared.hub import OWNER
 
 _TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_cards", "template.md")
 
+_AGREEMENT = "share of the 10 nearest"
+
 
 @dataclass
 class Run:
@@ -36,6 +38,8 @@ class Run:
         datasets: Hub names of the training data, if any.
         license: licence of the model, if any.
         languages: codes of the languages of the model, if known.
+        rows: what the rows of a task are, by its name, where its name does not say so.
+        pictures: file in the model's folder and title of each picture.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Run:
     license: str | None = None
     languages: Sequence[str] = ()
     repo_id: str | None = None
+    rows: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
 
 
 def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard:
@@ -77,9 +83,11 @@ def build_card(model: TwoDMSEModel, objective: Objective, run: Run) -> ModelCard
         example_layers=example.num_layers,
         example_dim=example.dim,
         facts=_facts(model, run),
-        tasks=_task_lines(run.results, model.config.similarity),
+        tasks=_task_lines(run.results, model.config.similarity, run.rows),
         scores=_ladder_table(run.results, run.costs, ladder),
+        costs=bool(run.costs),
         grids=_grid_tables(run.results),
+        pictures="\n\n".join(f"![{title}]({file})" for file, title in run.pictures.items()),
         command=run.command,
         settings="\n".join(f"- {key}: `{value}`" for key, value in run.settings.items()),
         objective=objective.name,
@@ -158,21 +166,31 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _task_lines(results: dict, similarity: str) -> str:
-    """What each task is: its metric and its rows."""
+def _task_lines(results: dict, similarity: str, meanings: dict[str, str]) -> str:
+    """What each task is: its metric and its rows, which are `meanings` where those are given."""
     lines: list[str] = []
     compared = "dot product" if similarity == "dot" else "cosine"
     for name, task in results.get("sts", {}).items():
         rows = f" ({task['n']} rows)" if "n" in task else ""
         lines.append(
             f"{name}: semantic similarity of sentence pairs{rows}; Spearman correlation of {compared} and score"
+            + _meaning(name, meanings)
         )
     for name, task in results.get("retrieval", {}).items():
         rows = f" ({task['n_queries']} queries)" if "n_queries" in task else ""
-        lines.append(f"{name}: retrieval{rows}; nDCG@10, documents ranked by {compared}")
+        lines.append(f"{name}: retrieval{rows}; nDCG@10, documents ranked by {compared}{_meaning(name, meanings)}")
     for name, task in results.get("mteb", {}).items():
         lines.append(f"{name}: MTEB's task of type {task['type']}; {task['metric']}")
+    if "agreement" in results:
+        lines.append(
+            f"{_AGREEMENT}: of the 10 nearest others of each of {results['agreement']['n']} held-out documents, as the "
+            "untrained full size finds them, the share that is found"
+        )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _meaning(name: str, meanings: dict[str, str]) -> str:
+    return f"; {meanings[name]}" if name in meanings else ""
 
 
 def _score_columns(results: dict) -> dict[str, dict[str, float]]:
@@ -185,6 +203,9 @@ def _score_columns(results: dict) -> dict[str, dict[str, float]]:
             columns |= {f"{title} before": before[task], f"{title} after": scores}
         else:
             columns[title] = scores
+    for when, found in (("before", results.get("before") or {}), ("after", results)):
+        if "agreement" in found:
+            columns[f"{_AGREEMENT} {when}"] = found["agreement"]["overlap@10"]
     return columns
 
 

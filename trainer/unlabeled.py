@@ -3,7 +3,7 @@
 import re
 
 from .data import check_table, draw_texts
-from .shared.columns import ACCEPTED, UnknownColumns
+from .shared.roles import ACCEPTED, UnknownColumns
 from .shared.tables import read_table
 from .shared.texts import check_corpus, read_corpus
 

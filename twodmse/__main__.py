@@ -4,6 +4,8 @@ import difflib
 import importlib
 import sys
 
+from twodmse import __version__
+
 COMMANDS = {
     "elasticize": "make your encoder elastic on your corpus, without labels",
     "finetune": "train an elastic encoder; without arguments, the quickstart",
@@ -34,8 +36,11 @@ def main() -> None:
         print("usage: twodmse COMMAND [--help] [--flag value ...]\n")
         print("\n".join(f"  {command:<16} {what}" for command, what in COMMANDS.items()))
         return
+    if name in ("-V", "--version"):
+        print(f"twodmse {__version__}")
+        return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, ["--help", *COMMANDS], n=1)
+        near = difflib.get_close_matches(name, ["--help", "--version", *COMMANDS], n=1)
         near = near or [command for command in COMMANDS if name in command.split("_")]
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"twodmse: error: {name} is unknown; {hint}", file=sys.stderr)

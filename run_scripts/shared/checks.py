@@ -124,9 +124,16 @@ def check_model(name_or_path: str, argument: str = "model_name_or_path") -> None
 
 
 def check_no_file(output_dir: str) -> None:
-    """ValueError if the output folder is a file."""
+    """ValueError if the output folder is a file, or cannot be made or written to."""
     if os.path.isfile(output_dir):
         raise ValueError(f"output_dir: {output_dir} is a file; name a folder")
+    found = os.path.abspath(output_dir)
+    while not os.path.lexists(found):
+        found = os.path.dirname(found)
+    if not os.path.isdir(found):
+        raise ValueError(f"output_dir: {output_dir} cannot be made, because {found} is not a folder")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir: {output_dir} cannot be written, because nothing may be written in {found}")
 
 
 def check_no_results(output_dir: str, overwrite: bool) -> None:

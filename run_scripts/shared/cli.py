@@ -41,6 +41,7 @@ OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "model": "model_name_or_path",
     "out": "output_dir",
+    "size": "num_layers",
 }
 # Flags that an error offers at most.
 _OFFERED = 3
@@ -235,7 +236,13 @@ def reading_pictures():
 def recipe_flags(path: str) -> list[str]:
     """The flags that a YAML recipe sets."""
     if not os.path.isfile(path):
-        raise ValueError(f"recipe: {path} is not a file")
+        name = os.path.splitext(os.path.basename(path))[0]
+        near = difflib.get_close_matches(name, [recipe.stem for recipe in RECIPES.glob("*.yaml")], n=1)
+        folder = RECIPES.relative_to(Path.cwd()) if RECIPES.is_relative_to(Path.cwd()) else RECIPES
+        hint = f"; did you mean {folder / near[0]}.yaml?" if near else ""
+        if not near and not path.endswith((".yaml", ".yml")):
+            hint = "; the first word is a recipe (YAML), and everything else is --flag value"
+        raise ValueError(f"recipe: {path} is not a file{hint}")
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)

@@ -41,8 +41,12 @@ def score_table(columns: dict[str, dict[str, float]], sizes: Sequence["Size"], h
     """A text table with a row per size: `columns` maps a title to {size: score}."""
     lines = [f"{header:<10}" + "".join(f"{title:>14}" for title in columns)]
     for size in sizes:
-        lines.append(f"{size!s:<10}" + "".join(f"{column[str(size)]:>14.4f}" for column in columns.values()))
+        lines.append(f"{size!s:<10}" + "".join(f"{_cell(column[str(size)]):>14}" for column in columns.values()))
     return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def grid_table(scores: dict[str, float], sizes: Sequence["Size"]) -> str:

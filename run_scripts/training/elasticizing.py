@@ -48,6 +48,7 @@ _FITTED = 6000
 # Words of a passage for a token of max_length: English has about 1.3 tokens a word.
 _WORDS_PER_TOKEN = 0.75
 PSEUDO_QUERIES = "pseudo-queries"
+_PSEUDO_ROWS = "the title, a sentence or some words of each held-out document, with which it is to be found"
 
 
 class Work:
@@ -196,7 +197,7 @@ class Work:
         save_shares([written], os.path.join(folder, "shares.png"))
         names = [self.data_args.dataset_name] if self.data_args.dataset_name else []
         run = (self.trainer, encoder, self.model_args, self._settings(), results, costs, names, "elasticize")
-        finetuning.save_card(*run)
+        finetuning.save_card(*run, {PSEUDO_QUERIES: _PSEUDO_ROWS})
         print(report(results, costs, self.ladder))
         print(f"\nDone in {time.perf_counter() - self.started:.0f} s. Use it:\n")
         print(finetuning.usage(folder, results, self.ladder))
@@ -298,7 +299,7 @@ def report(results: dict, costs: dict, ladder: list[Size]) -> str:
         if full > 0:
             columns["share of full"] = {size: after[size] / full for size in after}
         columns["encode time"] = {size: cost["relative_time"] for size, cost in costs.items()}
-        columns["bytes"] = {str(size): 4.0 * size.dim for size in ladder}
+        columns["bytes"] = {str(size): 4 * size.dim for size in ladder}
         tables.append(f"\n{title}\n\n{output.score_table(columns, ladder, 'size')}")
     return "\n".join(tables)
 

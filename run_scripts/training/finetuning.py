@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 # The number of texts that the encoding times of the card are measured on.
 COST_ROWS = 64
+# Pictures of runs, and their titles on a card.
+PICTURES = {"heatmap.png": "Every layer by every dim", "shares.png": "Share of the full size's score, by cost"}
 
 
 def make_trainer(
@@ -102,9 +104,8 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         if "score" in evaluation.column_names:
             advice = "; name other rows with --eval_file, or pass --max_eval_samples 0 for no evaluation"
             check_varied(evaluation, "max_eval_samples: what is held out of the training data", advice)
-        output.say(
-            f"without evaluation data, {len(evaluation)} rows are held out of the training data (--max_eval_samples)"
-        )
+        rows = "one row is" if len(evaluation) == 1 else f"{len(evaluation)} rows are"
+        output.say(f"without evaluation data, {rows} held out of the training data (--max_eval_samples)")
     return [draw_rows(table, data.max_train_samples, args.seed) for table in tables], evaluation
 
 
@@ -188,7 +189,10 @@ def write_card(
     data = ", ".join(map(os.path.basename, data_args.train_file or [])) or data_args.dataset_name
     on_the_hub = data_args.dataset_name is not None and data_args.dataset_name != DATASET_NAME
     names = [data_args.dataset_name] if on_the_hub else []
-    save_card(trainer, encoder, model_args, {"data": data} | trainer.describe(), results, costs, names, "finetune")
+    settings = {"data": data} | trainer.describe()
+    named = data_args.eval_file or data_args.eval_split or data_args.dataset_name == DATASET_NAME
+    rows = {} if named else {"eval": "its rows were held out of the training data"}
+    save_card(trainer, encoder, model_args, settings, results, costs, names, "finetune", rows)
 
 
 def save_card(
@@ -200,8 +204,10 @@ def save_card(
     costs: dict,
     data_names: list,
     script: str,
+    rows: dict[str, str],
 ) -> None:
-    """Write the card of a run of `script`, which shows the settings, results and costs; `data_names` are Hub names."""
+    """Write the card of a run of `script`, which shows the settings, results and costs; `data_names` are Hub names, and
+    `rows` says what those of a task are."""
     backbone, folder = model_args.model_name_or_path, str(trainer.args.output_dir)
     facts = BaseFacts("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0", ("en",))
     if backbone != MODEL_NAME:
@@ -217,6 +223,8 @@ def save_card(
         license=model_args.license or facts.license,
         languages=facts.languages,
         repo_id=trainer.args.hub_model_id,
+        rows=rows,
+        pictures={file: title for file, title in PICTURES.items() if os.path.exists(os.path.join(folder, file))},
     )
     card = model_card.build_card(encoder, trainer.training_objective, run)
     card.content = secrets.hide(card.content)
@@ -301,7 +309,7 @@ def _check_batches(args: TwoDMSETrainingArguments, rows: int) -> None:
     batch = args.per_device_train_batch_size
     if rows < batch:
         raise ValueError(
-            f"train_file: {rows} rows are fewer than one batch of {batch}; "
+            f"train_file: {'one row is' if rows == 1 else f'{rows} rows are'} fewer than one batch of {batch}; "
             "add rows or lower --per_device_train_batch_size"
         )
 

@@ -203,8 +203,10 @@ def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsy
             (line,) = [line for line in lines[:7] if line.startswith(f"{size} ")]
             assert line.split()[1:3] == [f"{before[size]:.4f}", f"{after[size]:.4f}"]
     card = (folder / "README.md").read_text()
-    for line in ("license: mit", "- corpus: `corpus.txt`", "- effort: `short`", "- teacher: `embeddings`"):
+    lines = ("license: mit", "- corpus: `corpus.txt`", "- effort: `short`", "- teacher: `embeddings`")
+    for line in (*lines, "- share of the 10 nearest: ", "with which it is to be found", "cost](shares.png)"):
         assert line in card
+    assert "heatmap.png" not in card
     assert str(tmp_path) not in card
     start_of = dict(TwoDMSEModel.from_backbone(backbone_path("bert")).named_parameters())
     trained = weights(folder)

@@ -224,7 +224,7 @@ def test_training_scripts_refuse_a_typo_before_torch_is_imported(start, flag, me
         "sizes": (["--sizes", "1x8", "9x9"], "sizes: 9x9 asks for 9 layers, but the backbone has 1 to 4"),
         "dims": (["--sizes=4x33"], "sizes: 4x33 asks for 33 dimensions, but the backbone has 1 to 32"),
         "role": (["--columns", "a=b"], "columns: 'a=b' is not NAME:ROLE, for example query:anchor"),
-        "column": (["--columns", "c:anchor"], "columns: train_file has no column c, only a, b"),
+        "column": (["--columns", "c:anchor"], "columns: train_file has no column c, only a, document"),
         "separator": (
             ["--eval_file", "semicolons.csv"],
             "eval_file: semicolons.csv has only one column; its columns se",
@@ -237,6 +237,29 @@ def test_training_scripts_refuse_a_typo_before_torch_is_imported(start, flag, me
         "guide": (["--guide_model_name_or_path", "a/b"], "guide_model_name_or_path: a/b is not a folder, and the Hub"),
         "recipe": (["recipe.yaml"], "sizes: '6' is not a size"),
         "no recipe": (["finetune.yaml"], "recipe: finetune.yaml is not a file"),
+        "near a recipe": (
+            ["minilm-nly.yaml"],
+            f"recipe: minilm-nly.yaml is not a file; did you mean {cli.RECIPES}/minilm-nli",
+        ),
+        "no value": (["--sizes"], "sizes: a value is missing after --sizes"),
+        "no number": (["--max_steps", "1.5"], "max_steps: '1.5' is not a whole number"),
+        "no float": (["--learning-rate=1e-5x"], "learning_rate: '1e-5x' is not a number"),
+        "names": (
+            ["--train_file", "free.jsonl"],
+            "columns: train_file has no column a, only Frage, Antwort",
+        ),
+        "no columns": (
+            ["--train_file", "free.jsonl", "--columns", "Frage:anchor"],
+            "train_file: the columns (Frage, Antwort) are not one of the accepted sets",
+        ),
+        "rows": (
+            ["--train_file", "rows.tsv", "--columns", "a b c d e:anchor"],
+            "train_file: the first line (a b c d e ...) seems to be a row; write the names of the columns above it",
+        ),
+        "zip": (["--train_file", "book.csv"], "train_file: book.csv is a zip archive or an Excel workbook: unpack it"),
+        "gzip": (["--train_file", "pairs.csv.gz"], "train_file: pairs.csv.gz is not compressed by gzip; remove .gz"),
+        "a folder": (["--train_file", "model"], "train_file: model is a folder, but not one of datasets.save_to_disk"),
+        "output": (["--output_dir", "pairs.csv/out"], "output_dir: pairs.csv/out cannot be made, because /"),
     }.values(),
 )
 def test_wrong_values_of_a_training_script(flags, message, tmp_path, monkeypatch, capsys):
@@ -244,13 +267,17 @@ def test_wrong_values_of_a_training_script(flags, message, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "distilbert", "n_layers": 4, "dim": 32}')
-    (tmp_path / "pairs.csv").write_text("a,b\nx,y\n")
+    (tmp_path / "pairs.csv").write_text("a,document\nx,y\n")
     (tmp_path / "semicolons.csv").write_text("anchor;positive\nx;y\n")
     (tmp_path / "utf16.tsv").write_text("anchor\tpositive\nx\ty\n", encoding="utf-16")
+    (tmp_path / "free.jsonl").write_text('{"Frage": "x", "Antwort": "y"}\n')
+    (tmp_path / "rows.tsv").write_text("a b c d e\tf\ng\th\n")
+    (tmp_path / "book.csv").write_bytes(b"PK\x03\x04 and so on")
+    (tmp_path / "pairs.csv.gz").write_text("a,document\nx,y\n")
     (tmp_path / "recipe.yaml").write_text("sizes: [6]\n")
     good = ["--model_name_or_path", "model", "--train_file", "pairs.csv", "--sizes", "4x32", "--columns", "a:anchor"]
     early.refuse(str(ROOT / "run_scripts" / "finetune.py"), good)
-    words = flags + good[:4] if flags[0].endswith(".yaml") else good + flags
+    words = flags + good[:4] + good[6:] if flags[0].endswith(".yaml") else good + flags
     with pytest.raises(SystemExit, match="2"):
         early.refuse(str(ROOT / "run_scripts" / "finetune.py"), words)
     assert f": error: {message}" in capsys.readouterr().err
@@ -287,7 +314,7 @@ def test_flags_are_known_without_torch(name):
     kinds = [kind for kind in vars(script).values() if dataclasses.is_dataclass(kind)]
     if name == "classify":  # its commands have flags of the same names
         kinds = [script.ModelArguments, script.DataArguments, script.ClassifierTrainingArguments]
-    assert set(cli.Parser(kinds)._option_string_actions) <= set(early.find_options(name))
+    assert set(cli.Parser(kinds)._option_string_actions) <= set(early.find_options(early.find_kinds(name)))
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -80,7 +80,7 @@ def test_finetune(name, start, tmp_path, capsys):
 
 TABLES = {
     "joined lines": ('anchor,positive\n"a,b\n' * 8, "line 4 of", "csv"),
-    "longer rows": ("anchor,positive\n" + "a,b,c\n" * 8, "has more than its 2 columns", "csv"),
+    "longer rows": ("anchor,positive\n" + "a,b,c\n" * 8, "has more than the 2 columns of the first line", "csv"),
     "half a pair": ('{"anchor": "\\ud800", "positive": "b"}\n' * 8, "cannot be read as jsonl: ", "jsonl"),
 }
 

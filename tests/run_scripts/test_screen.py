@@ -15,14 +15,16 @@ from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 import run_scripts
-from modeling_2dmse import parse_ladder
+from modeling_2dmse import Size, parse_ladder
 from retrieval import planning
-from run_scripts import encode, finetune
+from run_scripts import encode, export, finetune
 from run_scripts.shared import cli, screen
-from run_scripts.shared.early import find_options
+from run_scripts.shared.early import find_kinds, find_options
+from run_scripts.shared.output import score_table
 from trainer.evaluation import best_for_cost
 from trainer.shared.arguments import BaseTrainingArguments
 from twodmse import __main__ as console
+from twodmse import __version__
 
 SCRIPTS = [module.name for module in pkgutil.iter_modules(run_scripts.__path__) if not module.ispkg]
 
@@ -63,10 +65,30 @@ def test_a_typing_error_in_a_flag(argv, message, capsys):
 
 
 def test_a_flag_is_not_taken_for_its_negation():
-    options = find_options("finetune")
+    options = find_options(find_kinds("finetune"))
     for flag, message in (("--overwrite_output_dir", "--help lists"), ("--no_bf_16", "did you mean --no_bf16")):
         with pytest.raises(ValueError, match=message):
             cli.refuse_unknown([flag], options)
+
+
+def test_the_version_and_what_others_call_a_size(capsys, monkeypatch):
+    for word in ("--version", "-V"):
+        monkeypatch.setattr("sys.argv", ["twodmse", word])
+        console.main()
+        assert capsys.readouterr().out == f"twodmse {__version__}\n"
+    line = refusal(export.main, ["--model_name_or_path", "m", "--size", "1x8"], capsys)
+    assert line.endswith("--size is unknown; did you mean --num_layers?")
+
+
+def test_a_word_that_is_no_flag_and_no_recipe(capsys):
+    line = refusal(export.main, ["emb", "idx"], capsys)
+    assert line.endswith("emb is not a file; the first word is a recipe (YAML), and everything else is --flag value")
+
+
+def test_whole_numbers_in_a_table_of_scores():
+    assert score_table({"bytes": {"1x8": 32}, "score": {"1x8": 0.5}}, [Size(1, 8)], "size").split()[3:] == [
+        *("1x8", "32", "0.5000"),
+    ]
 
 
 def test_a_value_without_a_flag(capsys):

@@ -75,8 +75,8 @@ def test_parquet_gz(tmp_path):
         ("t.csv", "anchor,negative\na,b\n", r"accepted sets: \(anchor, positive\[, negative"),
         ("t.csv", "anchor,extra\na,b\n", "the columns .anchor, extra. are not one of"),
         ("t.csv", "sentence1,sentence2\na,b\n", "are not one of the accepted sets"),
-        ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds 1 empty texts, the first in row 1"),
-        ("t.csv", "anchor,positive\na,b\n  ,c\n", "column anchor holds 1 empty texts, the first in row 2"),
+        ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds an empty text in row 1"),
+        ("t.csv", "anchor,positive\na,b\n  ,c\n", "column anchor holds an empty text in row 2"),
         (
             "t.csv",
             "sentence1,sentence2,score\na,b,high\n",
@@ -91,7 +91,7 @@ def test_parquet_gz(tmp_path):
         (
             "t.csv",
             "sentence1,sentence2,score\na,b,1\nc,d,\n",
-            "score holds 1 values that are not finite numbers, the first in row 2; remove these rows",
+            "score holds a value that is not a finite number in row 2; remove these rows",
         ),
         ("t.csv", "sentence1,sentence2,score\na,b,1\nc,d,nan\n", "column score"),
         ("t.jsonl", '{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "column score"),

@@ -32,7 +32,8 @@ def test_the_whole_card(tiny_model, tmp_path):
         "4x32": {"parameters": 3_000_000, "megabytes": 12.0, "relative_time": 1.0},
     }
     run = Run("name", {"rows": 7}, RESULTS, costs, "accelerate launch x", "base/model", ["some/data"], "apache-2.0")
-    run.repo_id, run.languages = "org/name", ["en"]
+    run.repo_id, run.languages, run.pictures = "org/name", ["en"], {"heatmap.png": "Every layer by every dim"}
+    run.rows = {"docs": "its rows were held out"}
     write_card(tmp_path, build_card(tiny_model(), objective(), run))
     card = ModelCard.load(tmp_path / "README.md")
     data = card.data.to_dict()
@@ -58,6 +59,8 @@ def test_the_whole_card(tiny_model, tmp_path):
         "accelerate launch x",
         "- rows: `7`",
         "![Every layer by every dim](heatmap.png)",
+        "- docs: retrieval (3 queries); nDCG@10, documents ranked by cosine; its rows were held out",
+        "Encode time is relative to all layers",
         'AutoModel.from_pretrained("org/name", trust_remote_code=True)',
         'SentenceTransformer("org/name", trust_remote_code=True)',
         "arXiv:2410.13230",
@@ -65,6 +68,22 @@ def test_the_whole_card(tiny_model, tmp_path):
         assert line in card.text, line
     assert "{{" not in card.content
     yaml.safe_load(card.content.split("---")[1])
+
+
+def test_a_card_shows_nothing_that_was_not_measured(tiny_model):
+    card = build_card(tiny_model(), objective(), Run("m")).text
+    assert "Not evaluated.\n\n## Training" in card
+    assert "Encode time" not in card
+    assert "![" not in card
+
+
+def test_the_agreement_of_a_run_without_labels_is_on_its_card(tiny_model):
+    scores = {"n": 9, "overlap@10": {"1x8": 0.7, "4x32": 1.0}, "spearman": {"1x8": 0.5, "4x32": 1.0}}
+    before = {"agreement": scores | {"overlap@10": {"1x8": 0.25, "4x32": 1.0}}}
+    card = build_card(tiny_model(), objective(), Run("m", results={"agreement": scores, "before": before})).text
+    assert "- share of the 10 nearest: of the 10 nearest others of each of 9 held-out documents" in card
+    assert "| size | share of the 10 nearest before | share of the 10 nearest after |\n|---|---:|---:|\n" in card
+    assert "| 1x8 | 0.2500 | 0.7000 |" in card
 
 
 def test_a_card_of_dot_products_does_not_normalise(tiny_model):

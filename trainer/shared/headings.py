@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import csv
 import gzip
+import json
 import os
 import re
 import zlib
@@ -15,6 +16,16 @@ import zlib
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 # Bytes of a file that are looked at.
 _SAMPLE = 1 << 20
+# What the first bytes of a file say that it is, and what to do with it.
+_ARCHIVES = (
+    (b"\x1f\x8b", "compressed by gzip: add .gz to its name"),
+    (b"PK\x03\x04", "a zip archive or an Excel workbook: unpack it, or save it as CSV (UTF-8)"),
+    (b"\xd0\xcf\x11\xe0", "an Excel workbook: save it as CSV (UTF-8)"),
+    (b"PAR1", "parquet: name it .parquet"),
+    (b"BZh", "compressed by bzip2: unpack it"),
+    (b"\xfd7zXZ", "compressed by xz: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
+)
 # A name of each encoding that people have, and what iconv calls it.
 _ICONV = {"UTF-16": "utf-16", "UTF-16LE": "utf-16le", "UTF-16BE": "utf-16be", "Latin-1": "latin1",
           "Windows-1252": "windows-1252"}  # fmt: skip
@@ -34,28 +45,55 @@ def check_format(path: str, argument: str) -> None:
     """ValueError for a file of a table that has another suffix, or is empty."""
     if find_suffix(path) not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz")
+        advice = "; save the sheet as CSV (UTF-8)" if find_suffix(path) in (".xlsx", ".xls", ".ods") else ""
+        raise ValueError(f"{argument}: {path} has an unknown format; use one of {known}, also with .gz{advice}")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
+    check_archive(path, argument)
+
+
+def check_archive(path: str, argument: str) -> None:
+    """ValueError if the first bytes of a file of lines or of a table say that it is something else."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    zipped = start.startswith(_ARCHIVES[0][0])
+    if path.lower().endswith(".gz"):
+        if start and not zipped:
+            raise ValueError(f"{argument}: {path} is not compressed by gzip; remove .gz from its name")
+    elif find_suffix(path) != ".parquet" or zipped:
+        for mark, what in _ARCHIVES:
+            if start.startswith(mark):
+                raise ValueError(f"{argument}: {path} is {what}")
 
 
 def check_heading(path: str, argument: str) -> None:
-    """ValueError if the first line of a csv or tsv file is of another encoding, or has another separator."""
+    """ValueError if a file is an archive, or the first line of a csv or tsv file of another encoding, or has another
+    separator, or is empty."""
+    check_archive(path, argument)
     suffix = find_suffix(path)
     if suffix not in (".csv", ".tsv"):
         return
-    heading = _read_start(path).partition(b"\n")[0]
+    start = _read_start(path)
+    heading = start.partition(b"\n")[0]
     encoding = _encoding_of(heading)
     if encoding is not None:
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {_convert(encoding)}")
+    if start and heading.strip(codecs.BOM_UTF8 + b" \t\r,") == b"":
+        raise ValueError(f"{argument}: the first line of {path} is empty; write the names of the columns there")
     if separated := _separator_hint(heading.decode("utf-8", errors="replace"), suffix):
         raise ValueError(f"{argument}: {path} has only one column{separated}")
 
 
 def read_names(path: str) -> list[str] | None:
-    """The names of the columns of a csv or tsv file; None for other files."""
+    """The names of the columns of a csv or tsv file, or of the first line of a jsonl file; None for other files."""
     suffix = find_suffix(path)
-    if suffix not in (".csv", ".tsv") or not os.path.isfile(path):
+    if not os.path.isfile(path):
+        return None
+    if suffix in (".jsonl", ".ndjson"):
+        with contextlib.suppress(ValueError):  # the reader says what is wrong
+            first = json.loads(_read_start(path).partition(b"\n")[0])
+            return list(first) if isinstance(first, dict) else None
+    if suffix not in (".csv", ".tsv"):
         return None
     heading = _read_start(path).partition(b"\n")[0].decode("utf-8-sig", errors="replace")
     return next(csv.reader([heading.rstrip("\r")], delimiter="\t" if suffix == ".tsv" else ","), [])

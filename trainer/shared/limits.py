@@ -23,7 +23,7 @@ class Range(NamedTuple):
         low = f"above {self.lowest:g}" if self.open_below else f"of at least {self.lowest:g}"
         if self.highest == math.inf:
             return f"a number {low}"
-        return f"a number {low} and {'below' if self.open_above else 'at most'} {self.highest:g}"
+        return f"a number {low} and {'below' if self.open_above else 'at most'} {self.highest:.10g}"
 
 
 COUNT, WEIGHT, POSITIVE, FRACTION = Range(1), Range(0), Range(0, open_below=True), Range(0, 1, open_above=True)

@@ -33,6 +33,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 # The end of an error about rows that finetune.py can leave out.
 INVALID_ROWS = "; remove these rows, or pass --skip_invalid true to finetune.py"
 
+# What is written as text, but is none, if all rows of a column are so.
+_NO_TEXTS = (
+    (r"""(?s)^\s*(\[\s*['"].*['"]\s*\]|\{\s*['"].*\})\s*$""", "lists or objects written as text"),
+    (r"^[!-~]{0,40}[0-9][!-~]{0,40}$", "ids"),
+)
+
+_SAMPLE = 1000
+
 # What datasets, pandas, pyarrow and gzip raise for files that are cut off, damaged or of another kind.
 READ_ERRORS = (
     *(datasets.exceptions.DatasetsError, pa.ArrowException, EOFError, OSError, ValueError, TypeError, LookupError),
@@ -139,11 +147,12 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
         reason = read_reason(error)
         hint = find_hint(path, suffix, reason)
         raise ValueError(f"{argument}: {path} cannot be read as {suffix[1:]}: {reason}{hint}") from error
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name in names if name.strip() and names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
     if longer is not None:
-        raise ValueError(f"{argument}: line {longer} of {path} has more than its {len(names)} columns")
+        columns = "one column" if len(names) == 1 else f"{len(names)} columns"
+        raise ValueError(f"{argument}: line {longer} of {path} has more than the {columns} of the first line")
 
 
 def is_saved(path: str) -> bool:
@@ -260,7 +269,9 @@ def skip_rows(table: Dataset, names: Sequence[str], argument: str) -> Dataset:
     if len(kept) == 0:
         raise ValueError(f"{argument}: none of the {len(table)} rows is valid")
     if len(kept) < len(table):
-        logger.warning(f"{argument}: {len(table) - len(kept)} of {len(table)} rows are not valid and are left out")
+        few = len(table) - len(kept)
+        verb = "is" if few == 1 else "are"
+        logger.warning(f"{argument}: {few} of {len(table)} rows {verb} not valid and {verb} left out")
     return table.select(kept)
 
 
@@ -270,11 +281,31 @@ def check_texts(table: Dataset, name: str, argument: str, optional: bool) -> Non
     if optional and str(column.type) == "null":
         return
     if str(column.type) not in ("string", "large_string"):
-        raise ValueError(f"{argument}: column {name} holds {column.type}, not texts")
+        raise ValueError(f"{argument}: column {name} holds {_describe_kind(column.type)}, not texts")
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
     count = pc.sum(empty).as_py()
     if count and not optional:
         row = pc.index(empty, True).as_py()
-        raise ValueError(
-            f"{argument}: column {name} holds {count} empty texts, the first in row {row + 1}{INVALID_ROWS}"
-        )
+        texts = "an empty text" if count == 1 else f"{count} empty texts, the first"
+        raise ValueError(f"{argument}: column {name} holds {texts} in row {row + 1}{INVALID_ROWS}")
+
+
+def refuse_codes(table: Dataset, name: str, argument: str) -> None:
+    """ValueError if all texts of a column that pairs are trained or scored on are ids, or lists written as text."""
+    column = table.with_format("arrow")[:][name].drop_null()
+    if len(column) < 2:
+        return
+    column = column.filter(pc.not_equal(column, ""))
+    for pattern, what in _NO_TEXTS:
+        parts = (column[:_SAMPLE], column)  # the first rows of most columns show that they are texts
+        if all(pc.all(pc.match_substring_regex(part, pattern)).as_py() for part in parts) and len(column.unique()) > 1:
+            raise ValueError(f"{argument}: column {name} holds {what}, such as {column[0].as_py()[:40]!r}, not texts")
+
+
+def _describe_kind(kind: pa.DataType) -> str:
+    """What a column without texts holds."""
+    if pa.types.is_struct(kind):
+        return f"objects with the fields {', '.join(field.name for field in kind)}"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return "lists"
+    return "texts and other values" if str(kind) == "extension<arrow.json>" else str(kind)

@@ -4,7 +4,7 @@ import os
 
 from datasets import Dataset, IterableDataset
 
-from .headings import find_hint, find_suffix
+from .headings import check_archive, find_hint, find_suffix
 from .tables import FORMATS, READ_ERRORS, check_csv, check_file, load_file, read_reason, read_table
 
 MIN_WORDS = 3
@@ -31,6 +31,7 @@ def read_corpus(
     if os.path.getsize(path) == 0:
         raise ValueError(f"{argument}: {path} is empty")
     suffix = find_suffix(path)
+    check_archive(path, argument)
     if suffix != ".txt":
         if suffix not in FORMATS:
             raise ValueError(f"{argument}: {path} has an unknown format; use one of .txt, {', '.join(FORMATS)}")

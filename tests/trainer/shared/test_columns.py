@@ -47,7 +47,7 @@ def test_what_was_done_is_said(caplog, monkeypatch):
     check_table(Dataset.from_dict({"id": [1], "query": ["a"], "document": ["b"]}))
     assert said == [
         "train_file: query is read as anchor, document is read as positive",
-        "train_file: the columns id are left out",
+        "train_file: the column id is left out",
     ]
     said.clear()
     check_table(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}))
@@ -168,7 +168,7 @@ def test_pairs_that_are_not_relevant_are_no_positives(name):
     for values in ([1, 0, 1], [True, False, True], ["1", "0", "1"], [2.0, 0.0, None], [3, 0, 2]):
         table = Dataset.from_dict(texts | {name: values})
         if None in values:
-            with pytest.raises(ValueError, match="column score holds 1 values that are not finite"):
+            with pytest.raises(ValueError, match="column score holds a value that is not a finite number in row 3"):
                 check_table(table)
         else:
             assert check_table(table)["score"][:] == [float(value) for value in values]
