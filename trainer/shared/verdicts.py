@@ -13,8 +13,9 @@ _REJECTED = (
     *("contradiction", "notentailment", "nonentailment", "irrelevant", "notrelevant", "nonrelevant", "unrelated"),
     *("notduplicate", "nonduplicate", "notparaphrase", "nonparaphrase", "incorrect", "different"),
 )
-# The same, but in columns of other things, too.
+# The same if all values of the column are such words: alone, "no" may be Norwegian.
 _DOUBTFUL = ("no", "false", "negative", "neutral", "neg", "wrong", "bad")
+_ACCEPTED = ("yes", "true", "positive", "pos", "right", "correct", "good", "entailment", "maybe", "unsure", "unknown")
 # Sets of numbers that are verdicts; the last three may be anything in a column of an unknown name.
 _NUMBERS: tuple[set[float], ...] = ({0, 1}, {-1, 1}, {-1, 0, 1}, {0, 1, 2}, {-1, 0, 1, 2})
 
@@ -63,7 +64,8 @@ def refuse_rejected(table: Dataset, judged: Sequence[str], left_out: Sequence[st
 def _rejected(values: Sequence, known: bool, named: bool) -> object:
     """The one of a column's values that says that a pair is no positive, if there is one."""
     words = {plain_name(str(value)): value for value in values}
-    doubtful = _DOUBTFUL if known or not named else ()
+    verdicts = words.keys() <= {*_REJECTED, *_DOUBTFUL, *_ACCEPTED}
+    doubtful = _DOUBTFUL if known or (verdicts and not named) else ()
     word = next((word for word in (*_REJECTED, *doubtful) if word in words), None)
     if word is not None and len(words) > 1:
         return words[word]

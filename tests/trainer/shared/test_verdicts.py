@@ -46,6 +46,7 @@ def test_classes_are_looked_at_by_their_names():
     ("cells", "columns"),
     [
         ({"language": ["en", "no", "en", "no"]}, NAMED),
+        ({"language": ["en", "no", "en", "no"]}, None),
         ({"is_english": [0, 1, 1, 0]}, NAMED),
         ({"id": [0, 1, 2, 3], "source": ["a", "a", "b", "b"], "split": ["train"] * 4}, None),
         ({"grade": [3, 1, 2, 1], "label": [1, 1, 1, 1]}, NAMED),
