@@ -118,6 +118,8 @@ def script_of(block: Block, call: list[str]) -> tuple[str, list[str]]:
     """The name of the script that a call starts, and its flags."""
     if call[0] == "twodmse":
         return call[1], call[2:]
+    if call[1] == "-m" and call[2].startswith("run_scripts."):
+        return call[2].removeprefix("run_scripts."), call[3:]
     places = [place for place, word in enumerate(call) if word.endswith(".py")]
     assert places, f"{block}: {' '.join(call)} starts no script"
     path = Path(call[places[0]])
