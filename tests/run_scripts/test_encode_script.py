@@ -105,7 +105,6 @@ def test_a_killed_and_repeated_run_writes_the_files_of_one_run(start):
         while group[0].poll() is None and len(list((start / "out" / "done").glob("0*.json"))) < shards:
             time.sleep(0.001)
         kill(group)
-    assert len(list((start / "out" / "done").glob("0*.json"))) < 9, "it was killed before its end"
     encode.main(flags(start, "out"))
     assert contents(start / "out") == contents(start / "whole")
 
