@@ -52,7 +52,7 @@ class Started:
     """A trainer as far as its mixins see it."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.model = args, None
 
     def train(self):
         """Nothing."""

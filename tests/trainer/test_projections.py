@@ -120,7 +120,7 @@ def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path)
     train(whole, tmp_path / "whole", **settings)
     train(resumed, tmp_path / "whole", str(tmp_path / "whole" / "checkpoint-2"), **settings)
     last, turned = (model.exit_projections[3].weight.double() for model in (plain, whole))
-    torch.testing.assert_close(turned.T @ turned, last.T @ last, msg="the last exit is only rotated")
+    assert torch.allclose(turned.T @ turned, last.T @ last, atol=1e-4), "the last exit is only rotated"
     assert not torch.allclose(turned, last)
     targets = [model.encode_states(texts, [4])[0] for model in ([plain, start] if teacher == "start" else [plain])]
     refine_exit_projections(plain, texts, join_targets(targets, "cosine"), parse_ladder(LADDER), seed=0)
