@@ -100,7 +100,7 @@ class Baselines:
         encoder = self.work.encoder
         encoder.add_exit_projections()
         before = copy.deepcopy(encoder.exit_projections.state_dict())
-        fit_principal_components(encoder, self.work._texts_to_fit(), show_progress_bar=False)
+        fit_principal_components(encoder, self.work.texts_to_fit(), show_progress_bar=False)
         scores = self.work.trainer.results(self.work.tasks, self.work.ladder, max_length=None)
         encoder.exit_projections.load_state_dict(before)  # the next methods start from the untouched encoder
         return scores
@@ -140,7 +140,7 @@ class Baselines:
         trainer = TwoDMSETrainer(
             model=full.truncate(*size),
             args=args,
-            train_dataset=elasticizing._table(work.pairs),
+            train_dataset=elasticizing.pair_table(work.pairs),
             teacher_embeddings=work.targets,
         )
         trainer.train()

@@ -79,7 +79,7 @@ class Work:
         self.targets = TeacherEmbeddings(texts, np.zeros((len(texts), encoder.config.hidden_size), np.float32))
         training: dict = {}
         if self.pairs:
-            training = {"train_dataset": _table(self.pairs), "teacher_embeddings": self.targets}
+            training = {"train_dataset": pair_table(self.pairs), "teacher_embeddings": self.targets}
         self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
         self.ladder = self.trainer.ladder
         self.before: dict = {}
@@ -106,7 +106,7 @@ class Work:
         with evaluation_mode(self.encoder):
             self.reference = reference_similarities(self.encoder, self.held_texts) if self.held_texts else None
             self.before = self.measure()
-            self.fit_texts = self._texts_to_fit()
+            self.fit_texts = self.texts_to_fit()
             if self.teacher is None:
                 name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
                 states = self._fit(None)
@@ -150,7 +150,7 @@ class Work:
         folder = str(self.args.output_dir)
         return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
 
-    def _texts_to_fit(self) -> list[str]:
+    def texts_to_fit(self) -> list[str]:
         """Whole documents, as they will be embedded, and texts as short as queries."""
         rng = random.Random(self.args.seed)
         documents = self.documents[: _FITTED * 2 // 3]
@@ -274,7 +274,7 @@ def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int,
     tasks: list[StsData | RetrievalData] = []
     pairs = make_pairs(held, len(held), seed, max_words)
     if pairs:
-        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, _table(pairs)))
+        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, pair_table(pairs)))
     tasks += [load_beir(folder) for folder in data_args.beir_dirs or []]
     if data_args.eval_file is not None:
         name = os.path.basename(data_args.eval_file).split(".")[0]
@@ -285,7 +285,8 @@ def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int,
     return tasks
 
 
-def _table(pairs: list[tuple[str, str]]) -> Dataset:
+def pair_table(pairs: list[tuple[str, str]]) -> Dataset:
+    """The pairs as a table to train on, with the columns anchor and positive."""
     return Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [passage for _, passage in pairs]})
 
 
