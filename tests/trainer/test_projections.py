@@ -124,6 +124,7 @@ def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path)
     assert not torch.allclose(turned, last)
     targets = [model.encode_states(texts, [4])[0] for model in ([plain, start] if teacher == "start" else [plain])]
     refine_exit_projections(plain, texts, join_targets(targets, "cosine"), parse_ladder(LADDER), seed=0)
+    assert torch.equal(whole.exit_projections[3].weight, resumed.exit_projections[3].weight)
     for n in (0, 1):
         assert torch.equal(whole.exit_projections[n].weight, resumed.exit_projections[n].weight)
         torch.testing.assert_close(whole.exit_projections[n].weight.data, plain.exit_projections[n].weight.data)
