@@ -4,8 +4,11 @@ import sys
 import types
 
 import pytest
+from datasets import Dataset
 
+from run_scripts.comparing import python_corpus
 from run_scripts.shared import quickstart
+from trainer.evaluation import load_beir
 
 
 def test_the_weights_are_checked(tmp_path, monkeypatch):
@@ -60,3 +63,25 @@ def test_sources_cover_the_standard_library_and_the_dependencies():
     assert {"json.decoder", "argparse", "torch.functional", "transformers.trainer"} <= set(names)
     assert not [name for name in names if name.startswith("transformers.models.")]
     assert len(names) == len(set(names))
+
+
+def test_the_python_corpus_has_a_right_answer_for_every_query(tmp_path, monkeypatch, capsys):
+    sides = {}
+    for held, count in ((False, 30), (True, 12)):
+        names = [f"{'held' if held else 'train'}{n}" for n in range(count)]
+        sides[held] = Dataset.from_dict({"anchor": names, "positive": [f"body of {name}" for name in names]})
+    monkeypatch.setattr(quickstart, "python_docs", lambda: (sides[False], sides[True]))
+    python_corpus.write(tmp_path / "corpus", queries=10, others=20)
+    data = load_beir(str(tmp_path / "corpus"))
+    assert len(data.queries) == 10
+    assert len(data.corpus) == 30
+    for query, text in data.queries.items():
+        ((answer, gain),) = data.qrels[query].items()
+        assert gain == 1
+        assert data.corpus[answer] == f"body of {text}"
+    # No summary of a query is in the corpus; those of the other documents are.
+    assert sum(document.startswith("train") for document in data.corpus.values()) == 20
+    assert not any(document.startswith("held") for document in data.corpus.values())
+    with pytest.raises(SystemExit):
+        python_corpus.main(["--output_dir", str(tmp_path / "corpus")])
+    assert "output_dir" in capsys.readouterr().err
