@@ -85,8 +85,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     shallow_steps: float = field(
         default=0.0,
-        metadata={"help": "Share of the steps that train only the sizes of at most a third of the layers; they are "
-                  "cheap. Needs teacher start or embeddings."},
+        metadata={"help": "Share of the steps that train only the sizes of at most a third of the layers (every third "
+                  "one: two thirds); they are cheap. Needs teacher start or embeddings."},
     )  # fmt: skip
     compression_dim: int = field(default=128, metadata={"help": "Dimensions that espresso compresses to."})
     cross_size_weight: float = field(

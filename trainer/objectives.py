@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from modeling_2dmse.configuration_2dmse import Size
 
+# Share of the shallow steps that reach to two thirds of the layers instead of one.
+_MIDDLE_SHARE = 1 / 3
+
 
 class Term(NamedTuple):
     """weight * loss(size), on the embeddings of one size."""
@@ -95,8 +98,9 @@ class Objective:
             if there are none. `score_kl` replaces `query_kl` on them: they have no queries.
         similarity: how embeddings are compared, `cosine` or `dot`.
         embedding_weight: factor of the distance of each size's embedding to the teacher's first dimensions.
-        shallow_steps: share of the steps that train only the sizes of at most a third of the layers. Such a step costs
-            a third or less. It needs a teacher that is not a size of the step.
+        shallow_steps: share of the steps that leave out the deep sizes and are cheap for it: of three such steps, two
+            train only the sizes of at most a third of the layers, and one those of at most two thirds. They need a
+            teacher that is not a size of the step.
         feature_kl_form: what `feature_kl` compares, cut to the student's dimensions: `raw` pooled states, whose teacher
             is not detached (the form of the authors of Starbucks and 2DMSE); `raw_detached`; or `normalized` or
             `normalized_detached` vectors.
@@ -125,7 +129,8 @@ class Objective:
     def plan(self, rng: random.Random) -> Plan:
         """The sizes, weights and alignments of one step; objectives that sample sizes draw them from `rng`."""
         if self.shallow_steps and rng.random() < self.shallow_steps:
-            return self._shallow(replace(self, shallow_steps=0.0).plan(rng))
+            most = self.middle_layers if rng.random() < _MIDDLE_SHARE else self.shallow_layers
+            return _up_to(most, replace(self, shallow_steps=0.0).plan(rng))
         unlabeled: tuple[Alignment, ...] = ()
         if self.unlabeled_weight:
             state = rng.getstate()
@@ -152,19 +157,13 @@ class Objective:
 
     @property
     def shallow_layers(self) -> int:
-        """The most layers of a size that shallow steps train."""
+        """The most layers of a size that two of three shallow steps train."""
         return max(1, self.num_layers // 3)
 
-    def _shallow(self, plan: Plan) -> Plan:
-        """What a plan says of the shallow sizes."""
-        few = lambda size: size.num_layers <= self.shallow_layers
-        return plan._replace(
-            terms=tuple(term for term in plan.terms if few(term.size)),
-            alignments=tuple(alignment for alignment in plan.alignments if few(alignment.student)),
-            unlabeled=tuple(alignment for alignment in plan.unlabeled if few(alignment.student)),
-            crosses=(),
-            teacher_given=True,
-        )
+    @property
+    def middle_layers(self) -> int:
+        """The most layers of a size that the third one trains."""
+        return max(1, 2 * self.num_layers // 3)
 
     def _to_embedding(self, plan: Plan) -> tuple[Alignment, ...]:
         """Every size that has a loss learns the teacher's first dimensions; the largest only from another teacher."""
@@ -184,6 +183,18 @@ class Objective:
     def kind(self) -> str:
         """The alignment that is used."""
         return self.alignment or DEFAULT_ALIGNMENT.get(self.name, "none")
+
+
+def _up_to(num_layers: int, plan: Plan) -> Plan:
+    """What a plan says of the sizes of at most so many layers."""
+    few = lambda size: size.num_layers <= num_layers
+    return plan._replace(
+        terms=tuple(term for term in plan.terms if few(term.size)),
+        alignments=tuple(alignment for alignment in plan.alignments if few(alignment.student)),
+        unlabeled=tuple(alignment for alignment in plan.unlabeled if few(alignment.student)),
+        crosses=(),
+        teacher_given=True,
+    )
 
 
 def geometric_dims(hidden_size: int, smallest: int = 8) -> list[int]:

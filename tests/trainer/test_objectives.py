@@ -314,19 +314,29 @@ def test_unlabeled_rows_equal_a_loop():
 
 
 @pytest.mark.parametrize("teacher", ["start", "embeddings"])
-def test_shallow_steps_train_the_sizes_of_a_third_of_the_layers_towards_the_full_size(teacher):
-    ladder = parse_ladder(["1x8", "2x16", "3x16", "6x32"])
+def test_shallow_steps_train_the_sizes_of_one_or_two_thirds_of_the_layers_towards_the_full_size(teacher):
+    ladder = parse_ladder(["1x8", "2x16", "3x16", "4x16", "5x32", "6x32"])
     spec = Objective("starbucks", ladder, 6, 32, alignment_weight=3.0, teacher=teacher, shallow_steps=0.75)
     rng, whole = random.Random(0), replace(spec, shallow_steps=0.0).plan(random.Random(0))
-    plans = [spec.plan(rng) for _ in range(400)]
-    shallow = [plan for plan in plans if plan != whole]
-    assert 0.7 < len(shallow) / len(plans) < 0.8
-    assert len(set(shallow)) == 1
-    plan, full = shallow[0], ladder[-1]
-    assert plan.terms == (Term(ladder[0], 1.0), Term(ladder[1], 1.0))
-    assert plan.alignments == tuple(Alignment("score_kl", size, full, 3.0) for size in ladder[:2])
-    assert plan.layers == (1, 2), "the full size does not run"
-    assert spec.exits == (1, 2, 3, 6)
+    plans = [spec.plan(rng) for _ in range(600)]
+    found = {layers: [plan for plan in plans if max(plan.layers) == layers] for layers in (2, 4, 6)}
+    for layers, share in ((2, 1 / 2), (4, 1 / 4), (6, 1 / 4)):
+        assert len(found[layers]) / len(plans) == pytest.approx(share, abs=0.05)
+    assert set(found[6]) == {whole}
+    for layers in (2, 4):
+        (plan,) = set(found[layers])
+        assert plan.terms == tuple(Term(size, 1.0) for size in ladder[:layers])
+        assert plan.alignments == tuple(Alignment("score_kl", size, ladder[-1], 3.0) for size in ladder[:layers])
+        assert plan.layers == tuple(range(1, layers + 1)), "deeper sizes do not run"
+    assert spec.exits == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shallow", "middle"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 1, 2), (6, 2, 4), (12, 4, 8)]
+)
+def test_shallow_and_middle_layers(layers, shallow, middle):
+    spec = Objective("starbucks", parse_ladder([f"{layers}x32"]), layers, 32)
+    assert (spec.shallow_layers, spec.middle_layers) == (shallow, middle)
 
 
 def test_a_shallow_step_equals_a_loop():
