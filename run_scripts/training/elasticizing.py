@@ -79,8 +79,9 @@ class Work:
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
         held_pairs = make_pairs(held, len(held), args.seed, self.max_words)
-        self.tasks = [retrieval_from_pairs(PSEUDO_QUERIES, pair_table(held_pairs))] if held_pairs else []
-        self.tasks += tasks
+        self.tasks: list[StsData | RetrievalData] = list(tasks)
+        if held_pairs:
+            self.tasks.insert(0, retrieval_from_pairs(PSEUDO_QUERIES, pair_table(held_pairs)))
         set_comparison(encoder, args)  # so that the prompts are known
         self.pairs = [] if data_args.effort == "fit" else self._make_pairs()
         rows = [row for pair in self.pairs for row in zip(("query", "document"), pair, strict=True)]
@@ -114,7 +115,7 @@ class Work:
         """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce."""
         self.encoder.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
         with evaluation_mode(self.encoder):
-            self.reference = None
+            self.reference: torch.Tensor | None = None
             if self.held_texts:
                 self.reference = reference_similarities(self.encoder, self.held_texts, prompt=self._document_prompt)
             self.before = self.measure()
@@ -264,8 +265,7 @@ def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document
     held = min(data_args.held_out, len(documents) // 10)
     body = lambda document: normalize(document.text or document.title)
     known = set(map(body, documents[held:]))  # a text may be there again under another title
-    unseen = [document for document in documents[:held] if body(document) not in known]
-    learned = documents[held:] + [document for document in documents[:held] if body(document) in known]
+    learned, unseen = documents[held:], [document for document in documents[:held] if body(document) not in known]
     if len(unseen) < _FEWEST_HELD:
         learned, unseen = documents, []
     output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report")

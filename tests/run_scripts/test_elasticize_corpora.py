@@ -71,9 +71,8 @@ def test_no_text_is_held_out_that_is_learned_under_another_title(tmp_path):
     data = elasticize.CorpusArguments(corpus_file=str(tmp_path / "a.jsonl"))
     found = [elasticizing.read_documents(data, seed) for seed in range(12)]
     for learned, held in found:
-        assert len(learned) + len(held) == 60
+        assert len(learned) == (54 if held else 60)
         assert not {document.text for document in learned} & {document.text for document in held}
-        assert len(held) in (0, 3, 4, 5, 6)
     assert any(held for _, held in found)
 
 
