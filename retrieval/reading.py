@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 STDIN = "-"
+# The column of ids of texts that need none: they are numbered, whatever columns there are.
+NO_IDS = ""
 # What Python raises for a compressed file that is cut off or has other bytes than were written.
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 # csv refuses longer fields unless it is told a limit; a text may be as long as it is.
@@ -48,7 +50,7 @@ def read_texts(path: str, text_column: str = "text", id_column: str | None = Non
         path: .txt (one text per line), .csv, .tsv, .jsonl or .parquet, all except the last also with .gz; or a folder
             with a `corpus.jsonl`, or `-` for standard input (one text per line).
         text_column: column of a table.
-        id_column: default: `_id` or `id` if there is one, else the row's number from 0.
+        id_column: default: `_id` or `id` if there is one, else the row's number from 0; that always with `NO_IDS`.
 
     Raises:
         ValueError: the file is missing, has an unknown format, or does not have the column.
@@ -147,7 +149,7 @@ def _objects(file: Iterable[bytes], text_column: str, id_column: str | None, tit
         if not isinstance(row, dict):
             yield Malformed(number, "it is not a JSON object")
             continue
-        if title and isinstance(row.get(text_column), str):
+        if title and text_column != "title" and isinstance(row.get(text_column), str):
             row[text_column] = f"{row.get('title') or ''} {row[text_column]}".strip()
         yield _row(number, row, text_column, id_column)
 
@@ -203,11 +205,11 @@ def _records(reader) -> Iterator[list[str] | Malformed]:
 def _check_columns(names: list[str], text_column: str, id_column: str | None) -> None:
     """ValueError if a table does not have its columns, or has one twice."""
     for name in (text_column, id_column):
-        if name is not None and name not in names:
+        if name not in (None, NO_IDS, *names):
             shown = ", ".join(names).encode("utf-8", "replace").decode("utf-8") or "none"
             raise ValueError(f"input: there is no column {name} among {shown}")
-    for name in (text_column, id_column, "_id", "id"):
-        if name is not None and names.count(name) > 1:
+    for name in (text_column, *(("_id", "id") if id_column is None else (id_column,))):
+        if names.count(name) > 1:
             raise ValueError(f"input: there are {names.count(name)} columns {name}; name each column once")
 
 
@@ -218,7 +220,8 @@ def _parquet(path: str, text_column: str, id_column: str | None) -> Iterator[Tex
     try:
         file = pq.ParquetFile(path)
         _check_columns(file.schema_arrow.names, text_column, id_column)
-        wanted = [name for name in file.schema_arrow.names if name in (text_column, id_column, "_id", "id", "title")]
+        ids = ("_id", "id") if id_column is None else (id_column,)
+        wanted = [name for name in file.schema_arrow.names if name in (text_column, *ids, "title")]
         rows = (row for batch in file.iter_batches(4096, columns=wanted) for row in batch.to_pylist())
         for index, row in enumerate(rows):
             yield _row(index + 1, row, text_column, id_column)
@@ -229,7 +232,9 @@ def _parquet(path: str, text_column: str, id_column: str | None) -> Iterator[Tex
 def _row(number: int, row: dict, text_column: str, id_column: str | None, index: int | None = None) -> Text | Malformed:
     if text_column not in row:
         return Malformed(number, f"it has no {text_column}")
-    name = id_column or next((name for name in ("_id", "id") if name in row), None)
+    name = id_column or None
+    if id_column is None:
+        name = next((name for name in ("_id", "id") if name in row), None)
     if name is not None and row.get(name) in (None, ""):
         return Malformed(number, f"it has no {name}")
     if name is not None and isinstance(row[name], (dict, list, bool, bytes)):

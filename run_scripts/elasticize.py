@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from retrieval.reading import STDIN
 from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.arguments import TwoDMSETrainingArguments
+from trainer.pseudo_pairs import FEWEST
+from trainer.shared.headings import check_encoding
 
 EFFORTS = ("fit", "short", "full")
 
@@ -121,8 +123,11 @@ def check(model_args: EncoderArguments, data_args: CorpusArguments) -> None:
     corpus = data_args.corpus_file
     if corpus is not None and corpus != STDIN and not os.path.exists(corpus):
         raise ValueError(f"corpus_file: {corpus} is not a file or a folder")
+    files = [] if corpus is None else [corpus, os.path.join(corpus, "corpus.jsonl")]
+    for path in filter(os.path.isfile, files):
+        check_encoding(path, "corpus_file")
     checks.check_choice("effort", data_args.effort, EFFORTS)
-    for name, lowest in (("max_documents", 1), ("num_pairs", 1), ("held_out", 0)):
+    for name, lowest in (("max_documents", FEWEST), ("num_pairs", 1), ("held_out", 0)):
         checks.check_at_least(name, getattr(data_args, name), lowest)
     checks.check_beir_dirs("beir_dirs", data_args.beir_dirs or [], "test")
     checks.check_files("eval_file", data_args.eval_file)

@@ -16,8 +16,12 @@ _PAIRS = 20_000
 
 
 def reference_similarities(model: TwoDMSEModel, texts: Sequence[str], **encode: Any) -> torch.Tensor:
-    """(n, n), float32: the similarities of the texts to each other at the model's full size."""
-    vectors = torch.from_numpy(model.encode(list(texts), model.num_layers, model.config.hidden_size, **encode))
+    """(n, n), float32: the similarities of the texts to each other at the model's full size.
+
+    `encode` are those of `agreement`; as there, no prompt is put before the texts unless one is given.
+    """
+    options = {"prompt": "", **encode}
+    vectors = torch.from_numpy(model.encode(list(texts), model.num_layers, model.config.hidden_size, **options))
     return vectors @ vectors.T
 
 
@@ -31,7 +35,7 @@ def agreement(
         texts: n different texts that it was not trained on, at least 3.
         sizes: the sizes, all from one encoding pass.
         reference: (n, n), of `reference_similarities`.
-        **encode: `batch_size`, `max_length` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+        **encode: `batch_size`, `max_length`, `prompt` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Returns:
         `{"n": texts, "overlap@10": {"1x32": ...}, "spearman": {"1x32": ...}}`. The overlap is the share of each text's

@@ -9,6 +9,8 @@ A pair is one of these, whichever the document allows, drawn at random:
 A text in a language without spaces is measured in characters instead of words.
 """
 
+import hashlib
+import heapq
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -24,8 +26,12 @@ _SPAN = (3, 16)
 _LONG_WORD = 25
 # Characters that stand for a word in such a text.
 _WORD_CHARACTERS = 2
+# A text that is longer, in characters or in characters for each word of a passage, is cut to so many for a pair.
+_EXCERPT, _EXCERPT_PER_WORD = 50_000, 20
 # Rounds in a row without a new pair after which the documents are taken to have no more.
 _FRUITLESS = 10
+# Fewer different documents leave nothing to fit or to find.
+FEWEST = 16
 
 
 class Document(NamedTuple):
@@ -36,35 +42,44 @@ class Document(NamedTuple):
 
     @property
     def whole(self) -> str:
-        """The title, a space and the text, stripped."""
-        return f"{self.title} {self.text}".strip()
+        """The title, a space and the text, stripped; the text alone if the title is the same."""
+        return f"{self.title} {self.text}".strip() if self.titled else self.text.strip()
+
+    @property
+    def titled(self) -> bool:
+        """Whether the title says something that the text does not consist of."""
+        return self.title.strip() not in ("", self.text.strip())
 
 
 def draw_documents(documents: Iterable[Document], limit: int, seed: int) -> list[Document]:
-    """Draw different documents from a stream of any length, each with the same probability (Vitter 1985, algorithm R).
+    """Draw different documents from a stream of any length, each with the same probability (Cohen & Kaplan 2007).
 
     Args:
-        documents: the stream; documents without words are left out, and so are those that only differ in case or white
-            space from one that is kept.
+        documents: the stream; documents without words are left out. Those that only differ in case or white space are
+            one document, and as probable as any other.
         limit: the largest number of documents; no more are in memory.
         seed: seed of the drawing.
 
     Returns:
         at most `limit` documents, in a random order.
     """
-    rng, seen = random.Random(seed), 0
-    kept: list[Document] = []
+    # The documents with the smallest random numbers ("bottom-k sketches"), which repetitions share.
+    kept: dict[int, Document] = {}
+    ranks: list[int] = []  # those of the kept documents, negative, so that the largest one is first
     for document in documents:
         if not document.whole:
             continue
-        seen += 1
-        if len(kept) < limit:
-            kept.append(document)
-        elif (place := rng.randrange(seen)) < limit:
-            kept[place] = document
-    different = list({_key(document): document for document in kept}.values())
-    rng.shuffle(different)
-    return different
+        rank = _rank(document, seed)
+        if rank not in kept and len(kept) == limit:
+            if -ranks[0] < rank:
+                continue
+            del kept[-heapq.heapreplace(ranks, -rank)]
+        elif rank not in kept:
+            heapq.heappush(ranks, -rank)
+        kept[rank] = document
+    drawn = list(kept.values())
+    random.Random(seed).shuffle(drawn)
+    return drawn
 
 
 def make_pairs(documents: Sequence[Document], count: int, seed: int, max_words: int) -> list[tuple[str, str]]:
@@ -95,8 +110,9 @@ def make_pairs(documents: Sequence[Document], count: int, seed: int, max_words: 
 
 
 def _pair(document: Document, rng: random.Random, max_words: int) -> tuple[str, str] | None:
+    document = document._replace(text=_excerpt(document.text, max(_EXCERPT, _EXCERPT_PER_WORD * max_words), rng))
     sentences = [part.strip() for part in _SENTENCE_END.split(document.text) if part.strip()]
-    kinds = ["title"] * bool(document.title and document.text.strip()) + ["sentence"] * (len(sentences) > 1)
+    kinds = ["title"] * bool(document.titled and document.text.strip()) + ["sentence"] * (len(sentences) > 1)
     kind = rng.choice(kinds) if kinds else "span"
     if kind == "title":
         query, passage = document.title, document.text
@@ -122,5 +138,22 @@ def _window(text: str, words: int, rng: random.Random) -> str:
     return joint.join(units[start : start + words]).strip()
 
 
-def _key(document: Document) -> str:
-    return " ".join(document.whole.casefold().split())
+def _excerpt(text: str, length: int, rng: random.Random) -> str:
+    """The text, or as many characters of it if it is longer, without the parts of words at the ends."""
+    if len(text) <= length:
+        return text
+    start = rng.choice((0, rng.randrange(len(text) - length + 1)))
+    part = text[start : start + length]
+    part = (part.split(None, 1) or [""])[-1] if start else part
+    return (part.rsplit(None, 1) or [""])[0]
+
+
+def normalize(text: str) -> str:
+    """What two texts have in common that only differ in case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def _rank(document: Document, seed: int) -> int:
+    """A number that is random, but the same for the same document."""
+    key = normalize(document.whole).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=16, key=str(seed).encode()).digest())

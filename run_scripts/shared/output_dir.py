@@ -12,6 +12,8 @@ from pathlib import Path
 
 # Written when a run starts. Its name starts with a dot, and files that do are never uploaded.
 MARKER = ".twodmse-run.json"
+# The names of folders with embeddings of a teacher, which `trainer.teacher_embeddings` writes.
+TEACHER = "teacher-" + 16 * "[0-9a-f]"
 # What a run writes, and what transformers and PEFT write for it. A folder with anything else is not moved aside: it
 # would be deleted after the new run.
 _WRITTEN = {
@@ -21,7 +23,7 @@ _WRITTEN = {
     *("tokenizer.model", "*.bpe.model", "spiece.model", "chat_template.*", "*processor_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[1-4]_*", "README.md"),
     *("results.json", "heatmap.png", "accuracy.png", "pca.png", "shares.png", "plan.json", "plan.png"),
-    *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", "teacher-*", "__pycache__"),
+    *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", TEACHER, "__pycache__"),
     *(path.name for path in Path(__file__).resolve().parents[2].glob("modeling_*/*.py")),
 }
 
@@ -70,8 +72,9 @@ def check_replaceable(folder: str, arguments: Iterable[object]) -> None:
 def is_fresh(folder: str) -> bool:
     """Whether a folder is absent or has nothing but what a run writes before its first checkpoint."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    # Embeddings of a teacher, which a run computes before its first step, are named teacher-*.
-    return {name for name in names if not name.startswith("teacher-")} <= {MARKER, ".checkpoint-partial", "runs"}
+    # A run computes the embeddings of a teacher before its first step.
+    others = {name for name in names if not fnmatch.fnmatchcase(name, TEACHER)}
+    return others <= {MARKER, ".checkpoint-partial", "runs"}
 
 
 def move_aside(folder: str) -> str | None:

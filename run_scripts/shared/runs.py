@@ -162,7 +162,10 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
             say(f"{args.output_dir} has no checkpoint yet: the run starts from its first step")
             return None
         if newest is None:
-            raise ValueError(f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint to resume from")
+            raise ValueError(
+                f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint to resume from; pass "
+                "--overwrite instead to start again"
+            )
         check_not_beyond(newest, args.max_steps)
         return newest
     if not os.path.isdir(wanted):

@@ -6,9 +6,10 @@ from typing import Any
 
 import datasets
 
-from retrieval.reading import Malformed, read_texts
+from retrieval.reading import NO_IDS, Malformed, read_texts
 from run_scripts.shared import output
 from trainer.pseudo_pairs import Document
+from trainer.shared.headings import read_names
 from trainer.shared.tables import is_saved, open_saved
 
 # Lines that cannot be read are named one by one up to this many.
@@ -43,14 +44,15 @@ def read_corpus(
 
 
 def _texts(path: str, text_column: str) -> Iterator[Document]:
-    malformed, is_beir = 0, os.path.isdir(path)
+    malformed, read, is_beir = 0, 0, os.path.isdir(path)
     try:
-        for item in read_texts(path, text_column):
+        for item in read_texts(path, text_column, NO_IDS):
             if isinstance(item, Malformed):
                 malformed += 1
                 if malformed <= _NAMED:
                     output.say(f"line {item.line} was left out: {item.reason}")
             else:
+                read += 1
                 # `read_texts` puts the title of a BEIR document before its text.
                 text = item.text.removeprefix(item.title) if is_beir else item.text
                 yield Document(text.strip(), item.title)
@@ -58,6 +60,12 @@ def _texts(path: str, text_column: str) -> Iterator[Document]:
         raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
     if malformed > _NAMED:
         output.say(f"{malformed} lines were left out")
+    if malformed and not read:
+        names = read_names(os.path.join(path, "corpus.jsonl") if is_beir else path)
+        if names and text_column not in names:
+            found = f"its first line has {', '.join(names)}"
+            raise ValueError(f"text_column: no line of corpus_file {path} has the column {text_column}; {found}")
+        raise ValueError(f"corpus_file: {path} has no text: none of its {malformed} lines can be used, see above")
 
 
 def _rows(rows: Iterable[dict], text_column: str, argument: str) -> Iterator[Document]:

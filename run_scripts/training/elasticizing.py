@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
 import random
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -15,7 +17,7 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import cli, models, output, plots
+from run_scripts.shared import cli, models, output, output_dir, plots
 from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import read_corpus
@@ -27,12 +29,14 @@ from trainer.evaluation import (
     StsData,
     check_varied,
     load_beir,
+    name_apart,
     retrieval_from_pairs,
     task_from_table,
 )
 from trainer.model_card import measure_costs
+from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections
-from trainer.pseudo_pairs import Document, draw_documents, make_pairs
+from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
 from trainer.refining import dims_of_last_exit, refine_exit_projections, refine_trained, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
@@ -41,8 +45,8 @@ from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embedd
 if TYPE_CHECKING:
     from run_scripts.elasticize import CorpusArguments, EncoderArguments
 
-# Fewer different documents leave nothing to fit or to find.
-_FEWEST = 16
+# Similarities of fewer texts say nothing.
+_FEWEST_HELD = 3
 # Texts that projections are fitted to.
 _FITTED = 6000
 # Words of a passage for a token of max_length: English has about 1.3 tokens a word.
@@ -67,15 +71,22 @@ class Work:
         encoder: TwoDMSEModel,
         teacher: TwoDMSEModel | None,
         documents: tuple[list[Document], list[Document]],
+        tasks: Sequence[StsData | RetrievalData],
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
-        self.tasks = load_tasks(data_args, held, self.max_words, args.seed)
+        held_pairs = make_pairs(held, len(held), args.seed, self.max_words)
+        self.tasks: list[StsData | RetrievalData] = list(tasks)
+        if held_pairs:
+            self.tasks.insert(0, retrieval_from_pairs(PSEUDO_QUERIES, pair_table(held_pairs)))
+        set_comparison(encoder, args)  # so that the prompts are known
         self.pairs = [] if data_args.effort == "fit" else self._make_pairs()
-        texts = list(dict.fromkeys(text for pair in self.pairs for text in pair))
+        rows = [row for pair in self.pairs for row in zip(("query", "document"), pair, strict=True)]
+        self.rows = list(dict(zip(with_prompts(encoder, rows), rows, strict=True)).values())
+        texts = with_prompts(encoder, self.rows)
         self.targets = TeacherEmbeddings(texts, np.zeros((len(texts), encoder.config.hidden_size), np.float32))
         training: dict = {}
         if self.pairs:
@@ -104,7 +115,9 @@ class Work:
         """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce."""
         self.encoder.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
         with evaluation_mode(self.encoder):
-            self.reference = reference_similarities(self.encoder, self.held_texts) if self.held_texts else None
+            self.reference: torch.Tensor | None = None
+            if self.held_texts:
+                self.reference = reference_similarities(self.encoder, self.held_texts, prompt=self._document_prompt)
             self.before = self.measure()
             self.fit_texts = self.texts_to_fit()
             if self.teacher is None:
@@ -129,7 +142,7 @@ class Work:
         """The projections map to the principal directions of the other teacher's embeddings."""
         teacher.to(self.args.device)  # type: ignore[arg-type]
         name = f"{self.model_args.teacher_model_name_or_path} {models.fingerprint(teacher)}"
-        vectors = self._embed(teacher, name, self.fit_texts, None)
+        vectors = self._embed(teacher, name, self.texts_to_fit(teacher), None)
         self.directions = principal_directions(vectors.numpy(), self.encoder.config.hidden_size)
         self.fit_targets = (vectors.double() @ self.directions).float()
         states = self._fit(self.fit_targets)
@@ -141,7 +154,8 @@ class Work:
         """The targets of the training texts, in the precision of training."""
         if self.pairs:
             with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
-                vectors = self._embed(teacher, f"{name} {self.args.bf16}", self.targets.texts, self.args.max_length)
+                texts = with_prompts(teacher, self.rows)
+                vectors = self._embed(teacher, f"{name} {self.args.bf16}", texts, self.args.max_length)
             if self.directions is not None:
                 vectors = (vectors.double() @ self.directions).float()
             self.targets.vectors[:] = vectors.numpy()
@@ -150,20 +164,25 @@ class Work:
         folder = str(self.args.output_dir)
         return torch.from_numpy(compute_teacher_embeddings(teacher, texts, folder, name, max_length=max_length))
 
-    def texts_to_fit(self) -> list[str]:
-        """Whole documents, as they will be embedded, and texts as short as queries."""
+    @property
+    def _document_prompt(self) -> str:
+        return self.encoder.config.prompts.get("document", "")
+
+    def texts_to_fit(self, model: TwoDMSEModel | None = None) -> list[str]:
+        """Whole documents, as they will be embedded, and texts as short as queries, with the prompts of the encoder or
+        of another model."""
         rng = random.Random(self.args.seed)
         documents = self.documents[: _FITTED * 2 // 3]
         short = make_pairs(self.documents, _FITTED // 3, self.args.seed + 1, self.max_words)
-        texts = [document.whole for document in documents] + [query for query, _ in short]
-        return rng.sample(texts, len(texts))
+        rows = [("document", document.whole) for document in documents] + [("query", query) for query, _ in short]
+        return with_prompts(model or self.encoder, rng.sample(rows, len(rows)))
 
     def measure(self) -> dict:
         """The scores of every size of the ladder, in the form of results.json."""
         results = self.trainer.results(self.tasks, self.ladder, max_length=None) if self.tasks else {}
         if self.reference is not None:
-            found = agreement(self.encoder, self.held_texts, self.ladder, self.reference)
-            results["agreement"] = found
+            texts, prompt = self.held_texts, self._document_prompt
+            results["agreement"] = agreement(self.encoder, texts, self.ladder, self.reference, prompt=prompt)
         return results
 
     def finish(self) -> None:
@@ -182,7 +201,7 @@ class Work:
         trainer.accelerator.wait_for_everyone()  # others may still read the teacher's vectors
         if trainer.is_world_process_zero():
             for name in os.listdir(folder):
-                if name.startswith("teacher-"):
+                if fnmatch.fnmatchcase(name, output_dir.TEACHER):
                     shutil.rmtree(os.path.join(folder, name))
             finetuning.push(trainer)
 
@@ -216,9 +235,16 @@ class Work:
 
 def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoDMSETrainingArguments) -> Work:
     """Read the corpus and the models, and check that they fit; ValueError for anything that cannot be made elastic."""
-    documents = read_documents(data_args, args.seed)
-    encoder = load_encoder(model_args, args, data_args.effort)
-    return Work(model_args, data_args, args, encoder, load_teacher(model_args), documents)
+    batch, pairs = args.per_device_train_batch_size, data_args.num_pairs
+    if data_args.effort != "fit" and pairs < batch:
+        raise ValueError(
+            f"num_pairs: {pairs} is fewer than one batch of {batch}; ask for more, or lower "
+            "--per_device_train_batch_size"
+        )
+    # What is read fast comes first: a corpus may take long.
+    encoder, teacher = load_encoder(model_args, args, data_args.effort), load_teacher(model_args)
+    tasks = load_tasks(data_args)
+    return Work(model_args, data_args, args, encoder, teacher, read_documents(data_args, args.seed), tasks)
 
 
 def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
@@ -233,13 +259,17 @@ def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document
         data_args.text_column,
     )
     documents = draw_documents(stream, data_args.max_documents, seed)
-    if len(documents) < _FEWEST:
-        what = "no text" if not documents else f"{len(documents)} different texts, and {_FEWEST} are needed"
+    if len(documents) < FEWEST:
+        what = "no text" if not documents else f"{len(documents)} different texts, and {FEWEST} are needed"
         raise ValueError(f"{argument}: {name} has {what}")
     held = min(data_args.held_out, len(documents) // 10)
-    held = held if held >= 3 else 0  # similarities of fewer texts say nothing
-    output.say(f"{len(documents) - held} documents to learn from, {held} held out for the report")
-    return documents[held:], documents[:held]
+    body = lambda document: normalize(document.text or document.title)
+    known = set(map(body, documents[held:]))  # a text may be there again under another title
+    learned, unseen = documents[held:], [document for document in documents[:held] if body(document) not in known]
+    if len(unseen) < _FEWEST_HELD:
+        learned, unseen = documents, []
+    output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report")
+    return learned, unseen
 
 
 def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, effort: str) -> TwoDMSEModel:
@@ -269,20 +299,23 @@ def load_teacher(model_args: EncoderArguments) -> TwoDMSEModel | None:
     return name and models.load_encoder(name, argument="teacher_model_name_or_path", trust_remote_code=trusted)
 
 
-def load_tasks(data_args: CorpusArguments, held: list[Document], max_words: int, seed: int):
-    """What is scored before and after: pseudo-queries for held-out documents, and the tasks of the flags."""
-    tasks: list[StsData | RetrievalData] = []
-    pairs = make_pairs(held, len(held), seed, max_words)
-    if pairs:
-        tasks.append(retrieval_from_pairs(PSEUDO_QUERIES, pair_table(pairs)))
-    tasks += [load_beir(folder) for folder in data_args.beir_dirs or []]
+def load_tasks(data_args: CorpusArguments) -> list[StsData | RetrievalData]:
+    """What the flags name to be scored before and after."""
+    paths = list(data_args.beir_dirs or [])
+    tasks: list[StsData | RetrievalData] = [load_beir(folder) for folder in paths]
     if data_args.eval_file is not None:
+        paths.append(data_args.eval_file)
         name = os.path.basename(data_args.eval_file).split(".")[0]
         table = check_table(read_table(data_args.eval_file, "eval_file"), "eval_file")
         if "score" in table.column_names:
             check_varied(table, f"eval_file: {data_args.eval_file}")
         tasks.append(task_from_table(name, table))
-    return tasks
+    return name_apart(tasks, paths)
+
+
+def with_prompts(model: TwoDMSEModel, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """The texts of rows (`query` or `document`, text), with the model's prompts before them."""
+    return [model.config.prompts.get(role, "") + text for role, text in rows]
 
 
 def pair_table(pairs: list[tuple[str, str]]) -> Dataset:

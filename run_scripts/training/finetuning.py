@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -233,10 +234,10 @@ def save_card(
 
 def usage(folder: str, results: dict, ladder: Sequence[Size]) -> str:
     """The lines that load the model and encode at the size with the best score for its cost."""
-    size = best_for_cost(results, ladder)
+    size, quoted = best_for_cost(results, ladder), json.dumps(folder, ensure_ascii=False)
     return (
         "    from twodmse import TwoDMSEModel\n"
-        f'    model = TwoDMSEModel.from_pretrained("{folder}", num_layers={size.num_layers})\n'
+        f"    model = TwoDMSEModel.from_pretrained({quoted}, num_layers={size.num_layers})\n"
         f'    embeddings = model.encode(["a text"], dim={size.dim})'
     )
 

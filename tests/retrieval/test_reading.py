@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval.reading import Malformed, Text, count_lines, read_texts
+from retrieval.reading import NO_IDS, Malformed, Text, count_lines, read_texts
 
 TEXTS = ["a cat", "größer, heller", 'he said "no"']
 
@@ -44,6 +44,21 @@ def test_a_beir_corpus_joins_title_and_text(tmp_path):
     rows = [{"_id": "d1", "title": "Cats", "text": "They sleep."}, {"_id": "d2", "title": "", "text": "Dogs."}]
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert list(read_texts(str(tmp_path))) == [Text("d1", "Cats They sleep.", "Cats"), Text("d2", "Dogs.")]
+
+
+def test_titles_as_texts_are_not_joined_with_themselves(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "title": "Cats", "text": "They sleep."}')
+    assert list(read_texts(str(tmp_path), "title")) == [Text("d1", "Cats")]
+
+
+def test_without_ids_their_columns_do_not_matter(tmp_path):
+    rows = [{"_id": {"$oid": "5f"}, "id": None, "text": "a cat"}, {"_id": None, "text": "a dog"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.csv").write_text("id,text,id\n,a cat,\n,a dog,\n")
+    pq.write_table(pa.Table.from_pylist([{"id": [1], "text": "a cat"}, {"id": None, "text": "a dog"}]),
+                   tmp_path / "a.parquet")  # fmt: skip
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert list(read_texts(str(tmp_path / name), "text", NO_IDS)) == [Text("0", "a cat"), Text("1", "a dog")]
 
 
 def test_malformed_lines_are_named(tmp_path):

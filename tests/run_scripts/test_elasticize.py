@@ -292,7 +292,7 @@ def test_a_run_that_ended_before_its_first_step_starts_again(start, tmp_path, mo
 
 def test_a_half_run_is_replaced_by_overwrite(start, tmp_path, monkeypatch):
     start.run(effort="fit")
-    (tmp_path / "out" / "teacher-0123").mkdir()
+    (tmp_path / "out" / "teacher-0123456789abcdef").mkdir()
     start.run(effort="fit", overwrite="true")
     assert not list((tmp_path / "out").glob("teacher-*"))
 

@@ -43,8 +43,11 @@ def test_equal_to_plain_loops(texts, count, tiny_model):
     assert set(found["overlap@10"]) == set(LADDER)
 
 
-def test_the_untouched_full_size_agrees_wholly(tiny_model):
+@pytest.mark.parametrize("default", [None, "document"])
+def test_the_untouched_full_size_agrees_wholly(default, tiny_model):
     model = tiny_model()
+    if default is not None:
+        model.config.prompts, model.config.default_prompt_name = {default: "the road is wet the road "}, default
     reference = reference_similarities(model, TEXTS)
     before = agreement(model, TEXTS, SIZES, reference)
     assert before["overlap@10"]["4x32"] == 1.0

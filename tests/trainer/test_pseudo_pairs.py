@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from trainer import pseudo_pairs
 from trainer.pseudo_pairs import Document, draw_documents, make_pairs
 
 TITLED = Document("the first sentence is here. the second one follows. a third ends it.", "a title")
@@ -53,6 +54,45 @@ def test_documents_that_differ_in_case_or_white_space_are_one_and_empty_ones_non
     assert draw_documents([Document(""), Document(" ", " ")], 9, 0) == []
     assert len(draw_documents([Document("a", "title"), Document("title a")], 9, 0)) == 1
     assert draw_documents([Document("", "only a title")], 9, 0) == [Document("", "only a title")]
+
+
+def test_repetitions_do_not_take_the_place_of_other_documents():
+    stream = [Document("The footer of every page")] * 500 + [Document(str(n)) for n in range(8)]
+    for seed in range(20):
+        random.Random(seed).shuffle(stream)
+        assert len(draw_documents(stream, 8, seed)) == 8
+    drawn = [document.text for seed in range(300) for document in draw_documents(stream, 3, seed)]
+    assert 70 < drawn.count("The footer of every page") < 130, "100 are expected"
+
+
+def test_a_title_that_is_the_text_says_nothing():
+    text = "some words without an end that are long enough"
+    document = Document(text, f" {text}")
+    assert document.whole == text
+    pairs = make_pairs([document], 5, 0, 50)
+    assert len(pairs) == 5
+    assert all(passage == text and query in text for query, passage in pairs)
+    assert len(draw_documents([document, Document(text)], 9, 0)) == 1
+    assert Document("", "only a title").whole == "only a title"
+
+
+def test_a_very_long_text_is_cut_before_it_is_split(monkeypatch):
+    class Splits:
+        def split(self, text):
+            assert len(text) <= 50_000
+            return pattern.split(text)
+
+    pattern = pseudo_pairs._SENTENCE_END
+    monkeypatch.setattr(pseudo_pairs, "_SENTENCE_END", Splits())
+    words = [f"w{n}{'.' * (n % 9 == 0)}" for n in range(100_000)]
+    pairs = make_pairs([Document(" ".join(words)), Document("x" * 90_000), Document("x " + " " * 90_000)], 200, 0, 30)
+    known, starts = set(words), []
+    for texts in pairs:
+        if texts[0][0] == "w":
+            assert {word for text in texts for word in text.split()} <= known
+            starts.append(int(texts[0].split()[0].strip("w.")))
+    assert min(starts) < 10_000
+    assert max(starts) > 80_000
 
 
 @pytest.mark.parametrize(

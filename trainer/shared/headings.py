@@ -84,13 +84,22 @@ def check_heading(path: str, argument: str) -> None:
         raise ValueError(f"{argument}: {path} has only one column{separated}")
 
 
+def check_encoding(path: str, argument: str) -> None:
+    """ValueError if a file of texts is an archive or UTF-16, whose English lines look like UTF-8 with NUL characters,
+    or has a heading that `check_heading` refuses."""
+    check_heading(path, argument)
+    encoding = _encoding_of(_read_start(path)[:2]) or ""
+    if encoding.startswith("UTF-16"):
+        raise ValueError(f"{argument}: {path}: {_convert(encoding)}")
+
+
 def read_names(path: str) -> list[str] | None:
     """The names of the columns of a csv or tsv file, or of the first line of a jsonl file; None for other files."""
     suffix = find_suffix(path)
     if not os.path.isfile(path):
         return None
     if suffix in (".jsonl", ".ndjson"):
-        with contextlib.suppress(ValueError):  # the reader says what is wrong
+        with contextlib.suppress(ValueError, RecursionError):  # the reader says what is wrong
             first = json.loads(_read_start(path).partition(b"\n")[0])
             return list(first) if isinstance(first, dict) else None
     if suffix not in (".csv", ".tsv"):

@@ -1,0 +1,141 @@
+"""elasticize.py on corpora and models that are not as its others: prompts, ids, repetitions, names and encodings."""
+
+import json
+
+import pytest
+from conftest import SENTENCES
+from datasets import Dataset
+from test_elasticize import TEXTS, start, write_beir, write_jsonl  # noqa: F401
+
+from modeling_2dmse import Size, TwoDMSEModel
+from run_scripts import elasticize
+from run_scripts.shared.output_dir import is_fresh
+from run_scripts.training import elasticizing, finetuning
+from trainer.teacher_embeddings import TargetCollator
+
+PROMPTS = {"query": "two dogs run ", "document": "the road is wet the road is "}
+
+
+def refused(run, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    return line
+
+
+@pytest.fixture
+def prompted(tmp_path, backbone_path):
+    """A folder of a model with prompts, one of which is the default."""
+    model = TwoDMSEModel.from_backbone(backbone_path("bert"), prompts=PROMPTS)
+    model.config.default_prompt_name = "query"
+    model.save_pretrained(tmp_path / "prompted")
+    return tmp_path / "prompted"
+
+
+@pytest.mark.parametrize("effort", ["fit", "short"])
+def test_texts_have_the_prompts_of_the_model(effort, start, prompted, monkeypatch):  # noqa: F811
+    fitted, trained = [], []
+    fit, call = elasticizing.fit_exit_projections, TargetCollator.__call__
+    monkeypatch.setattr(elasticizing, "fit_exit_projections", lambda *a, **b: fitted.extend(a[1]) or fit(*a, **b))
+    monkeypatch.setattr(TargetCollator, "__call__", lambda own, rows: trained.append(own) or call(own, rows))
+    folder = start.run(model_name_or_path=prompted, effort=effort)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["before"]["agreement"]["overlap@10"]["4x32"] == 1.0
+    assert all(text.startswith(tuple(PROMPTS.values())) for text in fitted)
+    assert {prompt for prompt in PROMPTS.values() for text in fitted if text.startswith(prompt)} == {*PROMPTS.values()}
+    assert bool(trained) == (effort == "short")
+    assert TwoDMSEModel.from_pretrained(folder).config.prompts == PROMPTS
+
+
+def test_a_prompt_of_the_flags_and_a_teacher_with_its_own(start, prompted, monkeypatch):  # noqa: F811
+    seen = []
+    compute = elasticizing.compute_teacher_embeddings
+    record = lambda teacher, texts, *a, **b: seen.extend(texts) or compute(teacher, texts, *a, **b)
+    monkeypatch.setattr(elasticizing, "compute_teacher_embeddings", record)
+    folder = start.run(teacher_model_name_or_path=prompted, query_prompt="a cat sleeps ")
+    assert all(text.startswith(tuple(PROMPTS.values())) for text in seen)
+    assert TwoDMSEModel.from_pretrained(folder).config.prompts == {"query": "a cat sleeps "}
+
+
+def test_documents_need_no_ids(tmp_path):
+    rows = [{"_id": {"$oid": str(i)}, "text": text} for i, text in enumerate(TEXTS)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    learned, held = elasticizing.read_documents(elasticize.CorpusArguments(corpus_file=str(tmp_path / "a.jsonl")), 0)
+    assert len(learned + held) == len(TEXTS)
+
+
+def test_no_text_is_held_out_that_is_learned_under_another_title(tmp_path):
+    rows = [{"title": f"copy {i}", "text": TEXTS[i % 40]} for i in range(60)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    data = elasticize.CorpusArguments(corpus_file=str(tmp_path / "a.jsonl"))
+    found = [elasticizing.read_documents(data, seed) for seed in range(12)]
+    for learned, held in found:
+        assert len(learned) == (54 if held else 60)
+        assert not {document.text for document in learned} & {document.text for document in held}
+    assert any(held for _, held in found)
+
+
+def test_tasks_of_one_name_are_told_apart(start, tmp_path):  # noqa: F811
+    for name in ("a", "b"):
+        write_beir(tmp_path / name / "beir")
+    Dataset.from_dict({"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}).to_csv(tmp_path / "beir.csv")
+    folders = [tmp_path / name / "beir" for name in ("a", "b")]
+    folder = start.run(effort="fit", beir_dirs=folders, eval_file=tmp_path / "beir.csv")
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["retrieval"]) == {elasticizing.PSEUDO_QUERIES, "a/beir", "b/beir", "beir.csv"}
+
+
+def test_other_folders_named_like_a_teacher_stay(start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    own = tmp_path / "out" / "teacher-large"
+    own.mkdir(parents=True)
+    assert not is_fresh(tmp_path / "out")
+    assert "no complete checkpoint" in refused(lambda: start.run(effort="fit", resume_from_checkpoint="true"), capsys)
+    own.rmdir()
+    (tmp_path / "out" / "teacher-0123456789abcdef").mkdir()
+    assert is_fresh(tmp_path / "out")
+    finish = elasticizing.Work.finish
+    monkeypatch.setattr(elasticizing.Work, "finish", lambda work: own.mkdir() or finish(work))
+    folder = start.run(effort="fit", resume_from_checkpoint="true")
+    assert [path.name for path in folder.glob("teacher-*")] == ["teacher-large"]
+    assert "overwrite: " in refused(lambda: start.run(effort="fit", overwrite="true"), capsys)
+
+
+def test_the_lines_to_use_a_model_run_with_any_name_of_its_folder():
+    name = 'out/a "good" \\ model'
+    lines = finetuning.usage(name, {}, [Size(1, 8), Size(4, 32)])
+    code = "\n".join(line.strip() for line in lines.splitlines()[1:])
+    calls = []
+    model = type("Model", (), {"from_pretrained": lambda folder, num_layers: calls.append(folder) or model,
+                               "encode": lambda texts, dim: None})  # fmt: skip
+    exec(code, {"TwoDMSEModel": model})
+    assert calls == [name]
+
+
+def test_what_is_wrong_is_said_as_it_is(start, tmp_path, capsys):  # noqa: F811
+    write_jsonl(tmp_path / "body.jsonl", [{"id": i, "body": text} for i, text in enumerate(TEXTS)])
+    write_jsonl(tmp_path / "lists.jsonl", [{"text": [text]} for text in TEXTS])
+    (tmp_path / "beir").mkdir()
+    write_jsonl(tmp_path / "beir" / "corpus.jsonl", [{"_id": "d", "contents": text} for text in TEXTS])
+    (tmp_path / "wide.txt").write_bytes("\n".join(TEXTS).encode("utf-16"))
+    (tmp_path / "bare.jsonl").write_bytes("\n".join(json.dumps({"text": text}) for text in TEXTS).encode("utf-16-le"))
+    (tmp_path / "packed.txt").write_bytes(b"\x1f\x8b\x08\x00")
+    Dataset.from_dict({"sentence1": SENTENCES, "sentence2": SENTENCES, "score": [1] * 20}).to_csv(tmp_path / "s.csv")
+    for changed, message in (
+        ({"num_pairs": 15}, "num_pairs: 15 is fewer than one batch of 16; ask for more, or lower --per_device_train"),
+        ({"max_documents": 15}, "max_documents: 15 is not allowed; use a whole number from 16"),
+        ({"corpus_file": "body.jsonl"}, "has the column text; its first line has id, body"),
+        ({"corpus_file": "lists.jsonl"}, "lists.jsonl has no text: none of its 54 lines can be used"),
+        ({"corpus_file": "beir"}, "has the column text; its first line has _id, contents"),
+        ({"corpus_file": "wide.txt"}, "wide.txt: it is not UTF-8, perhaps UTF-16: convert it with iconv"),
+        ({"corpus_file": "bare.jsonl"}, "bare.jsonl: it is not UTF-8, perhaps UTF-16LE: convert it with iconv"),
+        ({"corpus_file": "packed.txt"}, "packed.txt is compressed by gzip: add .gz to its name"),
+        # What is read fast is refused before a corpus is read.
+        ({"corpus_file": "body.jsonl", "eval_file": tmp_path / "s.csv"}, "eval_file: "),
+        ({"corpus_file": "body.jsonl", "sizes": ["1x8", "9x32"]}, "sizes: "),
+    ):
+        if "corpus_file" in changed:
+            changed = changed | {"corpus_file": tmp_path / changed["corpus_file"]}
+        assert message in refused(lambda changed=changed: start.run(**changed), capsys)
+    assert len(TEXTS) == 54
+    assert not (tmp_path / "out").exists()
