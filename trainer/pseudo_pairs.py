@@ -124,7 +124,12 @@ def _pair(document: Document, rng: random.Random, max_words: int) -> tuple[str, 
         passage = document.whole
         query = _window(passage, rng.randint(*_SPAN), rng)
     query, passage = _window(query, _QUERY_WORDS, rng), _window(passage, max_words, rng)
-    return (query, passage) if query and query != passage else None
+    return (query, passage) if query != passage and _has_words(query) and _has_words(passage) else None
+
+
+def _has_words(text: str) -> bool:
+    """Whether a text is more than brackets, bars and rules, which code and tables have as lines of their own."""
+    return any(map(str.isalnum, text))
 
 
 def _window(text: str, words: int, rng: random.Random) -> str:

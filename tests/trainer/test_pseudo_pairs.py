@@ -179,3 +179,11 @@ def test_making_pairs_ends_when_there_is_nothing_new():
     assert make_pairs([Document("a text", "its title")], 10, 0, 50) == [("its title", "a text")]
     assert make_pairs([], 10, 0, 50) == []
     assert make_pairs([Document("same. same. same.")], 10, 0, 50) == [("same.", "same. same.")]
+
+
+def test_lines_without_a_letter_or_digit_are_neither_queries_nor_passages():
+    table = Document("| a | b |\n|---|---|\n| one | two |\n}\n", "")
+    code = Document("}\n};\nreturn 0;\n}", "---")
+    pairs = make_pairs([table, code, Document("* * *", "***"), Document("---\n...", "")], 200, 0, 50)
+    assert {query for query, _ in pairs} == {"| a | b |", "| one | two |"}  # what is left of `code` says nothing
+    assert all(any(map(str.isalnum, text)) for pair in pairs for text in pair)
