@@ -226,8 +226,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
         New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
         averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
-        of the exits below the last one are refined, the last one is rotated (`refine_projections`), and those of exits that
-        no step has trained are fitted again.
+        of the exits are refined, that of the last one by a rotation (`refine_projections`), and those of exits that no
+        step has trained are fitted again.
 
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
