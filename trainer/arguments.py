@@ -148,8 +148,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     gradient_cache_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Examples per chunk, for batches larger than the memory; same loss, a third slower. Default: "
-                  "no chunks."},
+        metadata={"help": "Examples per chunk, for batches larger than the memory; same loss, half as slow again. "
+                  "Default: no chunks."},
     )  # fmt: skip
     batch_sampler: str = field(
         default="random",

@@ -226,8 +226,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
         New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
         averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
-        of the exits below the last one are refined (`refine_projections`), and those of exits that no step has trained
-        are fitted again.
+        of the exits are refined, that of the last one by a rotation (`refine_projections`), and those of exits that no
+        step has trained are fitted again.
 
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
@@ -282,7 +282,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         }
 
     def _refine_on_training_texts(self) -> None:
-        """Refine the exits below the last one, towards the trained full size and the teacher of the steps."""
+        """Refine the exits, and rotate the last one, towards the trained full size and the teacher of the steps."""
         texts, teacher, options = self._texts_to_fit(), None, self._encoding()
         with evaluation_mode(self.encoder):
             if self._teacher_embeddings is not None:

@@ -128,7 +128,7 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
         teacher = _teacher(full, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
         return TwoDMSETrainer(**given, teacher_embeddings=teacher)
 
-    flags += ["--refine_projections", "false"]  # the only exit of this model is its last one, which that would leave
+    flags += ["--refine_projections", "false"]  # refused: the only exit of this model is its last one
     finetune.main([*flags, "--teacher", "embeddings", "--output_dir", folder], make_trainer)
     if args.refine_projections:
         _refine_separate(folder, start, seed, budget)

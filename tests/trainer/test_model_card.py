@@ -210,6 +210,7 @@ def test_a_card_without_results(tiny_model):
 
 def test_costs_count_the_parameters_of_each_size(tiny_model, tmp_path):
     model = tiny_model()
+    model.add_exit_projections()
     costs = measure_costs(model, parse_ladder(["1x8", "4x32"]), SENTENCES, runs=1)
     for n, size in ((1, "1x8"), (4, "4x32")):
         assert costs[size]["parameters"] == sum(p.numel() for p in model.truncate(n).parameters())
