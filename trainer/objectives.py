@@ -157,8 +157,9 @@ class Objective:
 
     @property
     def shallow_layers(self) -> int:
-        """The most layers of a size that two of three shallow steps train."""
-        return max(1, self.num_layers // 3)
+        """The most layers of a size that two of three shallow steps train: a third, if a size is that shallow."""
+        third = max(1, self.num_layers // 3)
+        return third if any(size.num_layers <= third for size in self.ladder) else self.middle_layers
 
     @property
     def middle_layers(self) -> int:

@@ -236,10 +236,10 @@ def make_objective(
 def _check_shallow_steps(objective: Objective) -> None:
     if objective.name != "starbucks" or objective.kind == "none" or objective.teacher == "largest":
         raise ValueError("shallow_steps: they need the objective starbucks and the teacher start or embeddings")
-    if all(size.num_layers > objective.shallow_layers for size in objective.ladder):
+    if all(size.num_layers > objective.middle_layers for size in objective.ladder):
         raise ValueError(
-            f"shallow_steps: no size has at most {objective.shallow_layers} layers, a third of the model's; "
-            "add one to --sizes"
+            f"shallow_steps: no size has at most {objective.middle_layers} layers, two thirds of the model's; "
+            "add one to --sizes, or set --shallow_steps 0"
         )
 
 

@@ -75,7 +75,8 @@ def fit_exit_projections(
     grams, crosses, kept = _moments(encoder, texts, targets, keep_states, encode)
     rotation = torch.eye(encoder.config.hidden_size, dtype=torch.float64)
     if last in weights and targets is None:
-        rotation = torch.linalg.eigh(crosses[-1])[1].flip(1)
+        width = full_dim(encoder)  # a rotation of more dimensions would mix some that are there with some that are not
+        rotation[:width, :width] = torch.linalg.eigh(crosses[-1][:width, :width])[1].flip(1)
         weight = weights.pop(last)
         weight.data.copy_(rotation.T @ weight.detach().double().cpu())
         for states in kept:
@@ -87,6 +88,14 @@ def fit_exit_projections(
         for states in kept:
             states[n - 1] = torch.nn.functional.linear(states[n - 1], weight.detach().float().cpu())
     return torch.cat(kept, dim=1) if keep_states else None
+
+
+def full_dim(encoder: TwoDMSEModel) -> int:
+    """Dimensions of the full size: the hidden size, or fewer if an imported model has a Dense module to fewer."""
+    if encoder.exit_projections is None:
+        return encoder.config.hidden_size
+    weight = cast(list[ExitProjection], list(encoder.exit_projections))[-1].weight
+    return int(weight.any(dim=1).nonzero().max()) + 1
 
 
 def check_projections(encoder: TwoDMSEModel) -> None:

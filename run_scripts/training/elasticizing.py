@@ -35,7 +35,7 @@ from trainer.evaluation import (
 )
 from trainer.model_card import measure_costs
 from trainer.preparation import set_comparison
-from trainer.projections import fit_exit_projections
+from trainer.projections import fit_exit_projections, full_dim
 from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
 from trainer.refining import dims_of_last_exit, refine_exit_projections, refine_trained, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
@@ -158,7 +158,7 @@ class Work:
                 vectors = self._embed(teacher, f"{name} {self.args.bf16}", texts, self.args.max_length)
             if self.directions is not None:
                 vectors = (vectors.double() @ self.directions).float()
-            self.targets.vectors[:] = vectors.numpy()
+            self.targets.vectors[:, : vectors.shape[1]] = vectors.numpy()
 
     def _embed(self, teacher: TwoDMSEModel, name: str, texts: list[str], max_length: int | None) -> torch.Tensor:
         folder = str(self.args.output_dir)
@@ -277,18 +277,21 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, e
     encoder = models.load_encoder(
         model_args.model_name_or_path, args.sizes, model_args.pooling, trust_remote_code=model_args.trust_remote_code
     )
+    full = Size(encoder.num_layers, full_dim(encoder))
     if args.sizes is None and encoder.config.sizes is None:
-        ladder = default_ladder(encoder.num_layers, encoder.config.hidden_size)
+        ladder = default_ladder(*full)
         output.say(f"sizes: {' '.join(map(str, ladder))}, the default for this encoder (--sizes)")
         args.sizes = list(map(str, ladder))
     flags = cli.recipe_flags(str(cli.RECIPES / f"elasticize-{effort}.yaml"))
     recipe = dict(itertools.pairwise(flags)).get("--max_length")
     models.check_training_length(args, encoder.max_length, recipe and int(recipe))
     sizes = args.sizes if args.sizes is not None else encoder.config.sizes
-    largest = parse_ladder(sizes, encoder.num_layers, encoder.config.hidden_size)[-1]
-    if largest != Size(encoder.num_layers, encoder.config.hidden_size):
-        full = Size(encoder.num_layers, encoder.config.hidden_size)
+    largest = parse_ladder(sizes, *full)[-1]
+    if largest != full:
         raise ValueError(f"sizes: the largest is {largest}, but every size learns from the full one; add {full}")
+    if args.shallow_steps and 3 * min(parse_ladder(sizes)).num_layers > 2 * full.num_layers:
+        output.say("no size has at most two thirds of the layers: every step trains all sizes (no --shallow_steps)")
+        args.shallow_steps = 0.0
     return encoder
 
 

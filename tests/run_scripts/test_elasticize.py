@@ -341,7 +341,11 @@ WRONG = {
     "empty": ({"corpus_file": "empty.txt"}, "corpus_file: {tmp}/empty.txt has no text"),
     "few": ({"corpus_file": "few.txt"}, "2 different texts, and 16 are needed"),
     "duplicates": ({"corpus_file": "same.txt"}, "1 different texts, and 16 are needed"),
-    "batch": ({"per_device_train_batch_size": 64}, "different documents to train on are fewer than one batch of 64"),
+    "batch": (
+        {"per_device_train_batch_size": 64, "num_pairs": 64},
+        "different documents to train on are fewer than one batch of 64",
+    ),
+    "few pairs": ({"per_device_train_batch_size": 64}, "num_pairs: 48 is fewer than one batch of 64"),
     "words": ({"corpus_file": "words.txt"}, "its documents are too short: they make 0 pairs"),
     "column": ({"corpus_file": "pairs.csv", "text_column": "body"}, "corpus_file: there is no column body among text"),
     "saved": ({"corpus_file": "saved", "text_column": "body"}, "text_column: corpus_file has no column body"),

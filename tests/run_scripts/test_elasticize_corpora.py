@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import SENTENCES
 from datasets import Dataset
 from test_elasticize import TEXTS, start, write_beir, write_jsonl  # noqa: F401
@@ -13,6 +14,7 @@ from run_scripts.shared.output_dir import is_fresh
 from run_scripts.training import elasticizing, finetuning
 from trainer.teacher_embeddings import TargetCollator
 
+MODULES = "sentence_transformers.sentence_transformer.modules"
 PROMPTS = {"query": "two dogs run ", "document": "the road is wet the road is "}
 
 
@@ -139,3 +141,33 @@ def test_what_is_wrong_is_said_as_it_is(start, tmp_path, capsys):  # noqa: F811
         assert message in refused(lambda changed=changed: start.run(**changed), capsys)
     assert len(TEXTS) == 54
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("effort", ["fit", "short"])
+def test_a_dense_module_to_fewer_dimensions_makes_the_full_size(effort, start, tmp_path, backbone_path):  # noqa: F811
+    st, modules = pytest.importorskip("sentence_transformers"), pytest.importorskip(MODULES)
+    torch.manual_seed(0)
+    dense = modules.Dense(32, 16, bias=False, activation_function=torch.nn.Identity())
+    parts = [modules.Transformer(backbone_path("bert")), modules.Pooling(32), dense, modules.Normalize()]
+    peer = st.SentenceTransformer(modules=parts, device="cpu")
+    peer.save(str(tmp_path / "peer"))
+    flags = {"model_name_or_path": tmp_path / "peer", "effort": effort, "sizes": None, "held_out": 3}
+    folder = start.run(**flags)
+    results, model = json.loads((folder / "results.json").read_text()), TwoDMSEModel.from_pretrained(folder)
+    *_, full = results["agreement"]["overlap@10"]
+    assert (full, model.config.dim) == ("4x16", 16)
+    assert results["before"]["agreement"]["overlap@10"][full] == 1.0
+    ours, theirs = model.encode(SENTENCES), peer.encode(SENTENCES)
+    gap = abs(ours @ ours.T - theirs @ theirs.T).max()
+    assert gap < 1e-5 if effort == "fit" else gap > 1e-5  # `fit` leaves the full size as it is
+    with pytest.raises(SystemExit):
+        start.run(**flags | {"sizes": ["2x8", "4x32"], "output_dir": tmp_path / "other"})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cheap"), [(["1x8", "4x32"], True), (["2x8", "4x32"], True), (["3x8", "4x32"], False)]
+)
+def test_sizes_of_any_depth_are_trained(sizes, cheap, start, capsys):  # noqa: F811
+    folder = start.run(effort="short", sizes=sizes)
+    assert TwoDMSEModel.from_pretrained(folder).config.sizes == sizes
+    assert ("every step trains all sizes" in capsys.readouterr().out) != cheap

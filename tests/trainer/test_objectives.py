@@ -335,8 +335,11 @@ def test_shallow_steps_train_the_sizes_of_one_or_two_thirds_of_the_layers_toward
     ("layers", "shallow", "middle"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 1, 2), (6, 2, 4), (12, 4, 8)]
 )
 def test_shallow_and_middle_layers(layers, shallow, middle):
-    spec = Objective("starbucks", parse_ladder([f"{layers}x32"]), layers, 32)
+    ladder = {f"{shallow}x16", f"{layers}x32"}
+    spec = Objective("starbucks", parse_ladder(ladder), layers, 32)
     assert (spec.shallow_layers, spec.middle_layers) == (shallow, middle)
+    if shallow < layers:  # without a size of a third of the layers, all shallow steps reach to two thirds
+        assert replace(spec, ladder=spec.ladder[1:]).shallow_layers == middle
 
 
 def test_a_shallow_step_equals_a_loop():

@@ -178,5 +178,5 @@ def test_shallow_steps_that_cannot_be_are_refused(tiny_model, tmp_path):
         make_trainer(tiny_model(), tmp_path, teacher, shallow_steps=1.0)
     with pytest.raises(ValueError, match="shallow_steps: they need the objective starbucks and the teacher start or"):
         make_trainer(tiny_model(), tmp_path, None, teacher="largest", shallow_steps=0.5, embedding_weight=0.0)
-    with pytest.raises(ValueError, match="shallow_steps: no size has at most 1 layers, a third of the model's"):
-        make_trainer(tiny_model(), tmp_path, teacher, shallow_steps=0.5, sizes=["2x8", "4x32"])
+    with pytest.raises(ValueError, match="shallow_steps: no size has at most 2 layers, two thirds of the model's"):
+        make_trainer(tiny_model(), tmp_path, teacher, shallow_steps=0.5, sizes=["3x8", "4x32"])
