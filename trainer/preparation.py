@@ -246,10 +246,9 @@ def _check_shallow_steps(objective: Objective) -> None:
 def _check_refining(encoder: TwoDMSEModel, ladder: Sequence[Size]) -> None:
     if encoder.exit_projections is None:
         raise ValueError("refine_projections: the model has no exit projections; add --exit_projections true")
-    if all(size.num_layers == encoder.num_layers for size in ladder):
+    if len(ladder) == 1 and ladder[0].num_layers == encoder.num_layers:
         raise ValueError(
-            f"refine_projections: every size has all {encoder.num_layers} layers, whose projection is not refined; add "
-            "a size of fewer layers to --sizes"
+            f"refine_projections: {ladder[0]} alone is learned from and has nothing to learn; add a size to --sizes"
         )
 
 

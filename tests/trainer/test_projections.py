@@ -133,8 +133,19 @@ def test_shallow_exits_are_refined_after_training(teacher, tiny_model, tmp_path)
 def test_refining_without_use_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="refine_projections: the model has no exit projections; add --exit_proj"):
         train(tiny_model(), tmp_path, refine_projections=True, exit_projections=False)
-    with pytest.raises(ValueError, match="refine_projections: every size has all 4 layers, whose projection is not"):
-        train(tiny_model(), tmp_path, refine_projections=True, sizes=["4x16", "4x32"])
+    with pytest.raises(ValueError, match="refine_projections: 4x32 alone is learned from and has nothing to learn"):
+        train(tiny_model(), tmp_path, refine_projections=True, sizes=["4x32"])
+
+
+def test_sizes_with_all_layers_are_refined_by_a_rotation(tiny_model, tmp_path):
+    settings = {"sizes": ["4x8", "4x32"], "seed": 0, "max_steps": 1}
+    models = [tiny_model(), tiny_model()]
+    for model, refined in zip(models, (False, True), strict=True):
+        train(model, tmp_path / str(refined), refine_projections=refined, **settings)
+    plain, refined = (model.encode(SENTENCES) for model in models)
+    torch.testing.assert_close(torch.tensor(plain @ plain.T), torch.tensor(refined @ refined.T), atol=1e-5, rtol=0)
+    few = [rows[:, :8] @ rows[:, :8].T for rows in (plain, refined)]
+    assert abs(few[0] - few[1]).max() > 1e-3
 
 
 def test_the_last_exit_keeps_its_share_of_the_fit(tiny_model, tmp_path):
