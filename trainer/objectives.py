@@ -164,7 +164,7 @@ class Objective:
     @property
     def middle_layers(self) -> int:
         """The most layers of a size that the third one trains."""
-        return max(1, 2 * self.num_layers // 3)
+        return two_thirds(self.num_layers)
 
     def _to_embedding(self, plan: Plan) -> tuple[Alignment, ...]:
         """Every size that has a loss learns the teacher's first dimensions; the largest only from another teacher."""
@@ -184,6 +184,15 @@ class Objective:
     def kind(self) -> str:
         """The alignment that is used."""
         return self.alignment or DEFAULT_ALIGNMENT.get(self.name, "none")
+
+
+def two_thirds(num_layers: int) -> int:
+    """The most layers of a size that a shallow step can train.
+
+    >>> two_thirds(6)
+    4
+    """
+    return max(1, 2 * num_layers // 3)
 
 
 def _up_to(num_layers: int, plan: Plan) -> Plan:

@@ -34,6 +34,7 @@ from trainer.evaluation import (
     task_from_table,
 )
 from trainer.model_card import measure_costs
+from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections, full_dim
 from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
@@ -289,7 +290,7 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, e
     largest = parse_ladder(sizes, *full)[-1]
     if largest != full:
         raise ValueError(f"sizes: the largest is {largest}, but every size learns from the full one; add {full}")
-    if args.shallow_steps and 3 * min(parse_ladder(sizes)).num_layers > 2 * full.num_layers:
+    if args.shallow_steps and min(parse_ladder(sizes)).num_layers > two_thirds(full.num_layers):
         output.say("no size has at most two thirds of the layers: every step trains all sizes (no --shallow_steps)")
         args.shallow_steps = 0.0
     return encoder
