@@ -236,8 +236,6 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
             self._before_training()  # else with the new model
         output = super().train(*args, **kwargs)
         fitted, initial = self._fitted, self._initial
-        if self.stop_signals.received is not None:
-            return output
         if initial is not None:
             average_with_initial(self.encoder, initial, self.args.initial_share)
         if self.args.refine_projections:

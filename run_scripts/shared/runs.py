@@ -19,6 +19,7 @@ from run_scripts.shared.cli import Parser, fail
 from run_scripts.shared.output import say
 from trainer.shared import checkpoints
 from trainer.shared.arguments import check_optimizer
+from trainer.shared.callbacks import Interrupted, Terminated
 from trainer.shared.checkpoints import SaveError, save_error
 from trainer.shared.pictures import PictureError
 
@@ -193,11 +194,10 @@ def training_errors(trainer) -> Iterator[None]:
         fail(error)
     except (OSError, SafetensorError) as error:
         fail(save_error(error, "the model", trainer.args.output_dir))
-    number = trainer.stop_signals.received
-    if number is not None:
-        name, step = signal.Signals(number).name, trainer.state.global_step
-        say(f"\nStopped by {name} after step {step}; resume with --resume_from_checkpoint true")
-        raise SystemExit(128 + number)
+    except (Interrupted, Terminated):
+        number, step = signal.Signals(trainer.stop_signals.received), trainer.state.global_step
+        say(f"\nStopped by {number.name} after step {step}; resume with --resume_from_checkpoint true")
+        raise SystemExit(128 + number) from None
 
 
 def move_aside(args: "TrainingArguments") -> str | None:

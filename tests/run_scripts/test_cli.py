@@ -157,7 +157,6 @@ def life(tmp_path):
     trainer = SimpleNamespace(
         model=torch.nn.Linear(1, 1),
         train=train,
-        stop_signals=SimpleNamespace(received=None),
         accelerator=SimpleNamespace(wait_for_everyone=wait_for_everyone, end_training=lambda: events.append("end")),
     )
 

@@ -39,10 +39,19 @@ class SetEpoch(TrainerCallback):
             self.target.epoch = int(state.epoch or 0)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended training, after a step and its checkpoint."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM has ended training, after a step and its checkpoint."""
+
+
 class StopSignals(TrainerCallback):
     """Ends training with a checkpoint after the step in which SIGTERM or Ctrl-C arrives.
 
-    A second signal ends it at once.
+    A second signal ends it at once. `check` then raises an error, so that what a program does after training, such as
+    saving or publishing, is not done with a model whose training was cut short.
 
     Attributes:
         received: the number of the signal, None if none has arrived.
@@ -53,6 +62,7 @@ class StopSignals(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.received = None
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
             self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -64,6 +74,13 @@ class StopSignals(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._restore()
+
+    def check(self) -> None:
+        """Interrupted or Terminated, whose exit code is 128 and the number of the signal, if one has arrived."""
+        if self.received == signal.SIGINT:
+            raise Interrupted
+        if self.received is not None:
+            raise Terminated(128 + self.received)
 
     def _note(self, number, frame):
         self.received = number

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .arguments import BaseTrainingArguments
+from .callbacks import StopSignals
 from .mixin import TrainerMixin, check_at_hand
 
 
@@ -26,14 +27,21 @@ class PartLogMixin(TrainerMixin):
 
     A step does not wait for the GPU. Its values are copied to the host while the next steps run, and are looked at when
     they have arrived, at the latest before the next log entry or checkpoint.
+
+    Attributes:
+        stop_signals: the callback that ends training when a signal arrives; `train` then raises its error.
     """
+
+    stop_signals: StopSignals
 
     def train(self, *args, **kwargs):
         if isinstance(self.args, BaseTrainingArguments):
             self.args.say_precision()
         if self.model is not None:
             check_at_hand(self.model)  # it may have been offloaded after the trainer was built
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self.stop_signals.check()
+        return output
 
     def record(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
         """Add the parts of a step to the sums since the last log entry.

@@ -17,6 +17,7 @@ from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
 from datasets import Dataset
 from forking import ForkedScript, finish, kill, start_group
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from run_scripts import finetune
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -50,8 +51,6 @@ def make_trainer(model, folder, evaluation=None, **kwargs) -> TwoDMSETrainer:
 
 def train_in_a_process(start: str, folder: str) -> None:
     """The run that the tests kill: it resumes the newest complete checkpoint, and is slow enough to be hit."""
-    from transformers import TrainerCallback
-
     from modeling_2dmse import TwoDMSEModel
 
     class Slow(TrainerCallback):
@@ -134,6 +133,34 @@ def test_a_signal_writes_a_checkpoint_and_prints_how_to_resume(number, tiny_mode
     assert find_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / f"checkpoint-{step}")
     finetune.main([*flags, "--max_steps", str(step + 1), "--resume_from_checkpoint", "true"])
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to this process in the second step."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_program_does_not_go_on_with_a_model_whose_training_was_stopped(number, error, tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model(), tmp_path, max_steps=4, initial_share=0.5)
+    callback = Signal(number)
+    trainer.add_callback(callback)
+    with pytest.raises(error) as stopped:
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    if error is SystemExit:
+        assert stopped.value.code == 128 + number
+    trainer.remove_callback(callback)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
 
 
 def _full(*args, **kwargs):
