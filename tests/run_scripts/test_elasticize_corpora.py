@@ -67,6 +67,32 @@ def test_documents_need_no_ids(tmp_path):
     assert len(learned + held) == len(TEXTS)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "beir"])
+def test_numbers_are_titles(kind, tmp_path):
+    rows = [{"_id": str(i), "title": i or None, "text": text} for i, text in enumerate(TEXTS)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "beir":
+        path.mkdir()
+    if kind in ("beir", "jsonl"):
+        write_jsonl(path / "corpus.jsonl" if kind == "beir" else path, rows)
+    else:
+        table = Dataset.from_list(rows)
+        table.save_to_disk(path) if kind == "saved" else table.to_parquet(path)
+    learned, held = elasticizing.read_documents(elasticize.CorpusArguments(corpus_file=str(path)), 0)
+    expected = {text: str(i) if i else "" for i, text in enumerate(TEXTS)}
+    assert {document.text: document.title for document in learned + held} == expected
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_titles_that_are_none_are_said(saved, tmp_path, capsys):
+    rows = [{"title": [str(i)], "text": text} for i, text in enumerate(TEXTS)]
+    path = tmp_path / "a.jsonl"
+    Dataset.from_list(rows).save_to_disk(path) if saved else write_jsonl(path, rows)
+    learned, held = elasticizing.read_documents(elasticize.CorpusArguments(corpus_file=str(path)), 0)
+    assert not any(document.title for document in learned + held)
+    assert f"rows whose title is neither a text nor a number: {len(TEXTS)}; they are" in capsys.readouterr().out
+
+
 def test_no_text_is_held_out_that_is_learned_under_another_title(tmp_path):
     rows = [{"title": f"copy {i}", "text": TEXTS[i % 40]} for i in range(60)]
     write_jsonl(tmp_path / "a.jsonl", rows)
