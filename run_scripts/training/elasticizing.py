@@ -314,7 +314,7 @@ def load_tasks(data_args: CorpusArguments) -> list[StsData | RetrievalData]:
         if "score" in table.column_names:
             check_varied(table, f"eval_file: {data_args.eval_file}")
         tasks.append(task_from_table(name, table))
-    return name_apart(tasks, paths)
+    return name_apart(tasks, paths, taken=[PSEUDO_QUERIES])
 
 
 def with_prompts(model: TwoDMSEModel, rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -114,6 +114,21 @@ def test_tasks_of_one_name_are_told_apart(start, tmp_path):  # noqa: F811
     assert set(results["retrieval"]) == {elasticizing.PSEUDO_QUERIES, "a/beir", "b/beir", "beir.csv"}
 
 
+@pytest.mark.parametrize("held_out", [500, 0])
+def test_a_folder_named_like_the_pseudo_queries_keeps_its_scores(held_out, start, tmp_path):  # noqa: F811
+    write_beir(tmp_path / "a" / elasticizing.PSEUDO_QUERIES)
+    pairs = {"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}
+    Dataset.from_dict(pairs).to_csv(tmp_path / f"{elasticizing.PSEUDO_QUERIES}.csv")
+    flags = {"beir_dirs": [tmp_path / "a" / elasticizing.PSEUDO_QUERIES], "held_out": held_out}
+    folder = start.run(effort="fit", eval_file=tmp_path / f"{elasticizing.PSEUDO_QUERIES}.csv", **flags)
+    results = json.loads((folder / "results.json").read_text())
+    names = {f"a/{elasticizing.PSEUDO_QUERIES}", f"{elasticizing.PSEUDO_QUERIES}.csv"}
+    assert set(results["retrieval"]) == set(results["before"]["retrieval"])
+    assert set(results["retrieval"]) == names | ({elasticizing.PSEUDO_QUERIES} if held_out else set())
+    card = (folder / "README.md").read_text()
+    assert all(name in card for name in results["retrieval"])
+
+
 def test_other_folders_named_like_a_teacher_stay(start, tmp_path, monkeypatch, capsys):  # noqa: F811
     own = tmp_path / "out" / "teacher-large"
     own.mkdir(parents=True)
