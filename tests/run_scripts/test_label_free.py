@@ -37,7 +37,6 @@ def test_each_method_is_scored_on_the_same_texts_and_kept(tmp_path, start, monke
     label_free.main(start.words(**flags | {"results_file": alone, "methods": "projections", "overwrite": "true"}))
     for name in ("untouched", "projections"):
         assert json.loads(alone.read_text())[name]["retrieval"] == found[name]["retrieval"], "PCA leaves no trace"
-
     assert not embedded, "the vectors of the pairs are for what is trained"
 
     monkeypatch.setattr(label_free.Baselines, "_write", lambda self, name, result: found.pop(name, None))
