@@ -29,11 +29,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Text(NamedTuple):
-    """A text, its id, and the title of its row, with which the text of a BEIR document starts."""
+    """A text, its id, and the title of its row, with which the text of a BEIR document starts; see `read_title`."""
 
     id: str
     text: str
-    title: str = ""
+    title: str | None = ""
 
 
 class Malformed(NamedTuple):
@@ -76,6 +76,20 @@ def read_texts(path: str, text_column: str = "text", id_column: str | None = Non
     raise ValueError(
         f"input: {path} has an unknown format; use one of {', '.join(SUFFIXES)}, all but the last also .gz"
     )
+
+
+def read_title(value: object) -> str | None:
+    """The title that a cell has: numbers and dates as text, "" for a missing one, None for what is no title.
+
+    >>> read_title(" Cats "), read_title(12), read_title(None), read_title(["Cats"])
+    ('Cats', '12', '', None)
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):  # pandas writes NaN for a missing one
+        return ""
+    if isinstance(value, (dict, list, bool, bytes)):
+        return None
+    title = str(value).strip()
+    return None if _SURROGATE.search(title) else title
 
 
 def count_lines(path: str) -> int | None:
@@ -150,7 +164,11 @@ def _objects(file: Iterable[bytes], text_column: str, id_column: str | None, tit
             yield Malformed(number, "it is not a JSON object")
             continue
         if title and text_column != "title" and isinstance(row.get(text_column), str):
-            row[text_column] = f"{row.get('title') or ''} {row[text_column]}".strip()
+            before = read_title(row.get("title"))
+            if before is None:
+                yield Malformed(number, "its title is no text")
+                continue
+            row[text_column] = f"{before} {row[text_column]}".strip()
         yield _row(number, row, text_column, id_column)
 
 
@@ -241,11 +259,10 @@ def _row(number: int, row: dict, text_column: str, id_column: str | None, index:
         return Malformed(number, f"its {name} is a {type(row[name]).__name__}")
     if name is not None and isinstance(row[name], float) and not math.isfinite(row[name]):
         return Malformed(number, f"its {name} is {row[name]}")
-    title = row.get("title") if text_column != "title" else None
     text = _text(number, str(row[name] if name else (number - 1 if index is None else index)), row[text_column])
-    if isinstance(text, Malformed) or not isinstance(title, str) or _SURROGATE.search(title):
+    if isinstance(text, Malformed) or text_column == "title":
         return text
-    return text._replace(title=title.strip())
+    return text._replace(title=read_title(row.get("title")))
 
 
 def _text(number: int, id: str, text) -> Text | Malformed:

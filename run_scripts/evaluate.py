@@ -12,6 +12,9 @@ from run_scripts.shared import checks, cli, remote_code
 if TYPE_CHECKING:
     from modeling_2dmse import Size, TwoDMSEModel
 
+# The title of the mean over the tasks, in the table that is printed.
+MEAN = "mean"
+
 
 @dataclass
 class EvaluationArguments:
@@ -71,8 +74,9 @@ def main(argv=None) -> None:
 
         tasks = [load_sts(path) for path in args.sts_files or []]
         tasks += [load_beir(folder, args.split) for folder in args.beir_dirs or []]
-        tasks = name_apart(tasks, [*(args.sts_files or []), *(args.beir_dirs or [])])
         mteb_tasks = load_mteb(args.mteb_tasks)
+        taken = [MEAN, *(task.metadata.name for task in mteb_tasks)]
+        tasks = name_apart(tasks, [*(args.sts_files or []), *(args.beir_dirs or [])], taken)
         options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
         model = models.to_device(models.load_encoder(args.model_name_or_path, **options))
         models.check_max_length(model, args.max_length)
@@ -87,7 +91,7 @@ def main(argv=None) -> None:
         results["mteb"] = run_mteb(args, model, mteb_tasks, sizes, options)
     columns = main_scores(results)
     if len(columns) > 1:
-        columns["mean"] = mean_scores(results)
+        columns[MEAN] = mean_scores(results)
     if args.sizes == ["grid"]:
         metrics = {task: f", {metric_name(task, results)}" for task in main_scores(results)}
         tables = {name + metrics.get(name, ""): output.grid_table(scores, sizes) for name, scores in columns.items()}

@@ -1,13 +1,15 @@
 """Publish a model folder: `python run_scripts/push_to_hub.py --model_name_or_path OUT --repo_id owner/name`."""
 
+import contextlib
 import os
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 
 from run_scripts.demo import CorpusArguments, check_corpus, offered, read_documents
-from run_scripts.shared import checks, cli, remote_code
+from run_scripts.shared import checks, cli, output, remote_code
 from trainer.shared import hub
 
 
@@ -83,12 +85,21 @@ def check_works(folder: str) -> None:
 
 def show(args: PushArguments, corpus: CorpusArguments) -> None:
     """List the files that would be uploaded; `dry_run` is the folder that gets them, or `true`."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = folder if str(args.dry_run).lower() == "true" else str(args.dry_run)
-        files = stage(args, corpus, target)
+    target = None if str(args.dry_run).lower() == "true" else str(args.dry_run)
+    with _staging(args, target) as folder:
+        files = stage(args, corpus, str(folder))
     print("\n".join(files))
-    written = "" if target == folder else f", written to {target}"
+    written = "" if target is None else f", written to {target}"
     print(f"{len(files)} files{written}; nothing was uploaded")
+
+
+def _staging(args: PushArguments, target: str | None) -> contextlib.AbstractContextManager[str | Path]:
+    """The folder to write to: a temporary one without a target, and one that becomes the target if that is new."""
+    if target is None:
+        return tempfile.TemporaryDirectory()
+    local = os.path.isdir(args.model_name_or_path)
+    hub.check_target(target, args.model_name_or_path if local else None)
+    return contextlib.nullcontext(target) if os.path.isdir(target) else output.new_folder(target)
 
 
 def stage(args: PushArguments, corpus: CorpusArguments, folder: str) -> list[str]:

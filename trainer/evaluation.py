@@ -86,8 +86,11 @@ def check_varied(table: datasets.Dataset, place: str, hint: str = "") -> None:
         raise ValueError(f"{place} has {rows} rows that all {what}; a correlation needs different similarities{hint}")
 
 
-def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -> list[StsData | RetrievalData]:
-    """The tasks of some paths, with folders or file endings added to names that several of them have.
+def name_apart(
+    tasks: Sequence[StsData | RetrievalData], paths: Sequence[str], taken: Sequence[str] = ()
+) -> list[StsData | RetrievalData]:
+    """The tasks of some paths, with folders or file endings added to names that several of them have, or that are
+    `taken` by tasks without a path.
 
     Raises:
         ValueError: a path is given twice.
@@ -104,8 +107,10 @@ def name_apart(tasks: Sequence[StsData | RetrievalData], paths: Sequence[str]) -
     plain = [task.name for task in tasks]
     for task, place in zip(tasks, places, strict=True):
         ends = ("/".join(place[-depth:]) for depth in range(1, len(place) + 1))
-        alone = next(end for end in ends if sum("/".join(other).endswith(end) for other in places) == 1)
-        named.append(task if plain.count(task.name) == 1 else replace(task, name=alone))
+        alone = next(
+            end for end in ends if end not in taken and sum("/".join(other).endswith(end) for other in places) == 1
+        )
+        named.append(task if [*plain, *taken].count(task.name) == 1 else replace(task, name=alone))
     return named
 
 

@@ -74,7 +74,8 @@ class Baselines:
             with evaluation_mode(work.encoder):
                 self._add("pca", self._pca)
         if set(methods) & {"projections", "projections-refined", "separate"}:
-            work.fit()
+            alone = [size for size in work.ladder if f"separate {size}" not in self.results]
+            work.fit(trains="separate" in methods and bool(alone))
             self._write("untouched", work.before)
             self._add("projections", work.measure)
         if "separate" in methods:

@@ -40,15 +40,20 @@ def write(folder: Path, queries: int = QUERIES, others: int = OTHERS, seed: int 
     asked = rng.sample(list(held), min(queries, len(held)))
     whole = rng.sample(list(train), min(others, len(train)))
     documents = [row["positive"] for row in asked] + [f"{row['anchor']} {row['positive']}" for row in whole]
-    (folder / "qrels").mkdir(parents=True)
-    _write_lines(folder / "corpus.jsonl", ({"_id": str(i), "title": "", "text": t} for i, t in enumerate(documents)))
-    _write_lines(folder / "queries.jsonl", ({"_id": f"q{i}", "text": row["anchor"]} for i, row in enumerate(asked)))
+    corpus = [{"_id": str(i), "title": "", "text": text} for i, text in enumerate(documents)]
     judgements = "".join(f"q{i}\t{i}\t1\n" for i in range(len(asked)))
-    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}", encoding="utf-8")
+    with output.new_folder(folder) as partial:
+        (partial / "qrels").mkdir()
+        _write_lines(partial / "corpus.jsonl", corpus)
+        _write_lines(
+            partial / "queries.jsonl", [{"_id": f"q{i}", "text": row["anchor"]} for i, row in enumerate(asked)]
+        )
+        table = partial / "qrels" / "test.tsv"
+        table.write_text(f"query-id\tcorpus-id\tscore\n{judgements}", encoding="utf-8")
     output.say(f"{len(documents)} documents and {len(asked)} queries in {folder}")
 
 
-def _write_lines(path: Path, rows) -> None:
+def _write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,23 @@ def replacing(path: str | Path) -> Iterator[str]:
     finally:  # of a full disk, for example
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder that does not exist, whole or not at all: the folder into which the block writes, which then gets
+    its own name. What killed processes have left of it is removed first."""
+    from retrieval.replacing import clean_up, partial_path
+
+    path = Path(os.path.abspath(path))
+    clean_up(path)
+    partial = partial_path(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: str | Path, content) -> None:

@@ -77,7 +77,19 @@ class TrainingRun:
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """For what is written after training: an error ends the program with one line, as in `train`."""
-        return training_errors(self.trainer)
+        return training_errors(self)
+
+    def way_on(self) -> str:
+        """What can be done with the output folder of a run that was stopped, as the end of a line."""
+        args, folder, again = self.args, str(self.args.output_dir), "run the same command"
+        if checkpoints.find_checkpoint(folder, args.world_size, read=False) is not None:
+            return f"{again} with --resume_from_checkpoint true to resume"
+        if self.resume is not None:  # a checkpoint of another folder
+            return f"{again} again to resume from {self.resume}"
+        if folders.is_fresh(folder):
+            return f"{again} with --resume_from_checkpoint true to start again"
+        instead = "" if args.resume_from_checkpoint is None else " instead of --resume_from_checkpoint"
+        return f"{again} with --overwrite{instead} to start again"
 
     def end(self) -> None:
         """Delete the earlier run, and leave the process group."""
@@ -133,9 +145,7 @@ def training_run(
 
 def _after_interrupt(run: TrainingRun | None) -> str:
     """What Ctrl-C has left, if it did not come during the training steps, which end with a checkpoint."""
-    if run is None or run.trainer is None:
-        return "nothing was written"
-    return "run the same command with --resume_from_checkpoint true to resume or, without a checkpoint, to start again"
+    return "nothing was written" if run is None or run.trainer is None else run.way_on()
 
 
 def check_output_dir(path: str, allowed: bool) -> None:
@@ -186,8 +196,9 @@ def check_not_beyond(checkpoint: str, max_steps: int) -> None:
 
 
 @contextlib.contextmanager
-def training_errors(trainer) -> Iterator[None]:
+def training_errors(run: TrainingRun) -> Iterator[None]:
     """For training: what stops it ends the program with one line that says how to resume."""
+    trainer = run.trainer
     try:
         yield
     except (FloatingPointError, SaveError) as error:
@@ -196,7 +207,7 @@ def training_errors(trainer) -> Iterator[None]:
         fail(save_error(error, "the model", trainer.args.output_dir))
     except (Interrupted, Terminated):
         number, step = signal.Signals(trainer.stop_signals.received), trainer.state.global_step
-        say(f"\nStopped by {number.name} after step {step}; resume with --resume_from_checkpoint true")
+        say(f"\nStopped by {number.name} after step {step}; {run.way_on()}")
         raise SystemExit(128 + number) from None
 
 

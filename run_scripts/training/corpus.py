@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from retrieval.reading import NO_IDS, Malformed, read_texts
+from retrieval.reading import NO_IDS, Malformed, read_texts, read_title
 from run_scripts.shared import output
 from trainer.pseudo_pairs import Document
 from trainer.shared.headings import read_names
@@ -44,7 +44,7 @@ def read_corpus(
 
 
 def _texts(path: str, text_column: str) -> Iterator[Document]:
-    malformed, read, is_beir = 0, 0, os.path.isdir(path)
+    malformed, read, untitled, is_beir = 0, 0, 0, os.path.isdir(path)
     try:
         for item in read_texts(path, text_column, NO_IDS):
             if isinstance(item, Malformed):
@@ -53,13 +53,16 @@ def _texts(path: str, text_column: str) -> Iterator[Document]:
                     output.say(f"line {item.line} was left out: {item.reason}")
             else:
                 read += 1
+                untitled += item.title is None
+                title = item.title or ""
                 # `read_texts` puts the title of a BEIR document before its text.
-                text = item.text.removeprefix(item.title) if is_beir else item.text
-                yield Document(text.strip(), item.title)
+                text = item.text.removeprefix(title) if is_beir else item.text
+                yield Document(text.strip(), title)
     except ValueError as error:
         raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
     if malformed > _NAMED:
         output.say(f"{malformed} lines were left out")
+    _say_untitled(untitled)
     if malformed and not read:
         names = read_names(os.path.join(path, "corpus.jsonl") if is_beir else path)
         if names and text_column not in names:
@@ -69,10 +72,18 @@ def _texts(path: str, text_column: str) -> Iterator[Document]:
 
 
 def _rows(rows: Iterable[dict], text_column: str, argument: str) -> Iterator[Document]:
+    untitled = 0
     for number, row in enumerate(rows, 1):
         if text_column not in row:
             raise ValueError(f"text_column: {argument} has no column {text_column} among {', '.join(row)}")
-        text, title = row[text_column], row.get("title")
+        text, title = row[text_column], read_title(row.get("title"))
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{argument}: row {number} of {text_column} is a {type(text).__name__}, not a text")
-        yield Document((text or "").strip(), title.strip() if isinstance(title, str) else "")
+        untitled += title is None
+        yield Document((text or "").strip(), title or "")
+    _say_untitled(untitled)
+
+
+def _say_untitled(count: int) -> None:
+    if count:
+        output.say(f"rows whose title is neither a text nor a number: {count}; they are taken without a title")

@@ -112,8 +112,10 @@ class Work:
             output.say(f"the corpus makes {len(pairs)} pairs, fewer than the {self.data_args.num_pairs} of --num_pairs")
         return pairs
 
-    def fit(self) -> None:
-        """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce."""
+    def fit(self, trains: bool = True) -> None:
+        """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce, unless
+        nothing is trained."""
+        self._trains = trains and bool(self.pairs)
         self.encoder.to(self.args.device)  # type: ignore[arg-type]  # the type of transformers' wrapper is wrong
         with evaluation_mode(self.encoder):
             self.reference: torch.Tensor | None = None
@@ -153,7 +155,7 @@ class Work:
 
     def _fill_targets(self, teacher: TwoDMSEModel, name: str) -> None:
         """The targets of the training texts, in the precision of training."""
-        if self.pairs:
+        if self._trains:
             with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
                 texts = with_prompts(teacher, self.rows)
                 vectors = self._embed(teacher, f"{name} {self.args.bf16}", texts, self.args.max_length)
@@ -314,7 +316,7 @@ def load_tasks(data_args: CorpusArguments) -> list[StsData | RetrievalData]:
         if "score" in table.column_names:
             check_varied(table, f"eval_file: {data_args.eval_file}")
         tasks.append(task_from_table(name, table))
-    return name_apart(tasks, paths)
+    return name_apart(tasks, paths, taken=[PSEUDO_QUERIES])
 
 
 def with_prompts(model: TwoDMSEModel, rows: Iterable[tuple[str, str]]) -> list[str]:

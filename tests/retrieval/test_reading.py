@@ -51,6 +51,21 @@ def test_titles_as_texts_are_not_joined_with_themselves(tmp_path):
     assert list(read_texts(str(tmp_path), "title")) == [Text("d1", "Cats")]
 
 
+def test_numbers_are_titles_and_missing_ones_are_none(tmp_path):
+    titles = [12, 0, "12", None]
+    rows = [{"title": title, "text": f"text {i}"} for i, title in enumerate(titles)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"title": ["a"], "text": "text 4"}])))
+    (tmp_path / "corpus.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    found = list(read_texts(str(tmp_path / "a.jsonl"), "text", NO_IDS))
+    assert [text.title for text in found] == ["12", "0", "12", "", None]
+    *joined, last = read_texts(str(tmp_path), "text", NO_IDS)
+    assert [text.text for text in joined] == ["12 text 0", "0 text 1", "12 text 2", "text 3"]
+    assert last == Malformed(5, "its title is no text")
+    for numbers, shown in (([7, 0], ["7", "0"]), ([1.5, float("nan")], ["1.5", ""]), ([None, None], ["", ""])):
+        pq.write_table(pa.table({"text": TEXTS[:2], "title": numbers}), tmp_path / "a.parquet")
+        assert [text.title for text in read_texts(str(tmp_path / "a.parquet"))] == shown
+
+
 def test_without_ids_their_columns_do_not_matter(tmp_path):
     rows = [{"_id": {"$oid": "5f"}, "id": None, "text": "a cat"}, {"_id": None, "text": "a dog"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -262,7 +262,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch,
         with pytest.raises(SystemExit) as stopped:
             start.run()
     assert stopped.value.code == 128 + signal.SIGINT
-    assert "resume with --resume_from_checkpoint true" in capsys.readouterr().out
+    assert "with --resume_from_checkpoint true to resume" in capsys.readouterr().out
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()
     assert list(out.glob("teacher-*"))

@@ -67,6 +67,32 @@ def test_documents_need_no_ids(tmp_path):
     assert len(learned + held) == len(TEXTS)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "beir"])
+def test_numbers_are_titles(kind, tmp_path):
+    rows = [{"_id": str(i), "title": i or None, "text": text} for i, text in enumerate(TEXTS)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "beir":
+        path.mkdir()
+    if kind in ("beir", "jsonl"):
+        write_jsonl(path / "corpus.jsonl" if kind == "beir" else path, rows)
+    else:
+        table = Dataset.from_list(rows)
+        table.save_to_disk(path) if kind == "saved" else table.to_parquet(path)
+    learned, held = elasticizing.read_documents(elasticize.CorpusArguments(corpus_file=str(path)), 0)
+    expected = {text: str(i) if i else "" for i, text in enumerate(TEXTS)}
+    assert {document.text: document.title for document in learned + held} == expected
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_titles_that_are_none_are_said(saved, tmp_path, capsys):
+    rows = [{"title": [str(i)], "text": text} for i, text in enumerate(TEXTS)]
+    path = tmp_path / "a.jsonl"
+    Dataset.from_list(rows).save_to_disk(path) if saved else write_jsonl(path, rows)
+    learned, held = elasticizing.read_documents(elasticize.CorpusArguments(corpus_file=str(path)), 0)
+    assert not any(document.title for document in learned + held)
+    assert f"rows whose title is neither a text nor a number: {len(TEXTS)}; they are" in capsys.readouterr().out
+
+
 def test_no_text_is_held_out_that_is_learned_under_another_title(tmp_path):
     rows = [{"title": f"copy {i}", "text": TEXTS[i % 40]} for i in range(60)]
     write_jsonl(tmp_path / "a.jsonl", rows)
@@ -86,6 +112,21 @@ def test_tasks_of_one_name_are_told_apart(start, tmp_path):  # noqa: F811
     folder = start.run(effort="fit", beir_dirs=folders, eval_file=tmp_path / "beir.csv")
     results = json.loads((folder / "results.json").read_text())
     assert set(results["retrieval"]) == {elasticizing.PSEUDO_QUERIES, "a/beir", "b/beir", "beir.csv"}
+
+
+@pytest.mark.parametrize("held_out", [500, 0])
+def test_a_folder_named_like_the_pseudo_queries_keeps_its_scores(held_out, start, tmp_path):  # noqa: F811
+    write_beir(tmp_path / "a" / elasticizing.PSEUDO_QUERIES)
+    pairs = {"anchor": SENTENCES[::2], "positive": SENTENCES[1::2]}
+    Dataset.from_dict(pairs).to_csv(tmp_path / f"{elasticizing.PSEUDO_QUERIES}.csv")
+    flags = {"beir_dirs": [tmp_path / "a" / elasticizing.PSEUDO_QUERIES], "held_out": held_out}
+    folder = start.run(effort="fit", eval_file=tmp_path / f"{elasticizing.PSEUDO_QUERIES}.csv", **flags)
+    results = json.loads((folder / "results.json").read_text())
+    names = {f"a/{elasticizing.PSEUDO_QUERIES}", f"{elasticizing.PSEUDO_QUERIES}.csv"}
+    assert set(results["retrieval"]) == set(results["before"]["retrieval"])
+    assert set(results["retrieval"]) == names | ({elasticizing.PSEUDO_QUERIES} if held_out else set())
+    card = (folder / "README.md").read_text()
+    assert all(name in card for name in results["retrieval"])
 
 
 def test_other_folders_named_like_a_teacher_stay(start, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -9,6 +9,7 @@ from test_elasticize import start, write_beir  # noqa: F401
 
 from run_scripts.comparing import label_free
 from run_scripts.comparing.label_free import METHODS
+from run_scripts.training import elasticizing
 
 
 def test_each_method_is_scored_on_the_same_texts_and_kept(tmp_path, start, monkeypatch):  # noqa: F811
@@ -28,15 +29,21 @@ def test_each_method_is_scored_on_the_same_texts_and_kept(tmp_path, start, monke
     small = [np.round(scores[name][LADDER[0]], 12) for name in ("untouched", "pca", "projections")]
     assert len(set(small)) > 1
 
+    embedded = []
+    compute = elasticizing.compute_teacher_embeddings
+    record = lambda *given, **more: embedded.append(given) or compute(*given, **more)
+    monkeypatch.setattr(elasticizing, "compute_teacher_embeddings", record)
     alone = tmp_path / "alone.json"
     label_free.main(start.words(**flags | {"results_file": alone, "methods": "projections", "overwrite": "true"}))
     for name in ("untouched", "projections"):
         assert json.loads(alone.read_text())[name]["retrieval"] == found[name]["retrieval"], "PCA leaves no trace"
+    assert not embedded, "the vectors of the pairs are for what is trained"
 
     monkeypatch.setattr(label_free.Baselines, "_write", lambda self, name, result: found.pop(name, None))
     for name in ("_pca", "_refined", "_separate"):
         monkeypatch.setattr(label_free.Baselines, name, lambda *given: pytest.fail("run again"))
     label_free.main(start.words(**flags, num_train_epochs=1, shallow_steps=0.0, overwrite="true"))
+    assert not embedded, "each size was trained before"
 
 
 def test_what_is_not_a_method_is_refused(start, capsys):  # noqa: F811

@@ -122,6 +122,14 @@ def test_files_of_one_name_are_told_apart(start, tiny_model, capsys):
         evaluate_tasks(tiny_model(), tasks, tiny_model().config.ladder)
 
 
+def test_no_task_takes_the_place_of_the_mean(start, capsys):
+    shutil.copy(start / "scored.csv", start / "mean.csv")
+    flags = ["--model_name_or_path", str(start / "model"), "--output_dir", str(start / "out"), "--sts_files"]
+    evaluate.main([*flags, str(start / "scored.csv"), str(start / "mean.csv")])
+    assert list(json.loads((start / "out" / "results.json").read_text())["sts"]) == ["scored", "mean.csv"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["size", "scored", "mean.csv", "mean"]
+
+
 def test_a_full_disk_at_the_end_of_an_evaluation(start, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

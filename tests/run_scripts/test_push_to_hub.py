@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -232,6 +233,23 @@ def test_links_out_of_the_folder_are_not_published(model_folder, tmp_path, capsy
     )
     assert (tmp_path / "dry" / "LICENSE").is_file()
     assert not [path for path in (tmp_path / "dry").rglob("*") if path.is_symlink()]
+
+
+def test_an_interrupted_dry_run_does_not_block_the_next(model_folder, tmp_path, monkeypatch):
+    flags = ["--model_name_or_path", str(model_folder), "--repo_id", "org/elastic", "--dry_run", str(tmp_path / "dry")]
+
+    def stop(folder, target, **more):
+        Path(target).mkdir(exist_ok=True)
+        Path(target, "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags)
+    assert not list(tmp_path.glob("*dry*"))
+    main(flags)
+    assert (tmp_path / "dry" / "config.json").is_file()
 
 
 def test_the_target_of_a_dry_run_is_not_copied_into_itself(model_folder, tmp_path, capsys):

@@ -65,12 +65,17 @@ def test_sources_cover_the_standard_library_and_the_dependencies():
     assert len(names) == len(set(names))
 
 
-def test_the_python_corpus_has_a_right_answer_for_every_query(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def python_docs(monkeypatch):
+    """A few rows of Python's documentation."""
     sides = {}
     for held, count in ((False, 30), (True, 12)):
         names = [f"{'held' if held else 'train'}{n}" for n in range(count)]
         sides[held] = Dataset.from_dict({"anchor": names, "positive": [f"body of {name}" for name in names]})
     monkeypatch.setattr(quickstart, "python_docs", lambda: (sides[False], sides[True]))
+
+
+def test_the_python_corpus_has_a_right_answer_for_every_query(python_docs, tmp_path, capsys):
     python_corpus.write(tmp_path / "corpus", queries=10, others=20)
     data = load_beir(str(tmp_path / "corpus"))
     assert len(data.queries) == 10
@@ -85,3 +90,19 @@ def test_the_python_corpus_has_a_right_answer_for_every_query(tmp_path, monkeypa
     with pytest.raises(SystemExit):
         python_corpus.main(["--output_dir", str(tmp_path / "corpus")])
     assert "output_dir" in capsys.readouterr().err
+
+
+def test_a_python_corpus_that_was_interrupted_does_not_block_the_next(python_docs, tmp_path, monkeypatch):
+    def stop(path, rows):
+        path.write_text('{"_id": "0", "ti')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(python_corpus, "_write_lines", stop)
+        with pytest.raises(KeyboardInterrupt):
+            python_corpus.write(tmp_path / "corpus")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".corpus.partial-4194305" / "qrels").mkdir(parents=True)  # of a killed run: no process has this number
+    python_corpus.main(["--output_dir", str(tmp_path / "corpus")])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert len(load_beir(str(tmp_path / "corpus")).queries) == 12

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from modeling_2dmse import parse_ladder
 from run_scripts import evaluate
-from trainer.evaluation import RetrievalData, StsData, evaluate_retrieval, evaluate_sts
+from trainer.evaluation import RetrievalData, StsData, evaluate_retrieval, evaluate_sts, main_scores
 from trainer.model_card import add_mteb
 from trainer.mteb_tasks import StateStore
 
@@ -122,6 +122,16 @@ def test_evaluate_runs_local_tasks_at_every_size(similarity, local_tasks, tiny_m
         assert f"{results['LocalRetrieval']['scores'][size]:.4f}" in printed
     assert results["LocalRetrieval"]["metric"] == "ndcg_at_10"
     assert (tmp_path / "out" / "heatmap.png").exists()
+
+
+def test_a_file_that_is_named_like_a_task_of_mteb_keeps_its_scores(local_tasks, tiny_model, tmp_path):
+    saved(tiny_model, tmp_path)
+    scored = {name: PAIRS[name] for name in ("sentence1", "sentence2", "score")}
+    Dataset.from_dict(scored).to_csv(tmp_path / "LocalSts.csv")
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    evaluate.main([*flags, "--sts_files", str(tmp_path / "LocalSts.csv"), "--mteb_tasks", "LocalSts"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(main_scores(results)) == {"LocalSts.csv", "LocalSts"}
 
 
 def test_scores_are_put_into_the_card_of_the_model(local_tasks, tiny_model, tmp_path):

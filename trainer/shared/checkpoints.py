@@ -137,22 +137,31 @@ def save_error(error: Exception, what: str, folder: str) -> SaveError:
     return SaveError(f"output_dir: {what} could not be written to {folder}: {reason}{rest}")
 
 
-def find_checkpoint(folder: str, world_size: int | None = None) -> str | None:
-    """The newest complete checkpoint in an output folder, with a warning for each newer one that is incomplete."""
+def find_checkpoint(folder: str, world_size: int | None = None, read: bool = True) -> str | None:
+    """The newest complete checkpoint in an output folder, with a warning for each newer one that is incomplete.
+
+    The files of one that has just been written need not be read, which takes long for large models.
+    """
     if not os.path.isdir(folder):
         return None
     found = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder)]
     for match in sorted(filter(None, found), key=lambda match: -int(match[1])):
         path = os.path.join(folder, match[0])
-        problem = find_problem(path, world_size)
+        problem = find_problem(path, world_size, read)
         if problem is None:
             return path
         logger.warning(f"{path} is incomplete and is skipped: {problem}")
     return None
 
 
-def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
-    """Why a checkpoint cannot be resumed, None if it can; `world_size` is the number of processes that resume."""
+def find_problem(checkpoint: str, world_size: int | None = None, read: bool = True) -> str | None:
+    """Why a checkpoint cannot be resumed, None if it can.
+
+    Args:
+        checkpoint: its folder.
+        world_size: the number of processes that resume.
+        read: read all files; else only what is missing is found.
+    """
     if not os.path.isdir(checkpoint):
         return "it is not a folder"
     problem = _state_problem(os.path.join(checkpoint, STATE_NAME))
@@ -169,7 +178,7 @@ def find_problem(checkpoint: str, world_size: int | None = None) -> str | None:
     written = _read_checksums(checkpoint)
     if written is None:
         return f"{CHECKSUMS_NAME} is damaged"
-    for name in sorted({*names, *written}):
+    for name in sorted({*names, *written}) if read else ():
         path = os.path.join(checkpoint, name)
         problem = _difference(path, *written[name]) if name in written else _file_problem(path)
         if problem is not None:

@@ -34,7 +34,8 @@ def name_columns(table: Dataset, columns: Sequence[str] | None, argument: str) -
     left_out = [name for name in table.column_names if name not in roles]
     if "positive" in roles.values():
         named = {"anchor", "positive"} <= set(given.values())
-        refuse_rejected(table, judged, left_out, named, argument)
+        pair = [f"{name}:{role}" for name, role in roles.items() if role in ("anchor", "positive")]
+        refuse_rejected(table, judged, left_out, pair, named, argument)
     if renamed:
         logger.warning(f"{argument}: {', '.join(f'{name} is read as {role}' for name, role in renamed.items())}")
     if left_out:

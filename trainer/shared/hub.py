@@ -61,9 +61,7 @@ def stage(folder: str, repo_id: str, target: str) -> list[str]:
         ValueError: `target` is not allowed, or `folder` has a link that leads out of it, a link to a folder, or
             something that is neither a file nor a folder.
     """
-    check_target(target)
-    if _is_inside(target, folder):
-        raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
+    check_target(target, folder)
     _check_real(folder)
     card = _renamed_card(folder, repo_id) if os.path.isfile(os.path.join(folder, "README.md")) else None
     shutil.copytree(folder, target, ignore=_ignore, dirs_exist_ok=True)
@@ -89,10 +87,12 @@ def _renamed_card(folder: str, repo_id: str) -> ModelCard:
     return card
 
 
-def check_target(target: str) -> None:
-    """ValueError if the folder to write to has files already."""
+def check_target(target: str, folder: str | None = None) -> None:
+    """ValueError if the folder to write to has files already, or is inside `folder`, which is copied into it."""
     if os.path.isdir(target) and os.listdir(target):
         raise ValueError(f"dry_run: {target} is not empty; choose another folder")
+    if folder is not None and _is_inside(target, folder):
+        raise ValueError(f"dry_run: {target} is inside {folder}, which is copied; choose another folder")
 
 
 def upload(folder: str, repo_id: str, token: str, private: bool, revision: str | None) -> str:

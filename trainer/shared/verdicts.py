@@ -1,5 +1,6 @@
 """Columns that say which of the pairs of a table mean the same: without them, the others would be positives."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from datasets import ClassLabel, Dataset, Value
@@ -38,14 +39,17 @@ def find_judged(table: Dataset, given: Mapping[str, str], argument: str) -> list
     return judged
 
 
-def refuse_rejected(table: Dataset, judged: Sequence[str], left_out: Sequence[str], named: bool, argument: str) -> None:
+def refuse_rejected(
+    table: Dataset, judged: Sequence[str], left_out: Sequence[str], pair: Sequence[str], named: bool, argument: str
+) -> None:
     """ValueError if a column that is left out says that some of the pairs are no positives.
 
     Args:
         table: the table.
         judged: see `find_judged`.
         left_out: the columns to look at.
-        named: a user has named anchor and positive, and so knows what the other columns are.
+        pair: anchor and positive as `name:role`.
+        named: a user has named both, and so knows what the other columns are.
         argument: the name that the error gives to the table.
     """
     for name in left_out:
@@ -55,6 +59,9 @@ def refuse_rejected(table: Dataset, judged: Sequence[str], left_out: Sequence[st
         value = 0 if name in judged else _rejected(values, known, named) if few else None
         if value is not None:
             other = "" if known else ", also if it says something else"
+            if not known and not named and _rejected(values, known, named=True) is None:
+                flags = f"--columns {shlex.join(pair)}"
+                other = f"; if it says something else, leave it out, or name the others for finetune.py: {flags}"
             raise ValueError(
                 f"{argument}: the column {name} is {value} in some rows, which would be trained as positives; keep the "
                 f"rows that are positives, and leave out the column{other}"

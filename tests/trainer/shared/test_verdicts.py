@@ -1,5 +1,7 @@
 """Tables whose pairs or texts are not what they seem: rejected pairs, ids, lists in texts, archives, no heading."""
 
+import shlex
+
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -33,6 +35,33 @@ def test_rejected_pairs_are_no_positives(name, values, columns, shown):
     with pytest.raises(ValueError, match=message):
         check_table(table, columns=columns)
     assert check_table(table.remove_columns(name), columns=columns).column_names == ["anchor", "positive"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "columns", "named"),
+    [
+        ("flag", [1, 0, 1, 1], None, True),
+        ("flag", [1, 0, 1, 1], ["query:anchor"], True),
+        ("is_long", ["yes", "no", "yes", "no"], None, True),
+        ("kind", ["duplicate", "irrelevant", "duplicate", "duplicate"], None, False),
+        ("label", [1, 0, 1, 1], None, False),
+        ("flag label", [1, 0, 1, 1], NAMED, False),
+    ],
+)
+def test_every_way_out_that_is_named_works(name, values, columns, named):
+    table = Dataset.from_dict({"query": TEXTS["query"], "Answer": TEXTS["answer"], name: values})
+    if name == "label":  # else it is the score
+        table = table.add_column("negative", TEXTS["answer"])
+    columns = [entry.replace("answer", "Answer") for entry in columns or []]
+    with pytest.raises(ValueError, match=f"the column {name} is ") as refused:
+        check_table(table, columns=columns)
+    _, offered, flags = str(refused.value).partition("for finetune.py: --columns ")
+    assert bool(offered) == named
+    if named:
+        assert check_table(table, columns=shlex.split(flags)).num_rows == 4
+    assert check_table(table.remove_columns(name), columns=columns).num_rows == 4
+    kept = [number for number, value in enumerate(values) if value in (1, "yes", "duplicate")]
+    assert check_table(table.select(kept), columns=columns).num_rows == len(kept)
 
 
 def test_classes_are_looked_at_by_their_names():
