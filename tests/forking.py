@@ -4,6 +4,7 @@ Python needs some five seconds of a core to import torch, transformers and datas
 processes would spend most of their time on that.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -72,6 +73,7 @@ class ForkedScript:
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+    gc.freeze()  # as pytest_runtest_setup in conftest.py
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(written, stream)
