@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-# What takes long to import. None of them may start a thread when imported; the project itself is imported afterwards.
+# What takes long to import. None of them may start a thread when imported, except those of OpenBLAS, which end before a
+# fork; the project itself is imported afterwards.
 _LIBRARIES = (
     "torch",
     "torch.distributed",
@@ -25,6 +26,7 @@ _LIBRARIES = (
     "datasets",
     "peft",
     "safetensors.torch",
+    "scipy.stats",
 )
 
 _context = multiprocessing.get_context("forkserver")
