@@ -1,6 +1,7 @@
 """Tiny random models of every supported family, a tiny tokenizer, and twenty sentences; nothing is downloaded."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -57,6 +58,15 @@ TAUGHT = TRIPLETS | {
 # Python abort.
 LEAVE = "\nimport os; os._exit(0)\n"
 NUM_LAYERS, HIDDEN = 4, 32
+
+
+def pytest_runtest_setup() -> None:
+    """
+    Let garbage collection look only at what the test itself makes. Trainers collect garbage in every run, which would
+    take longer than training a tiny model does: the libraries have made millions of objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _configs() -> dict:

@@ -4,6 +4,7 @@ Python needs some five seconds of a core to import torch, transformers and datas
 processes would spend most of their time on that.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-# What takes long to import. None of them may start a thread when imported; the project itself is imported afterwards.
+# What takes long to import. None of them may start a thread when imported, except those of OpenBLAS, which end before a
+# fork; the project itself is imported afterwards.
 _LIBRARIES = (
     "torch",
     "torch.distributed",
@@ -24,6 +26,7 @@ _LIBRARIES = (
     "datasets",
     "peft",
     "safetensors.torch",
+    "scipy.stats",
 )
 
 _context = multiprocessing.get_context("forkserver")
@@ -72,6 +75,7 @@ class ForkedScript:
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+    gc.freeze()  # as pytest_runtest_setup in conftest.py
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(written, stream)

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import LADDER, LEAVE, SENTENCES, cpu_environment, run_processes
 from datasets import Dataset
+from forking import ForkedScript, finish
 
 from modeling_2dmse import TwoDMSEModel
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
@@ -358,8 +357,8 @@ def test_two_processes_equal_one_for_a_loss_that_does_not_couple_rows(tiny_model
     (tmp_path / "run.py").write_text(TWO_PROCESSES + LEAVE)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     shared = [str(tmp_path / "start"), str(tmp_path / "rows.json"), root]
-    alone = [sys.executable, str(tmp_path / "run.py"), *shared, str(tmp_path / "one"), "8", "2dmse"]
-    subprocess.run(alone, env=cpu_environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    alone = [*shared, str(tmp_path / "one"), "8", "2dmse"]
+    finish([ForkedScript(tmp_path / "run.py", alone, cpu_environment(), tmp_path / "one.log")])
     run_processes(2, tmp_path / "run.py", *shared, str(tmp_path / "two"), "4", "2dmse")
     start, one, two = (weights(TwoDMSEModel.from_pretrained(tmp_path / name)) for name in ("start", "one", "two"))
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)

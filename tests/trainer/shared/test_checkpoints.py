@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -119,14 +118,13 @@ def test_a_signal_writes_a_checkpoint_and_prints_how_to_resume(number, tiny_mode
     flags = ["--model_name_or_path", str(tmp_path / "start"), "--train_file", pairs_file, "--max_steps", "5000"]
     flags += ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--use_cpu", "true", "--max_eval_samples", "0"]
     flags += ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
-    command = [sys.executable, str(ROOT / "run_scripts" / "finetune.py"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors[-2000:]
+    script = ROOT / "run_scripts" / "finetune.py"
+    process = ForkedScript(script, flags, cpu_environment(ROOT), tmp_path / "finetune.log")
+    while "'loss'" not in process.output() and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == 128 + number, process.output()[-2000:]
+    output = process.output()
     assert f"Stopped by {number.name} after step" in output
     assert "--resume_from_checkpoint true" in output
     step = int(output.split("after step ")[1].split(";")[0])
