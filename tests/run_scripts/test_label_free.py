@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import LADDER
-from test_elasticize import start, write_beir  # noqa: F401
+from test_elasticize import Interrupt, start, write_beir  # noqa: F401
 
 from run_scripts.comparing import label_free
 from run_scripts.comparing.label_free import METHODS
@@ -44,6 +44,21 @@ def test_each_method_is_scored_on_the_same_texts_and_kept(tmp_path, start, monke
         monkeypatch.setattr(label_free.Baselines, name, lambda *given: pytest.fail("run again"))
     label_free.main(start.words(**flags, num_train_epochs=1, shallow_steps=0.0, overwrite="true"))
     assert not embedded, "each size was trained before"
+
+
+def test_a_model_whose_training_is_stopped_has_no_score(tmp_path, start, monkeypatch):  # noqa: F811
+    write_beir(tmp_path / "beir")
+
+    class Stopped(label_free.TwoDMSETrainer):
+        def __init__(self, **given):
+            super().__init__(**given, callbacks=[Interrupt()])
+
+    monkeypatch.setattr(label_free, "TwoDMSETrainer", Stopped)
+    file = tmp_path / "baselines.json"
+    flags = {"corpus_file": tmp_path / "beir", "results_file": file, "methods": "separate"}
+    with pytest.raises(KeyboardInterrupt):
+        label_free.main(start.words(**flags, num_train_epochs=2, shallow_steps=0.0))
+    assert not [name for name in json.loads(file.read_text()) if name.startswith("separate")]
 
 
 def test_what_is_not_a_method_is_refused(start, capsys):  # noqa: F811
