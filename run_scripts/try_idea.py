@@ -18,6 +18,8 @@ IDEAS = {
     "the same way as the ladder's",
     "shallow_gradient": "a factor on the gradient that shallower exits send into the layers they share; their "
     "projections get all of it",
+    "layerwise_rates": "a factor from the learning rate of each layer to that of the next one above; embeddings learn "
+    "at the rate of the first layer",
     "angle_beside": "the weight of AnglE's loss, added to CoSENT",
     "weakened_directions": "shallow exits are fitted to targets whose directions are divided by their variance to this "
     "power",

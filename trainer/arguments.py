@@ -23,7 +23,6 @@ _RANGES = {
     **dict.fromkeys(("num_buckets", "compression_dim", "gradient_cache_chunk_size"), COUNT),
     **{
         "loss_scale": POSITIVE,
-        "last_layer_lr_ratio": POSITIVE,
         "max_length": Range(3),
         "max_query_length": Range(3),
         "per_device_train_batch_size": Range(2),
@@ -94,11 +93,6 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the loss of queries at each shallower size and documents at the deepest."},
     )
-    last_layer_lr_ratio: float = field(
-        default=1.0,
-        metadata={"help": "Learning rate of the last layer over that of the first, which is learning_rate; the layers "
-                  "between fall geometrically."},
-    )  # fmt: skip
     initial_share: float = field(
         default=0.0,
         metadata={"help": "After training, average with the initial weights (WiSE-FT): their share, 0 to 1, in the "

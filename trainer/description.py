@@ -36,7 +36,6 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
             ("shallow steps", args.shallow_steps, 0),
             ("exit projections", args.exit_projections, False),
             ("refined projections", args.refine_projections, False),
-            ("rate of the last layer over the first", args.last_layer_lr_ratio, 1),
             ("initial share", args.initial_share, 0),
             ("similarity", config.similarity, "cosine"),
             ("query prompt", config.prompts.get("query", ""), ""),

@@ -27,7 +27,6 @@ from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
-from .layer_rates import LayerRatesMixin
 from .losses import Rows
 from .model_card import Run, build_card, write_card
 from .objectives import Objective, Plan
@@ -62,9 +61,7 @@ from .teacher_embeddings import TeacherEmbeddings
 logger = logging.get_logger(__name__)
 
 
-class TwoDMSETrainer(
-    SearchMixin, ScoringMixin, LayerRatesMixin, CheckpointMixin, PartLogMixin, AttentionMixin, Trainer
-):
+class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, AttentionMixin, Trainer):
     """Trains a `TwoDMSEModel` on tables of texts, at every size of its ladder.
 
     Args:
@@ -209,8 +206,6 @@ class TwoDMSETrainer(
         if self.args.refine_projections:
             self._check_whole("refine_projections: the refining")
         check_checkpointing(self.args)
-        if self.args.last_layer_lr_ratio != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("last_layer_lr_ratio: rates for each layer are not supported under FSDP or DeepSpeed")
         if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
 

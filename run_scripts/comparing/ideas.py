@@ -11,6 +11,7 @@ from modeling_2dmse import Size
 from modeling_2dmse.encoding import to_embeddings
 from trainer import TwoDMSETrainer
 from trainer.alignment import query_kl, score_kl
+from trainer.averaging import initial_shares
 from trainer.data import texts_to_fit
 from trainer.losses import SCORE_LOSSES, angle, cosent
 from trainer.objectives import Plan, Term, geometric_dims
@@ -74,6 +75,22 @@ class ShallowGradient(TwoDMSETrainer):
             raise ValueError("idea: shallow_gradient needs exits with projections (--exit_projections true)")
         for projection in self.encoder.exit_projections[:-1]:
             projection.register_full_backward_hook(lambda _, into, out: (self.shallow_gradient * into[0],))
+
+
+class LayerwiseRates(TwoDMSETrainer):
+    """Each layer learns at a factor of the rate of the layer below it; embeddings learn at that of the first layer."""
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        shares = initial_shares(self.encoder, self.encoder.num_layers - 1)
+        depth = {id(parameter): shares[name] for name, parameter in self.encoder.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for below in sorted({depth[id(parameter)] for parameter in group["params"]}):
+                own = [parameter for parameter in group["params"] if depth[id(parameter)] == below]
+                groups.append(group | {"params": own, "lr": group["lr"] * self.layerwise_rates**below})
+        optimizer.param_groups[:] = groups
+        return optimizer
 
 
 class AngleBeside(TwoDMSETrainer):
@@ -217,6 +234,7 @@ TRAINERS = {
     "largest_loss": LargestLoss,
     "drawn_sizes": DrawnSizes,
     "shallow_gradient": ShallowGradient,
+    "layerwise_rates": LayerwiseRates,
     "angle_beside": AngleBeside,
     "weakened_directions": WeakenedDirections,
     "final_phase": FinalPhase,

@@ -122,20 +122,19 @@ class Baselines:
     def _separate(self, start: str, size: Size) -> dict:
         """The start, cut to a size, trained on the same pairs for the same steps, all of them at this size.
 
-        Its teacher, its refining, the rates of its layers and the share of the start in each are those of
-        elasticize.py. The full size is not refined.
+        Its teacher, its refining and the share of the start in each layer are those of elasticize.py. The full size is
+        not refined.
         """
         work = self.work
         full = models.load_encoder(start)
         layers = full.num_layers
-        depth = (size.num_layers - 1) / max(1, layers - 1)
+        share = work.args.initial_share * (size.num_layers - 1) / max(1, layers - 1)
         args = dataclasses.replace(
             work.args,
             objective="separate",
             sizes=[str(size)],
             shallow_steps=0.0,
-            initial_share=work.args.initial_share * depth,
-            last_layer_lr_ratio=work.args.last_layer_lr_ratio**depth,
+            initial_share=share,
             save_strategy="no",
             output_dir=os.path.join(str(work.args.output_dir), str(size)),
         )

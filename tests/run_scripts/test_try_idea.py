@@ -87,6 +87,23 @@ def test_shallow_gradients_are_scaled_only_in_the_layers(make):
     assert moved > 10
 
 
+def test_rates_fall_from_layer_to_layer(make):
+    trainer = make({"layerwise_rates": 0.5})
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len([*trainer.encoder.parameters()])
+    for name, parameter in trainer.encoder.named_parameters():
+        below = next((int(word) for word in name.split(".") if word.isdigit()), 0)
+        assert rates[id(parameter)] == pytest.approx(1e-2 * 0.5**below), name
+    decays = {
+        id(p): g["weight_decay"]
+        for g in make({}, weight_decay=0.1).create_optimizer().param_groups
+        for p in g["params"]
+    }
+    assert set(decays.values()) == {0.0, 0.1}
+    trainer.train()
+
+
 def test_angle_is_added_to_cosent(make, monkeypatch):
     monkeypatch.setitem(SCORE_LOSSES, "cosent+angle", None)  # removed again after the test
     losses = {

@@ -275,7 +275,6 @@ def test_fsdp_refuses_settings_that_need_all_weights(under_fsdp, tiny_model, tmp
     case = ("starbucks", "score_kl", "infonce")
     for settings, message in (
         ({"teacher": "start"}, "teacher: start needs all weights in one process, without adapters, FSDP"),
-        ({"last_layer_lr_ratio": 0.5}, "last_layer_lr_ratio: rates for each layer are not supported under FSDP"),
         ({"initial_share": 0.5}, "initial_share: the average needs all weights in one process, without adapters, FSDP"),
     ):
         with pytest.raises(ValueError, match=message):
