@@ -65,7 +65,7 @@ class CorpusArguments(runs.OverwriteArguments):
     )
     effort: str = field(
         default="short",
-        metadata={"help": "fit (projections only, minutes), short (40 to 70 minutes on one CPU core) or full; each is "
+        metadata={"help": "fit (projections only, minutes), short (30 to 70 minutes on one CPU core) or full; each is "
                   "recipes/elasticize-EFFORT.yaml, and flags override it."},
     )  # fmt: skip
     max_documents: int = field(
