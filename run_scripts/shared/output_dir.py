@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import itertools
 import json
 import os
 import time
@@ -82,7 +83,9 @@ def move_aside(folder: str) -> str | None:
     folder = os.path.realpath(folder)
     if not os.path.isdir(folder) or not os.listdir(folder):
         return None
-    previous = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{folder}.previous-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    previous = next(name for name in names if not os.path.lexists(name))  # two runs may end within a second
     os.rename(folder, previous)
     os.makedirs(folder)
     return previous

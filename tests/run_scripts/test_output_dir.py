@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from run_scripts import finetune
+from run_scripts.shared import output_dir
 from run_scripts.shared.output_dir import MARKER
 
 
@@ -87,3 +88,15 @@ def test_a_link_to_the_output_folder_stays_one(words, tmp_path):
     assert link.is_symlink()
     assert (tmp_path / "disk" / "real" / "model.safetensors").read_bytes() != first
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"], "the earlier run was deleted"
+
+
+def test_earlier_runs_of_one_second_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_dir.time, "strftime", lambda form: "20260101-000000")
+    folder, kept = tmp_path / "out", []
+    for number in range(3):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(str(number))
+        kept.append(output_dir.move_aside(str(folder)))
+    stem = f"{folder}.previous-20260101-000000"
+    assert kept == [stem, f"{stem}-2", f"{stem}-3"]
+    assert [(tmp_path / name / "config.json").read_text() for name in kept] == ["0", "1", "2"]

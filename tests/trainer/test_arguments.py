@@ -10,6 +10,7 @@ from trainer.franca.trainer import FrancaTrainingArguments
 from trainer.m3.trainer import M3TrainingArguments
 from trainer.mrl.trainer import ClassifierTrainingArguments
 from trainer.shared import arguments as shared_arguments
+from trainer.shared.callbacks import StopSignals
 from trainer.shared.part_log import PartLogMixin
 from trainer.smae.arguments import SmaeTrainingArguments
 
@@ -52,7 +53,7 @@ class Started:
     """A trainer as far as its mixins see it."""
 
     def __init__(self, args):
-        self.args, self.model = args, None
+        self.args, self.model, self.stop_signals = args, None, StopSignals()
 
     def train(self):
         """Nothing."""
