@@ -19,7 +19,7 @@ import torch
 import transformers
 from forking import finish, start_group
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerFast, TrainerCallback
 
 from modeling_2dmse import TwoDMSEModel
 
@@ -58,6 +58,17 @@ TAUGHT = TRIPLETS | {
 # Python abort.
 LEAVE = "\nimport os; os._exit(0)\n"
 NUM_LAYERS, HIDDEN = 4, 32
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to this process in the second step of a training."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
 
 
 def pytest_runtest_setup() -> None:

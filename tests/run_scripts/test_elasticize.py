@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LADDER, SENTENCES, cpu_environment, tiny_config
+from conftest import LADDER, SENTENCES, Signal, cpu_environment, tiny_config
 from datasets import Dataset, DatasetDict
 from forking import finish, start_group
 from PIL import Image
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts import elasticize
@@ -240,21 +240,13 @@ def test_another_teacher_of_another_width(effort, start, wide_teacher, tmp_path)
     assert str(tmp_path) not in card
 
 
-class Interrupt(TrainerCallback):
-    """Ctrl-C in the second step."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_stopped_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch, capsys):
     whole = start.run(output_dir=tmp_path / "whole")
     prepare = elasticizing.prepare
 
     def interrupted(*arguments):
         work = prepare(*arguments)
-        work.trainer.add_callback(Interrupt())
+        work.trainer.add_callback(Signal(signal.SIGINT))
         return work
 
     with monkeypatch.context() as patch:

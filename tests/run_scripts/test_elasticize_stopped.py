@@ -6,8 +6,8 @@ import signal
 
 import pytest
 import torch
+from conftest import Signal
 from test_elasticize import start, weights  # noqa: F401
-from transformers import TrainerCallback
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts.training import elasticizing, finetuning
@@ -119,17 +119,6 @@ def test_a_run_from_the_checkpoint_of_another_folder_names_it(start, tmp_path, m
     line = interrupted(lambda: start.run(**more), place, name, wrap, monkeypatch)
     assert line == f"run the same command again to resume from {checkpoint}"
     start.run(**more)
-
-
-class Signal(TrainerCallback):
-    """A signal in the second step."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("more", [{}, {"save_strategy": "no"}, {"save_only_model": "true"}])

@@ -1,11 +1,12 @@
 """label_free.py: what elasticize.py is compared with, from the same texts."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
-from conftest import LADDER
-from test_elasticize import Interrupt, start, write_beir  # noqa: F401
+from conftest import LADDER, Signal
+from test_elasticize import start, write_beir  # noqa: F401
 
 from run_scripts.comparing import label_free
 from run_scripts.comparing.label_free import METHODS
@@ -51,7 +52,7 @@ def test_a_model_whose_training_is_stopped_has_no_score(tmp_path, start, monkeyp
 
     class Stopped(label_free.TwoDMSETrainer):
         def __init__(self, **given):
-            super().__init__(**given, callbacks=[Interrupt()])
+            super().__init__(**given, callbacks=[Signal(signal.SIGINT)])
 
     monkeypatch.setattr(label_free, "TwoDMSETrainer", Stopped)
     file = tmp_path / "baselines.json"

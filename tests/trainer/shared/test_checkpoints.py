@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LADDER, LEAVE, SENTENCES, cpu_environment
+from conftest import LADDER, LEAVE, SENTENCES, Signal, cpu_environment
 from datasets import Dataset
 from forking import ForkedScript, finish, kill, start_group
 from safetensors.torch import load_file
@@ -131,17 +131,6 @@ def test_a_signal_writes_a_checkpoint_and_prints_how_to_resume(number, tiny_mode
     assert find_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / f"checkpoint-{step}")
     finetune.main([*flags, "--max_steps", str(step + 1), "--resume_from_checkpoint", "true"])
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-class Signal(TrainerCallback):
-    """Sends a signal to this process in the second step."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize(
