@@ -240,20 +240,25 @@ def test_another_teacher_of_another_width(effort, start, wide_teacher, tmp_path)
     assert str(tmp_path) not in card
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch, capsys):
-    whole = start.run(output_dir=tmp_path / "whole")
+def stop_in_training(start, number, monkeypatch, **flags) -> None:
+    """A run that a signal ends in its second step."""
     prepare = elasticizing.prepare
 
-    def interrupted(*arguments):
+    def with_signal(*arguments):
         work = prepare(*arguments)
-        work.trainer.add_callback(Signal(signal.SIGINT))
+        work.trainer.add_callback(Signal(number))
         return work
 
     with monkeypatch.context() as patch:
-        patch.setattr(elasticizing, "prepare", interrupted)
+        patch.setattr(elasticizing, "prepare", with_signal)
         with pytest.raises(SystemExit) as stopped:
-            start.run()
-    assert stopped.value.code == 128 + signal.SIGINT
+            start.run(**flags)
+    assert stopped.value.code == 128 + number
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch, capsys):
+    whole = start.run(output_dir=tmp_path / "whole")
+    stop_in_training(start, signal.SIGINT, monkeypatch)
     assert "with --resume_from_checkpoint true to resume" in capsys.readouterr().out
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()

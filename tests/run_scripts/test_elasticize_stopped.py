@@ -6,8 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import Signal
-from test_elasticize import start, weights  # noqa: F401
+from test_elasticize import start, stop_in_training, weights  # noqa: F401
 
 from modeling_2dmse import TwoDMSEModel
 from run_scripts.training import elasticizing, finetuning
@@ -123,17 +122,7 @@ def test_a_run_from_the_checkpoint_of_another_folder_names_it(start, tmp_path, m
 
 @pytest.mark.parametrize("more", [{}, {"save_strategy": "no"}, {"save_only_model": "true"}])
 def test_a_signal_during_training_names_what_works(more, start, monkeypatch, capsys):  # noqa: F811
-    prepare = elasticizing.prepare
-
-    def with_signal(*arguments):
-        work = prepare(*arguments)
-        work.trainer.add_callback(Signal(signal.SIGTERM))
-        return work
-
-    with monkeypatch.context() as patch:
-        patch.setattr(elasticizing, "prepare", with_signal)
-        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-            start.run(**more)
+    stop_in_training(start, signal.SIGTERM, monkeypatch, **more)
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("Stopped by SIGTERM after step 2; ")
     assert way_on(line) == (OVERWRITE if "save_only_model" in more else RESUME)
     start.run(**more, **way_on(line))
