@@ -17,6 +17,8 @@ if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is impo
 from transformers import AutoConfig, PreTrainedConfig
 
 POOLING_MODES = ("mean", "cls", "lasttoken", "weightedmean")
+# Those that take every token, which gates may weigh.
+WEIGHED_POOLING_MODES = ("mean", "weightedmean")
 SIMILARITIES = ("cosine", "dot")
 
 
@@ -164,6 +166,8 @@ class TwoDMSEConfig(PreTrainedConfig):
         layer_stack (str | None): path of the backbone's list of layers; default: found by search.
         final_norm (str | None): path of the norm after the last layer, `""` for none; default: found by search.
         exit_projections (bool): whether the state of each exit goes through its own square matrix.
+        exit_gates (bool): whether each exit weighs the tokens of a text itself; for the poolings `mean` and
+            `weightedmean`.
         similarity (str): how embeddings are compared, `cosine` or `dot`. For `dot`, embeddings are not normalised.
         kwargs: those of `PreTrainedConfig`.
 
@@ -187,6 +191,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         layer_stack=None,
         final_norm=None,
         exit_projections=False,
+        exit_gates=False,
         similarity="cosine",
         **kwargs,
     ):
@@ -198,6 +203,8 @@ class TwoDMSEConfig(PreTrainedConfig):
             raise ValueError(f"pooling: {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}")
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity: {similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
+        if exit_gates:
+            self.check_gates(pooling)
         prompts = {} if prompts is None else prompts
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for pair in prompts.items() for text in pair):
             raise ValueError(f"prompts: {prompts!r} is not allowed; use texts by name")
@@ -211,6 +218,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.layer_stack = layer_stack
         self.final_norm = final_norm
         self.exit_projections = exit_projections
+        self.exit_gates = exit_gates
         self.similarity = similarity
         self.sizes: list[str] | None = None
         # These keys are derived; they are in config.json for other libraries that read them.
@@ -236,6 +244,13 @@ class TwoDMSEConfig(PreTrainedConfig):
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
         self.backbone_config.vocab_size = value
+
+    @staticmethod
+    def check_gates(pooling: str) -> None:
+        """ValueError if a pooling takes one token, so that gates would have nothing to weigh."""
+        if pooling not in WEIGHED_POOLING_MODES:
+            allowed = " and ".join(WEIGHED_POOLING_MODES)
+            raise ValueError(f"exit_gates: the pooling {pooling} takes one token of a text; gates are for {allowed}")
 
     @property
     def prompt_notes(self) -> list[str]:

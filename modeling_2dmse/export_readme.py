@@ -52,6 +52,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
     """
     config, source, license = model.config, _source(model), _license(model)
     layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
+    weighed = "weighed by a gate, " if is_gated(model) else ""
     length = "have unit length and are compared by cosine"
     if config.similarity == "dot":
         length = "are compared by dot product; they do not have unit length"
@@ -65,7 +66,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         f"# {name}",
         f"A sentence encoder of size {model.num_layers}x{config.dim} ({layers}, {config.dim} "
         f"dimensions), cut out of {source}; {format}, {dtype}. Texts are cut to {model.max_length} tokens, token "
-        f"states are pooled by `{config.pooling}`, and vectors {length}.",
+        f"states are {weighed}pooled by `{config.pooling}`, and vectors {length}.",
         f"## Use\n\n{_usage(name, config.dim, format, dtype)}",
         *([f"{_PROMPTS}\n\n{prompts}"] if prompts else []),
         f"## Other clients\n\n{_clients(model, format)}",
@@ -74,6 +75,11 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
     ]
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(parts) + "\n")
+
+
+def is_gated(model) -> bool:
+    """Whether the last exit of a `TwoDMSEModel` weighs the tokens of a text."""
+    return model.exit_gates is not None and not model.exit_gates[-1].is_neutral
 
 
 def _usage(name: str, dim: int, format: str, dtype: str) -> str:
@@ -90,8 +96,9 @@ def _usage(name: str, dim: int, format: str, dtype: str) -> str:
 def _clients(model, format: str) -> str:
     config = model.config
     if format == "onnx":
+        done = "weighed, projected and cut" if is_gated(model) else "projected and cut"
         return (
-            f"`last_hidden_state` is projected and cut to {config.dim} dimensions already. Clients that pool it "
+            f"`last_hidden_state` is {done} to {config.dim} dimensions already. Clients that pool it "
             "themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are set to pool "
             f"by `{config.pooling}` and to normalise. `config.json` has the width of the layers, {config.hidden_size}."
         )

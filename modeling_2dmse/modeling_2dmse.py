@@ -23,14 +23,14 @@ from .backbone import (
 from .batching import back_in_order, row_lengths, tight_groups
 from .configuration_2dmse import Size, TwoDMSEConfig
 from .encoding import EncodeMixin, check_between
+from .exits import ExitsMixin
 from .export import check_export, export
 from .file_modes import share_weights
 from .importing import import_backbone
 from .loading import check_loaded, check_type, hub_kwargs, tokenizer_kwargs
 from .outputs import TwoDMSEOutput
-from .packing import Packing, packed_inputs, pool_packed
-from .pooling import pool
-from .projection import ExitProjection
+from .packing import Packing, packed_inputs
+from .projection import ExitGate, ExitProjection
 from .sentence_transformers_files import write_sentence_transformers_files
 from .sentence_transformers_import import cuts_later
 from .synonyms import SynonymsMixin, sized
@@ -40,22 +40,21 @@ from .truncation import check_whole, cut_model, warn_of_base_size, weights_to_sa
 logger = logging.get_logger(__name__)
 
 
-class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
+class TwoDMSEModel(SynonymsMixin, EncodeMixin, ExitsMixin, PreTrainedModel):
     """An elastic encoder around any text backbone of transformers (2DMSE, Li et al. 2024; Starbucks, Zhuang et al.).
 
     embedding(n, d) = normalize((pool(state(n), attention_mask) W_n)[:d]), where state(n) is the output of n layers and
-    the backbone's own final norm, and W_n is the exit's projection (absent unless the model has them); `normalize` is
-    left out if `config.similarity` is `dot`. A model cut to n layers and saved gives exactly the same embeddings.
+    the backbone's own final norm, and W_n is the exit's projection. With gates, `pool` weighs the tokens of exit n by
+    softmax(state(n) v_n) too. Projections and gates are absent unless the model has them; `normalize` is left out if
+    `config.similarity` is `dot`. A model cut to n layers and saved gives exactly the same embeddings.
 
     Args:
         config: the backbone's configuration, pooling, sizes and prompts.
 
     Raises:
-        ValueError: `config` asks for more layers or dimensions than the backbone has, or the backbone's layers cannot
-            be found.
+        ValueError: `config` asks for more layers or dimensions than the backbone has, or for gates with a pooling that
+            takes one token, or the backbone's layers cannot be found.
     """
-
-    exit_projections: torch.nn.ModuleList | None
 
     config_class = TwoDMSEConfig
     base_model_prefix = "twodmse"
@@ -80,11 +79,13 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         config.layer_stack = check_layer_stack(self.backbone, config.layer_stack)
         config.final_norm = check_final_norm(self.backbone, config.layer_stack, config.final_norm)
         self.exit_projections = self._new_projections() if config.exit_projections else None
+        self.exit_gates = self._new_gates() if config.exit_gates else None
         if config.num_layers < stored:
             # The folder of a deeper model may be read at this depth: its deeper layers are expected and not loaded.
             stack = config.layer_stack.replace(".", r"\.")
             deeper = "|".join(str(n) for n in range(config.num_layers, stored))
-            self._keys_to_ignore_on_load_unexpected = [rf"^(backbone\.{stack}|exit_projections)\.({deeper})\."]
+            parts = rf"backbone\.{stack}|exit_projections|exit_gates"
+            self._keys_to_ignore_on_load_unexpected = [rf"^({parts})\.({deeper})\."]
         self._tokenizer = None
         self._packs = None
         self._cuts_later, self._hub_kwargs = False, {}
@@ -221,7 +222,7 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
             attention_mask = inputs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if layers is None:
             depth = self.num_layers if num_layers is None else self._check_layers([num_layers])[0]
-            state = self._project(self.token_states([depth], inputs)[0], depth)
+            state = self._exit_states(self.token_states([depth], inputs)[0], depth, attention_mask)
             return TwoDMSEOutput(last_hidden_state=state if self._cuts_later else state[..., : self.config.dim])
         if num_layers is not None:
             raise ValueError("layers: give either num_layers or layers, not both")
@@ -234,18 +235,6 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
             return TwoDMSEOutput(layer_embeddings=self._bucketed(layers, inputs, num_buckets, lengths))
         states = self.token_states(layers, inputs)
         return TwoDMSEOutput(layer_embeddings=self._pool(layers, states, attention_mask, packing))
-
-    def add_exit_projections(self) -> None:
-        """Give each exit its own square matrix, applied to its state and initially the identity.
-
-        `trainer.projections.fit_exit_projections` fits the matrices in closed form. If the model has exit projections
-        already, nothing changes.
-        """
-        if self.exit_projections is None:
-            self.exit_projections = self._new_projections().to(self.input_device, self.dtype)
-            for projection in self.exit_projections:
-                cast(ExitProjection, projection).reset()
-            self.config.exit_projections = True
 
     def truncate(self, num_layers: int | None = None, dim: int | None = None) -> "TwoDMSEModel":
         """The model of a smaller size: it has only `num_layers` layers, and its `encode` keeps `dim` dimensions.
@@ -291,8 +280,8 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
             The folder.
 
         Raises:
-            ValueError: this model does not have the size, the folder contains files, or `format` or `dtype` is not
-                allowed.
+            ValueError: this model does not have the size, the folder contains files, `format` or `dtype` is not
+                allowed, or the size's exit has a gate that is not neutral, which `transformers` cannot hold.
         """
         check_export(str(path), format, dtype)
         return export(self.truncate(num_layers, dim), str(path), format, dtype)
@@ -340,26 +329,12 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, PreTrainedModel):
         options = {name: value for name, value in inputs.items() if name in accepted} | without_cache(self.backbone)
         return run_layers(self.backbone, self.config.layer_stack, self.config.final_norm, layers, **options)
 
-    def _pool(self, layers, states: Sequence[torch.Tensor], attention_mask, packing=None) -> torch.Tensor:
-        mode = self.config.pooling
-        pooled = [
-            pool(state, attention_mask, mode) if packing is None else pool_packed(state[0], packing, mode)
-            for state in states
-        ]
-        return torch.stack([self._project(state, n) for n, state in zip(layers, pooled, strict=True)])
-
-    def _project(self, state: torch.Tensor, num_layers: int) -> torch.Tensor:
-        if self.exit_projections is None:
-            return state
-        return self.exit_projections[num_layers - 1](state).to(state.dtype)
-
-    def _new_projections(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList(ExitProjection(self.config.hidden_size) for _ in range(self.num_layers))
-
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, ExitProjection):
             init.eye_(module.weight)
+        elif isinstance(module, ExitGate):
+            init.zeros_(module.weight)
         else:
             super()._init_weights(module)
 

@@ -25,8 +25,8 @@ _WARNING = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
 class Embedder(nn.Module):
     """Token ids to token states and embeddings at the model's own size: the module that is exported to ONNX.
 
-    Projection and cut are linear, as all poolings are. Applied to each token, they give the same embeddings, and what
-    pools and normalises the token states gets them too.
+    Projection and cut are linear, as all poolings are, and a gate gives each token a factor. Applied to each token,
+    they give the same embeddings, and what pools and normalises the token states gets them too.
     """
 
     def __init__(self, model):
@@ -46,7 +46,7 @@ def write_onnx(model, folder: str, dtype: str) -> None:
     """Write `model.onnx` and, for `int8`, `model_quantized.onnx`: the names that transformers.js and optimum look for.
 
     The inputs are those that the tokenizer gives, each (batch_size, sequence_length). The outputs are
-    `last_hidden_state` of (batch_size, sequence_length, dim), projected and cut, and `sentence_embedding` of
+    `last_hidden_state` of (batch_size, sequence_length, dim), weighed, projected and cut, and `sentence_embedding` of
     (batch_size, dim), pooled and normalised.
 
     Args:

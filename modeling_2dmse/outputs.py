@@ -12,7 +12,8 @@ class TwoDMSEOutput(ModelOutput):
 
     Args:
         last_hidden_state: (batch, length, config.dim), token states of the deepest exit, after the backbone's final
-            norm and the exit's projection, cut. None if `layers` was given: only pooled states are projected then.
+            norm, times their weights if the exit has a gate (see `pooling.token_weights`), projected and cut. None if
+            `layers` was given: only pooled states are projected then.
         layer_embeddings: (len(layers), batch, hidden) in float32, pooled states of the exits in `layers`, neither cut
             nor normalised. None if `layers` was not given.
     """

@@ -66,6 +66,11 @@ class Packing:
         return to_device(self.lengths, self.device)
 
     @cached_property
+    def text_ids(self) -> torch.Tensor:
+        """(tokens,), int64: the text of each token."""
+        return to_device(np.repeat(np.arange(len(self.lengths)), self.lengths), self.device)
+
+    @cached_property
     def position_ids(self) -> torch.Tensor:
         """(1, tokens): the position of each token in its text, from 0."""
         positions = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], self.lengths)
@@ -173,13 +178,14 @@ def _band(length: int, causal: bool, window: int, device: torch.device) -> torch
     return near & (distance >= 0) if causal else near
 
 
-def pool_packed(state: torch.Tensor, packing: Packing, mode: str) -> torch.Tensor:
+def pool_packed(state: torch.Tensor, packing: Packing, mode: str, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Pool the token states of a packed row, as `pooling.pool` does those of a padded batch.
 
     Args:
         state: (tokens, hidden), any float type.
         packing: where each text is.
         mode: `mean`, `cls`, `lasttoken` or `weightedmean`.
+        weights: (tokens,), what `mean` and `weightedmean` multiply each state by.
 
     Returns:
         (texts, hidden) in float32.
@@ -188,12 +194,35 @@ def pool_packed(state: torch.Tensor, packing: Packing, mode: str) -> torch.Tenso
     if mode in ("cls", "lasttoken"):
         return state.index_select(0, ends[:-1] if mode == "cls" else ends[1:] - 1).float()
     with torch.autocast(device_type=state.device.type, enabled=False):
-        weights = packing.position_ids[0].float() + 1 if mode == "weightedmean" else None
-        rows = state.float() if weights is None else state.float() * weights[:, None]
-        lengths = packing.text_lengths
-        total = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
-        count = lengths.float()
-        return total / (count if weights is None else count * (count + 1) / 2)[:, None]
+        counts = _counts(packing) if mode == "weightedmean" else None
+        factors = counts if weights is None else weights if counts is None else counts * weights
+        rows = state.float() if factors is None else state.float() * factors[:, None]
+        return _sum_of_texts(rows, packing) / _totals(packing, mode)[:, None]
+
+
+def packed_weights(logits: torch.Tensor, packing: Packing, mode: str) -> torch.Tensor:
+    """(tokens,), float32: what `pooling.token_weights` gives, for the logits of a packed row, (tokens,)."""
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        lengths, texts = packing.text_lengths, packing.text_ids
+        highest = torch.segment_reduce(logits.detach(), "max", lengths=lengths, axis=0, unsafe=True)
+        weights = (logits - highest[texts]).exp()
+        total = _sum_of_texts(weights * _counts(packing) if mode == "weightedmean" else weights, packing)
+        return weights * (_totals(packing, mode) / total)[texts]
+
+
+def _counts(packing: Packing) -> torch.Tensor:
+    """(tokens,): the place of each token in its text, from 1."""
+    return packing.position_ids[0].float() + 1
+
+
+def _totals(packing: Packing, mode: str) -> torch.Tensor:
+    """(texts,): the sum of what the tokens of each text count."""
+    lengths = packing.text_lengths.float()
+    return lengths * (lengths + 1) / 2 if mode == "weightedmean" else lengths
+
+
+def _sum_of_texts(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    return torch.segment_reduce(rows, "sum", lengths=packing.text_lengths, axis=0, unsafe=True)
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ POOLING_FLAGS = {
 def write_sentence_transformers_files(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
     """Write modules.json and the files that belong to it: Transformer (`num_layers` per call), Pooling, Normalize.
 
-    The model cuts its token states to `config.dim`, so that vectors are cut before they are normalised. Normalize is
-    left out if embeddings are compared by dot product.
+    The model weighs its token states, if it has gates, and cuts them to `config.dim`, so that vectors are cut before
+    they are normalised. Normalize is left out if embeddings are compared by dot product.
     """
     _write_modules(folder, config, None, {"kwargs": ["num_layers"]})
     _write_companions(folder, config, max_length, config.dim)
@@ -46,7 +46,7 @@ def write_exported_modules(
 
 
 def write_onnx_modules(folder: str, config: TwoDMSEConfig, max_length: int | None) -> None:
-    """The same for an ONNX file whose token states are projected and cut already."""
+    """The same for an ONNX file whose token states are weighed, projected and cut already."""
     _write_modules(folder, config, None, {})
     _write_companions(folder, config, max_length, config.dim)
 

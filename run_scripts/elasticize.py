@@ -39,6 +39,11 @@ class EncoderArguments:
         metadata={"help": "mean, cls, lasttoken or weightedmean. Default: the pooling that the model's folder "
                   "declares, otherwise lasttoken for decoders and mean for encoders."},
     )  # fmt: skip
+    exit_gates: bool = field(
+        default=True,
+        metadata={"help": "Let every exit below the last one weigh the tokens of a text itself. Such sizes are much "
+                  "better, but are exported as ONNX only. For poolings mean and weightedmean."},
+    )  # fmt: skip
     license: str | None = field(default=None, metadata={"help": "License of the new model, for its card."})
     trust_remote_code: bool = remote_code.trust_flag()
 
@@ -65,8 +70,8 @@ class CorpusArguments(runs.OverwriteArguments):
     )
     effort: str = field(
         default="short",
-        metadata={"help": "fit (projections only, minutes), short (30 to 70 minutes on one CPU core) or full; each is "
-                  "recipes/elasticize-EFFORT.yaml, and flags override it."},
+        metadata={"help": "fit (projections and gates, minutes), short (30 to 70 minutes on one CPU core) or full; "
+                  "each is recipes/elasticize-EFFORT.yaml, and flags override it."},
     )  # fmt: skip
     max_documents: int = field(
         default=20_000, metadata={"help": "Most documents that are used, drawn from the whole corpus."}

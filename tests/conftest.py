@@ -160,15 +160,20 @@ def backbone_path(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def tiny_model(backbone_path):
-    """A function from the name of a family to a new elastic model, optionally with random projections."""
+    """A function from the name of a family to a new elastic model, optionally with random projections and gates."""
 
-    def model(family: str = "bert", projected: bool = False, **kwargs) -> TwoDMSEModel:
+    def model(family: str = "bert", projected: bool = False, gated: bool = False, **kwargs) -> TwoDMSEModel:
         encoder = TwoDMSEModel.from_backbone(backbone_path(family), **{"sizes": LADDER, **kwargs})
         if projected:
             encoder.add_exit_projections()
             generator = torch.Generator().manual_seed(0)
             for projection in encoder.exit_projections:
                 torch.nn.init.orthogonal_(projection.weight, generator=generator)
+        if gated:
+            encoder.add_exit_gates()
+            generator = torch.Generator().manual_seed(1)
+            for gate in encoder.exit_gates:
+                torch.nn.init.normal_(gate.weight, std=0.3, generator=generator)
         return encoder
 
     return model
@@ -230,10 +235,10 @@ def run_processes(world: int, script: Path, *arguments: str, folders: Sequence[P
 
 @pytest.fixture
 def few_refining_steps(monkeypatch):
-    """For tests in which how well the projections are refined does not matter."""
+    """For tests in which how well the projections are refined and the gates fitted does not matter."""
     from run_scripts.comparing import fitting
     from run_scripts.training import elasticizing
-    from trainer import refining
+    from trainer import gates, refining
 
     few = functools.partial(refining.refine_exit_projections, steps=2)
     for module in (refining, fitting, elasticizing):
@@ -241,6 +246,7 @@ def few_refining_steps(monkeypatch):
     few = functools.partial(refining.rotate_last_exit, steps=2)
     for module in (refining, elasticizing):
         monkeypatch.setattr(module, "rotate_last_exit", few)
+    monkeypatch.setattr(elasticizing, "fit_exit_gates", functools.partial(gates.fit_exit_gates, steps=2))
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:

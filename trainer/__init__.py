@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .arguments import TwoDMSETrainingArguments
+    from .gates import fit_exit_gates
     from .objectives import Objective, Plan
     from .projections import fit_exit_projections
     from .step_loss import plan_loss
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "TwoDMSETrainer",
     "TwoDMSETrainingArguments",
+    "fit_exit_gates",
     "fit_exit_projections",
     "plan_loss",
 ]
@@ -28,6 +30,7 @@ _MODULES = {
     "Plan": "objectives",
     "TwoDMSETrainer": "trainer",
     "TwoDMSETrainingArguments": "arguments",
+    "fit_exit_gates": "gates",
     "fit_exit_projections": "projections",
     "plan_loss": "step_loss",
 }

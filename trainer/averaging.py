@@ -16,9 +16,9 @@ from modeling_2dmse import TwoDMSEModel
 def initial_shares(model: TwoDMSEModel, last: float) -> dict[str, float]:
     """The share of the initial weights in the average of each parameter.
 
-    It rises linearly from 0 in the first layer to `last` in the last layer. The projection of an exit has the share of
-    its layer, the embeddings have 0, and the final norm after the last layer has `last`. In a model of one layer, every
-    share is 0.
+    It rises linearly from 0 in the first layer to `last` in the last layer. The projection and the gate of an exit have
+    the share of its layer, the embeddings have 0, and the final norm after the last layer has `last`. In a model of one
+    layer, every share is 0.
 
     Args:
         model: the model.
@@ -31,7 +31,7 @@ def initial_shares(model: TwoDMSEModel, last: float) -> dict[str, float]:
     norm, step = f"backbone.{model.config.final_norm}.", last / max(1, model.num_layers - 1)
     shares = {}
     for name, _ in model.named_parameters():
-        for prefix in (stack, "exit_projections."):
+        for prefix in (stack, "exit_projections.", "exit_gates."):
             if name.startswith(prefix):
                 shares[name] = step * int(name.removeprefix(prefix).split(".")[0])
                 break

@@ -121,8 +121,9 @@ def measure_costs(
     """
     layers = layers_of(model.backbone, model.config.layer_stack)
     held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    for place, projection in enumerate(model.exit_projections or ()):  # a cut model has those of its own exits only
-        held[place] += sum(parameter.numel() for parameter in projection.parameters())
+    for modules in (model.exit_projections, model.exit_gates):
+        for place, module in enumerate(modules or ()):  # a cut model has those of its own exits only
+            held[place] += sum(parameter.numel() for parameter in module.parameters())
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(held)
     width = next(model.parameters()).element_size()
     seconds: dict[int, list[float]] = {n: [] for n in sorted({size.num_layers for size in sizes} | {model.num_layers})}

@@ -15,7 +15,7 @@ from .projections import check_projections
 
 STEPS, RATE, SCALE = 300, 2e-3, 20.0
 # Texts of a step whose similarities are learned, and the most texts that they are compared with.
-_QUERIES, _DOCUMENTS = 256, 4096
+QUERIES, _DOCUMENTS = 256, 4096
 # The first share of the steps, in which the rate rises.
 _WARM_UP = 0.1
 
@@ -161,7 +161,7 @@ def rotate_last_exit(
     torch.nn.init.eye_(rotation.weight)
     orthogonal(rotation, orthogonal_map="cayley")
     batches = _Batches(wanted, similarity, torch.Generator().manual_seed(seed))
-    _minimize(list(rotation.parameters()), lambda: batches.loss(lambda rows: [rotation(given[rows])], [below]), steps)
+    minimize(list(rotation.parameters()), lambda: batches.loss(lambda rows: [rotation(given[rows])], [below]), steps)
     weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[-1].weight
     turned = rotation.weight.detach().double() @ weight.detach()[:width].double()
     weight.data[:width] = turned.to(weight.dtype)
@@ -190,7 +190,7 @@ def _train(
         exits = zip(states, matrices, dims, strict=True)
         return [state[rows] @ matrix[:, : widths[-1]] for state, matrix, widths in exits]
 
-    _minimize([matrices], lambda: batches.loss(outputs, dims), steps)
+    minimize([matrices], lambda: batches.loss(outputs, dims), steps)
     return matrices.detach().double()
 
 
@@ -205,35 +205,54 @@ class _Batches:
 
     def __init__(self, targets: torch.Tensor, similarity: str, generator: torch.Generator):
         self.targets, self.similarity, self.generator = targets, similarity, generator
-        self.scale = SCALE if similarity == "cosine" else 1.0
 
     def loss(
         self, outputs: Callable[[torch.Tensor], Sequence[torch.Tensor]], dims: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """The divergences of exits at the dims of each, on new rows; `outputs` gives what each exit puts out for the
         rows, (at most 4,352, any dim)."""
-        rows = torch.randperm(len(self.targets), generator=self.generator)[: _QUERIES + _DOCUMENTS]
+        rows = torch.randperm(len(self.targets), generator=self.generator)[: QUERIES + _DOCUMENTS]
         rows = rows.to(self.targets.device)
-        queries = min(_QUERIES, len(rows) // 2)
-        target = self.targets[rows]
-        wanted = (self.scale * target[:queries] @ target[queries:].T).softmax(dim=-1)
-        loss = torch.zeros((), device=self.targets.device)
-        for output, widths in zip(outputs(rows), dims, strict=True):
-            for dim in widths:
-                student = to_embeddings(output, dim, self.similarity)
-                scores = self.scale * student[:queries] @ student[queries:].T
-                # The divergence of the two distributions, but for the entropy of the target, which is constant.
-                loss = loss + torch.nn.functional.cross_entropy(scores, wanted)
-        return loss
+        return divergence(outputs(rows), self.targets[rows], dims, self.similarity)
+
+
+def divergence(
+    outputs: Sequence[torch.Tensor], targets: torch.Tensor, dims: Sequence[Sequence[int]], similarity: str
+) -> torch.Tensor:
+    """The sum over exits and their dims of how far the similarities of the first rows to the others are from the
+    targets', () with gradient.
+
+    Args:
+        outputs: what each exit puts out, (rows, any dim).
+        targets: (rows, any dim), of unit norm for `cosine`. The first `QUERIES` rows search, at most half of all.
+        dims: of each exit.
+        similarity: `cosine` or `dot`.
+    """
+    queries, scale = min(QUERIES, len(targets) // 2), SCALE if similarity == "cosine" else 1.0
+    wanted = (scale * targets[:queries] @ targets[queries:].T).softmax(dim=-1)
+    loss = torch.zeros((), device=targets.device)
+    for output, widths in zip(outputs, dims, strict=True):
+        for dim in widths:
+            student = to_embeddings(output, dim, similarity)
+            scores = scale * student[:queries] @ student[queries:].T
+            # The divergence of the two distributions, but for the entropy of the target, which is constant.
+            loss = loss + torch.nn.functional.cross_entropy(scores, wanted)
+    return loss
 
 
 @torch.enable_grad()
-def _minimize(parameters: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], steps: int) -> None:
+def minimize(
+    parameters: Sequence[torch.Tensor],
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    description: str = "Refining projections",
+) -> None:
+    """Change the parameters by Adam; the rate rises in the first tenth of the steps and then falls to 0."""
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     warm_up = max(1, int(_WARM_UP * steps))
     rate = lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in logging.tqdm(range(steps), desc="Refining projections", leave=False, disable=None):
+    for _ in logging.tqdm(range(steps), desc=description, leave=False, disable=None):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()

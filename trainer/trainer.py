@@ -25,6 +25,7 @@ from .data import texts_to_fit
 from .description import describe_run
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
+from .gates import keep_last_gate
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
 from .losses import Rows
@@ -252,6 +253,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def _before_training(self) -> None:
         """Fit new projections, and keep what is needed of the initial weights."""
+        keep_last_gate(self.encoder)
         self._fitted, self._initial = self._fit_projections, None
         if self._fitted:
             self._fit_on_training_texts()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         fit_thresholds,
     )
     from retrieval import FunnelIndex, Stage, parse_stages
-    from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_projections
+    from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_gates, fit_exit_projections
     from trainer.franca.trainer import FrancaTrainer, FrancaTrainingArguments
     from trainer.m3.trainer import M3Trainer, M3TrainingArguments
     from trainer.metrics import EmbeddingSimilarity
@@ -62,7 +62,7 @@ _NAMES = {
         "fit_thresholds",
     ),
     "retrieval": ("FunnelIndex", "Stage", "parse_stages"),
-    "trainer": ("TwoDMSETrainer", "TwoDMSETrainingArguments", "fit_exit_projections"),
+    "trainer": ("TwoDMSETrainer", "TwoDMSETrainingArguments", "fit_exit_gates", "fit_exit_projections"),
     "trainer.franca.trainer": ("FrancaTrainer", "FrancaTrainingArguments"),
     "trainer.m3.trainer": ("M3Trainer", "M3TrainingArguments"),
     "trainer.metrics": ("EmbeddingSimilarity",),

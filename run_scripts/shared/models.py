@@ -178,6 +178,8 @@ def load_adapter(folder: str, **kwargs) -> TwoDMSEModel:
         encoder = encoder.truncate(config.num_layers, config.dim)
     if config.exit_projections:
         encoder.add_exit_projections()
+    if config.exit_gates:
+        encoder.add_exit_gates()
     merged = PeftModel.from_pretrained(encoder, folder).merge_and_unload()
     merged.config.set_ladder(config.sizes)
     return merged.eval()

@@ -294,14 +294,15 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
         set_comparison(encoder, args)
         prompts = query_document_prompts([*text_columns(tables[0]), "text"], encoder.config.prompts)
         fit_exit_projections(encoder, draw_texts(tables, args.seed, prompts=prompts), max_length=args.max_length)
-    # All weights of the projections are trained, and the adapter's checkpoints contain them: its base model has none.
-    projections = [f"exit_projections.{index}" for index in range(len(encoder.exit_projections or ()))]
+    # All weights of the exits are trained, and the adapter's checkpoints contain them: its base model has none.
+    exits = {"exit_projections": encoder.exit_projections, "exit_gates": encoder.exit_gates}
+    whole = [f"{name}.{index}" for name, modules in exits.items() for index in range(len(modules or ()))]
     config = LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         target_modules=model_args.lora_target_modules or "all-linear",
-        modules_to_save=projections or None,
-        exclude_modules=projections or None,
+        modules_to_save=whole or None,
+        exclude_modules=whole or None,
     )
     return get_peft_model(encoder, config)
 

@@ -43,7 +43,7 @@ else:
 
 @pytest.mark.parametrize(("family", "projected"), [("bert", False), ("qwen3", False), ("bert", True)])
 def test_remote_code_in_a_fresh_process(family, projected, tiny_model, tmp_path):
-    model = tiny_model(family, projected)
+    model = tiny_model(family, projected, gated=projected)
     model.save_pretrained(tmp_path / "here")
     elsewhere = shutil.move(tmp_path / "here", tmp_path / "elsewhere")
     (tmp_path / "texts").write_text("\n".join(SENTENCES))

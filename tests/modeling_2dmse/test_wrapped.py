@@ -55,7 +55,9 @@ def test_offload_of_the_whole_model(folder):
     with pytest.raises(ValueError, match="weights of this model are offloaded by accelerate; save it before"):
         model.save_pretrained(folder.parent / "saved")
     model.add_exit_projections()
-    assert {weight.device.type for weight in model.exit_projections.parameters()} == {"cpu"}
+    model.add_exit_gates()
+    for modules in (model.exit_projections, model.exit_gates):
+        assert {weight.device.type for weight in modules.parameters()} == {"cpu"}
     assert_equal(model, folder)
 
 

@@ -1,0 +1,70 @@
+"""elasticize.py with gates: which encoders get them, what is saved, and what stays a plain encoder."""
+
+import json
+
+import pytest
+import torch
+from conftest import SENTENCES
+from sentence_transformers import SentenceTransformer
+from test_elasticize import TEXTS, start, weights  # noqa: F401 (start is a fixture)
+
+from modeling_2dmse import TwoDMSEModel
+from run_scripts.comparing import label_free
+
+
+@pytest.mark.parametrize("effort", ["fit", "short"])
+def test_every_exit_below_the_last_one_gets_a_gate(effort, start, backbone_path):  # noqa: F811
+    folder = start.run(effort=effort)
+    model = TwoDMSEModel.from_pretrained(folder)
+    found = [not gate.is_neutral for gate in model.exit_gates]
+    assert found == [True, True, False, False], "of 1x8 and 2x16, not of 4x32"
+    if effort == "fit":
+        plain = TwoDMSEModel.from_backbone(backbone_path("bert")).encode(SENTENCES)
+        fitted = model.encode(SENTENCES)
+        assert fitted @ fitted.T == pytest.approx(plain @ plain.T, abs=1e-5)
+    stock = SentenceTransformer(str(folder), trust_remote_code=True, model_kwargs={"num_layers": 1, "dim": 8})
+    assert stock.encode(SENTENCES) == pytest.approx(model.encode(SENTENCES, num_layers=1, dim=8), abs=1e-5)
+    card = (folder / "README.md").read_text()
+    assert "- exit gates: `True`" in card
+
+
+def test_training_changes_the_gates_but_the_last_one(start, tmp_path):  # noqa: F811
+    fitted = weights(start.run(effort="fit", output_dir=tmp_path / "fit"))
+    trained = weights(start.run(learning_rate=1e-2))
+    assert not torch.equal(fitted["exit_gates.0.weight"], trained["exit_gates.0.weight"])
+    assert not trained["exit_gates.3.weight"].any()
+
+
+def test_the_full_size_is_exported_as_a_plain_encoder(start, tmp_path):  # noqa: F811
+    model = TwoDMSEModel.from_pretrained(start.run(effort="short"))
+    model.export(tmp_path / "full")
+    assert SentenceTransformer(str(tmp_path / "full")).encode(SENTENCES) == pytest.approx(
+        model.encode(SENTENCES), abs=1e-5
+    )
+
+
+def test_without_gates_every_exit_takes_the_plain_mean(start):  # noqa: F811
+    model = TwoDMSEModel.from_pretrained(start.run(effort="fit", exit_gates="false"))
+    assert model.exit_gates is None
+    assert not any("gate" in name for name, _ in model.named_parameters())
+
+
+def test_an_encoder_that_takes_one_token_gets_none(start):  # noqa: F811
+    folder = start.run(effort="fit", pooling="cls")
+    assert TwoDMSEModel.from_pretrained(folder).exit_gates is None
+    assert "- exit gates: `False`" in (folder / "README.md").read_text()
+
+
+def test_gates_are_fitted_to_another_teacher_too(start, backbone_path, tmp_path):  # noqa: F811
+    TwoDMSEModel.from_backbone(backbone_path("distilbert")).save_pretrained(tmp_path / "teacher")
+    folder = start.run(effort="fit", teacher_model_name_or_path=tmp_path / "teacher")
+    assert not TwoDMSEModel.from_pretrained(folder).exit_gates[0].is_neutral
+
+
+def test_separate_models_have_the_gate_of_their_exit(start, tmp_path):  # noqa: F811
+    words = start.words(per_device_train_batch_size=16, sizes=["1x8", "4x32"])
+    label_free.main(["--methods", "separate", "--results_file", str(tmp_path / "found.json"), *words])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"untouched", "separate 1x8", "separate 4x32"} <= set(found)
+    begun = TwoDMSEModel.from_pretrained(tmp_path / "out" / "start")
+    assert not begun.exit_gates[0].is_neutral

@@ -1,0 +1,118 @@
+"""Gates of exits: fitted alone, trained with the rest, and left alone where the full size ends."""
+
+import pytest
+import torch
+from conftest import SENTENCES
+
+from modeling_2dmse import TwoDMSEModel, parse_ladder
+from modeling_2dmse.encoding import to_embeddings
+from trainer import fit_exit_gates, fit_exit_projections
+from trainer.alignment import query_kl
+from trainer.averaging import initial_shares
+from trainer.gates import keep_last_gate
+from trainer.refining import SCALE, divergence
+
+TEXTS = [f"{a} and {b}" for a in SENTENCES for b in SENTENCES[:6]]
+SIZES = parse_ladder(["1x8", "2x8", "2x16", "4x32"])
+
+
+def fitted(tiny_model, **kwargs):
+    model = tiny_model()
+    fit_exit_projections(model, TEXTS)
+    targets = torch.from_numpy(model.encode(TEXTS))
+    fit_exit_gates(model, TEXTS, targets, SIZES, **{"steps": 40, **kwargs})
+    return model, targets
+
+
+def distance(model, targets, size) -> float:
+    """The divergence of all texts' similarities to all others at a size from those of the targets."""
+    student = torch.from_numpy(model.encode(TEXTS, num_layers=size.num_layers, dim=size.dim))
+    return query_kl(student, targets, len(TEXTS) // 2, SCALE).item()
+
+
+def test_gates_bring_every_size_of_the_ladder_nearer_to_the_targets(tiny_model):
+    model, targets = fitted(tiny_model)
+    fit_exit_projections(model, TEXTS, layers=range(1, 4))
+    gates = [gate.weight.detach().clone() for gate in model.exit_gates]
+    found = [distance(model, targets, size) for size in SIZES]
+    for gate in model.exit_gates:
+        gate.reset()
+    fit_exit_projections(model, TEXTS, layers=range(1, 4))
+    without = [distance(model, targets, size) for size in SIZES]
+    assert all(new < old for new, old in zip(found[:3], without[:3], strict=True)), (found, without)
+    assert found[3] == pytest.approx(without[3], abs=1e-6), "the full size does not change"
+    assert [bool(gate.any()) for gate in gates] == [True, True, False, False], "exits below the last one, on the ladder"
+
+
+def test_nothing_but_the_gates_changes(tiny_model):
+    model = tiny_model()
+    fit_exit_projections(model, TEXTS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit_exit_gates(model, TEXTS, torch.from_numpy(model.encode(TEXTS)), SIZES, steps=3)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert set(after) - set(before) == {f"exit_gates.{n}.weight" for n in range(4)}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_seed_gives_the_same_gates(tiny_model):
+    one, again, other = (fitted(tiny_model, seed=seed)[0].exit_gates[0].weight for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_states_of_another_scale_give_the_same_weights(tiny_model, monkeypatch):
+    """Adam's steps have one length, whatever the scale of the states."""
+    small, targets = fitted(tiny_model, steps=10)
+    states_of = TwoDMSEModel.token_states
+    monkeypatch.setattr(TwoDMSEModel, "token_states", lambda *given: [8 * state for state in states_of(*given)])
+    large = tiny_model()
+    fit_exit_projections(large, TEXTS)
+    for own, other in zip(large.exit_projections[:-1], small.exit_projections[:-1], strict=True):
+        own.weight.data.copy_(other.weight.data / 8)
+    fit_exit_gates(large, TEXTS, targets, SIZES, steps=10)
+    assert torch.allclose(8 * large.exit_gates[0].weight, small.exit_gates[0].weight, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_divergence_is_that_of_the_softmax_of_similarities(similarity):
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(10, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    targets = torch.randn(10, 8, generator=generator, dtype=torch.float64)
+    targets = to_embeddings(targets, 8, similarity).double()
+    scale, expected = SCALE if similarity == "cosine" else 1.0, 0.0
+    for output, dims in zip(outputs, ([2, 6], [4]), strict=True):
+        for dim in dims:
+            vectors = [row[:dim] / (row[:dim].norm() if similarity == "cosine" else 1) for row in output]
+            for query in range(5):
+                wanted = torch.stack([scale * targets[query] @ targets[other] for other in range(5, 10)]).softmax(0)
+                found = torch.stack([scale * vectors[query] @ vectors[other] for other in range(5, 10)])
+                expected -= (wanted * found.log_softmax(0)).sum() / 5
+    got = divergence(outputs, targets, [[2, 6], [4]], similarity)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_wrong_arguments_are_refused(tiny_model):
+    model, targets = tiny_model(), torch.zeros(len(TEXTS), 32)
+    with pytest.raises(ValueError, match="encoder: it has no exit projections"):
+        fit_exit_gates(model, TEXTS, targets, SIZES)
+    model.add_exit_projections()
+    with pytest.raises(ValueError, match=f"targets: there are 3 for {len(TEXTS)} texts"):
+        fit_exit_gates(model, TEXTS, targets[:3], SIZES)
+    model.config.pooling = "cls"
+    with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
+        fit_exit_gates(model, TEXTS, targets, SIZES)
+
+
+def test_only_a_neutral_last_gate_is_left_out_of_training(tiny_model):
+    model, _ = fitted(tiny_model, steps=2)
+    cut = model.truncate(2)
+    for encoder, trained in ((model, [True, True, True, False]), (cut, [True, True])):
+        keep_last_gate(encoder)
+        assert [gate.weight.requires_grad for gate in encoder.exit_gates] == trained
+
+
+def test_gates_have_the_share_of_their_layer_in_the_average(tiny_model):
+    model, _ = fitted(tiny_model, steps=2)
+    shares = initial_shares(model, 0.6)
+    assert [shares[f"exit_gates.{n}.weight"] for n in range(4)] == pytest.approx([0, 0.2, 0.4, 0.6])

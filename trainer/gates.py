@@ -1,0 +1,148 @@
+"""Training the gates of exits alone, on token states that are computed once."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+
+from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse.batching import even_groups
+from modeling_2dmse.encoding import to_embeddings
+from modeling_2dmse.pooling import pool, token_weights
+from modeling_2dmse.projection import ExitGate, ExitProjection
+from modeling_2dmse.running import inference_twin
+from modeling_2dmse.tokens import tokenize
+
+from .projections import check_projections
+from .refining import divergence, minimize
+
+STEPS = 200
+# Most tokens whose states are kept: 2 bytes times the width, for each exit.
+_TOKENS = 250_000
+# Texts of a batch, which have similar lengths, and of a step.
+_BATCH, _TEXTS = 64, 1536
+
+
+class _Batch(NamedTuple):
+    """Some texts of similar length.
+
+    Attributes:
+        states: (texts, length, hidden) for each exit, in float16.
+        mask: (texts, length), 1 for a real token.
+        targets: (texts, any dim), of unit norm for `cosine`.
+    """
+
+    states: list[torch.Tensor]
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+
+def fit_exit_gates(
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    targets: torch.Tensor,
+    sizes: Sequence[Size],
+    steps: int = STEPS,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> None:
+    """Train the gate of each exit below the last one, so that similarities at its sizes are those of the targets.
+
+    A gate says how much each token of a text counts at its exit (`ExitGate`). It is trained together with a matrix
+    P after the exit's projection, which starts as the identity, on what `refine_exit_projections` trains P on. P is
+    thrown away: fit the projections of these exits again afterwards, which the new weights of tokens do not suit
+    (`fit_exit_projections`).
+
+    The gate of the last exit stays as it is, so that the full size does.
+
+    Args:
+        encoder: the model, with exit projections that are fitted, which is changed in place. If it has no gates and
+            one of the sizes has fewer layers, it gets them.
+        texts: some thousands of different texts of the kind that will be embedded, in random order. The first ones, of
+            250,000 tokens together, are used.
+        targets: (len(texts), any dim), the embeddings whose similarities the sizes learn.
+        sizes: the sizes to train.
+        steps: number of steps for each exit.
+        seed: seed of the batches.
+        max_length: in tokens; longer texts are truncated. Default: what the model reads.
+
+    Raises:
+        ValueError: the model has no exit projections, its weights are offloaded, its pooling takes one token, or there
+            are not as many targets as texts.
+    """
+    if encoder.exit_projections is None:
+        raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
+    check_projections(encoder)
+    if len(texts) != len(targets):
+        raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
+    layers = sorted({size.num_layers for size in sizes} - {encoder.num_layers})
+    if not layers:
+        return
+    encoder.add_exit_gates()
+    similarity, device = encoder.config.similarity, encoder.input_device
+    wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
+    batches = list(_token_states(encoder, texts, wanted, layers, max_length))
+    for place, n in enumerate(layers):
+        dims = sorted({size.dim for size in sizes if size.num_layers == n})
+        _train(encoder, n, place, dims, batches, steps, torch.Generator().manual_seed(seed))
+
+
+def keep_last_gate(encoder: TwoDMSEModel) -> None:
+    """Leave the gate of the last exit out of training if it is neutral, so that the full size stays a plain encoder."""
+    gates = cast(list[ExitGate], list(encoder.exit_gates or ()))
+    if gates and gates[-1].is_neutral:
+        gates[-1].requires_grad_(False)
+
+
+@torch.no_grad()
+def _token_states(
+    encoder: TwoDMSEModel, texts: Sequence[str], targets: torch.Tensor, layers: Sequence[int], max_length: int | None
+) -> Iterator[_Batch]:
+    longest = min(max_length or encoder.max_length, encoder.max_length)
+    tokens, model = tokenize(encoder.tokenizer, list(texts), longest), inference_twin(encoder)
+    used = max(2, int((np.cumsum(tokens.lengths) <= _TOKENS).sum()))
+    for rows, _ in even_groups(tokens.lengths[:used].tolist(), _BATCH):
+        inputs = tokens.take(rows).padded(targets.device)
+        states = [_halved(state) for state in cast(TwoDMSEModel, model).token_states(layers, inputs)]
+        yield _Batch(states, inputs["attention_mask"], targets[torch.from_numpy(rows).to(targets.device)])
+
+
+def _halved(state: torch.Tensor) -> torch.Tensor:
+    """In float16, unless that overflows."""
+    half = state.half()
+    return half if half.isfinite().all() else state
+
+
+def _train(
+    encoder: TwoDMSEModel,
+    num_layers: int,
+    place: int,
+    dims: Sequence[int],
+    batches: Sequence[_Batch],
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """Train the gate of one exit, whose states have a place among those of each batch."""
+    weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[num_layers - 1].weight.detach().float()
+    gate = cast(list[ExitGate], list(encoder.exit_gates or ()))[num_layers - 1]
+    # Adam's steps do not depend on the scale of what it trains, and states of other families are larger or smaller.
+    spread = batches[len(batches) // 2].states[place].float().square().mean().sqrt()
+    query = (gate.weight.detach()[0].float() * spread).requires_grad_()
+    matrix = torch.eye(encoder.config.hidden_size, device=query.device)[:, : dims[-1]].clone().requires_grad_()
+    mode, similarity, count = encoder.config.pooling, encoder.config.similarity, -(-_TEXTS // _BATCH)
+
+    def loss() -> torch.Tensor:
+        chosen = [batches[i] for i in torch.randperm(len(batches), generator=generator)[:count].tolist()]
+        pooled = []
+        for states, mask, _ in chosen:
+            state = states[place].float()
+            pooled.append(pool(state, mask, mode, token_weights(state @ (query / spread), mask, mode)))
+        targets = torch.cat([batch.targets for batch in chosen])
+        # Texts of a batch are as long as each other: those that search are drawn from all.
+        order = torch.randperm(len(targets), generator=generator).to(targets.device)
+        output = torch.cat(pooled)[order] @ weight.T @ matrix
+        return divergence([output], targets[order], [dims], similarity)
+
+    minimize([query, matrix], loss, steps, f"Fitting the gate of layer {num_layers}")
+    gate.weight.data.copy_((query.detach() / spread)[None])
