@@ -39,11 +39,6 @@ class EncoderArguments:
         metadata={"help": "mean, cls, lasttoken or weightedmean. Default: the pooling that the model's folder "
                   "declares, otherwise lasttoken for decoders and mean for encoders."},
     )  # fmt: skip
-    exit_gates: bool = field(
-        default=True,
-        metadata={"help": "Let every exit below the last one weigh the tokens of a text itself. Such sizes are much "
-                  "better, but are exported as ONNX only. For poolings mean and weightedmean."},
-    )  # fmt: skip
     license: str | None = field(default=None, metadata={"help": "License of the new model, for its card."})
     trust_remote_code: bool = remote_code.trust_flag()
 

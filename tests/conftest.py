@@ -246,7 +246,7 @@ def few_refining_steps(monkeypatch):
     few = functools.partial(refining.rotate_last_exit, steps=2)
     for module in (refining, elasticizing):
         monkeypatch.setattr(module, "rotate_last_exit", few)
-    monkeypatch.setattr(elasticizing, "fit_exit_gates", functools.partial(gates.fit_exit_gates, steps=2))
+    monkeypatch.setattr(gates, "fit_exit_gates", functools.partial(gates.fit_exit_gates, steps=2))
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:

@@ -104,6 +104,12 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
             "help": "Give each exit its own square matrix, fitted to the full size's embeddings and then trained."
         },
     )
+    exit_gates: bool = field(
+        default=False,
+        metadata={"help": "Let each exit below the last one weigh the tokens of a text itself: fitted with the exit "
+                  "projections, then trained. Small sizes gain much, and are exported as ONNX only. For poolings mean "
+                  "and weightedmean."},
+    )  # fmt: skip
     refine_projections: bool = field(
         default=False,
         metadata={

@@ -35,6 +35,7 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
             ("embedding weight", args.embedding_weight, 0),
             ("shallow steps", args.shallow_steps, 0),
             ("exit projections", args.exit_projections, False),
+            ("exit gates", trainer.encoder.exit_gates is not None, False),
             ("refined projections", args.refine_projections, False),
             ("initial share", args.initial_share, 0),
             ("similarity", config.similarity, "cosine"),

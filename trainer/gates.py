@@ -1,7 +1,8 @@
 """Training the gates of exits alone, on token states that are computed once."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from modeling_2dmse.projection import ExitGate, ExitProjection
 from modeling_2dmse.running import inference_twin
 from modeling_2dmse.tokens import tokenize
 
-from .projections import check_projections
+from .projections import check_projections, fit_exit_projections
 from .refining import divergence, minimize
 
 STEPS = 200
@@ -57,8 +58,8 @@ def fit_exit_gates(
     The gate of the last exit stays as it is, so that the full size does.
 
     Args:
-        encoder: the model, with exit projections that are fitted, which is changed in place. If it has no gates and
-            one of the sizes has fewer layers, it gets them.
+        encoder: the model, with exit projections that are fitted, which is changed in place. If it has no gates, it
+            gets them.
         texts: some thousands of different texts of the kind that will be embedded, in random order. The first ones, of
             250,000 tokens together, are used.
         targets: (len(texts), any dim), the embeddings whose similarities the sizes learn.
@@ -76,11 +77,11 @@ def fit_exit_gates(
     check_projections(encoder)
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
+    encoder.add_exit_gates()
+    similarity, device = encoder.config.similarity, encoder.input_device
     layers = sorted({size.num_layers for size in sizes} - {encoder.num_layers})
     if not layers:
         return
-    encoder.add_exit_gates()
-    similarity, device = encoder.config.similarity, encoder.input_device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     batches = list(_token_states(encoder, texts, wanted, layers, max_length))
     for place, n in enumerate(layers):
@@ -88,8 +89,51 @@ def fit_exit_gates(
         _train(encoder, n, place, dims, batches, steps, torch.Generator().manual_seed(seed))
 
 
-def keep_last_gate(encoder: TwoDMSEModel) -> None:
-    """Leave the gate of the last exit out of training if it is neutral, so that the full size stays a plain encoder."""
+def fit_exits(
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    sizes: Sequence[Size],
+    gates: bool = False,
+    targets: torch.Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    **encode: Any,
+) -> torch.Tensor:
+    """Fit the projections of all exits and, with `gates`, the gates of those below the last one.
+
+    Args:
+        encoder: the model, which is changed in place.
+        texts: as for `fit_exit_projections`; with gates in random order.
+        sizes: those that gates are fitted for.
+        gates: whether to fit gates too. Then the projections are fitted before and after.
+        targets: as for `fit_exit_projections`.
+        layers: the exits whose projections are fitted; without gates.
+        seed: of the gates.
+        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
+
+    Returns:
+        (N, len(texts), hidden), float32, on the CPU: the states of the texts after the fit.
+    """
+    fit = functools.partial(fit_exit_projections, encoder, texts, targets=targets, keep_states=True, **encode)
+    states = cast(torch.Tensor, fit(layers=layers))
+    if not gates:
+        return states
+    wanted = states[-1] if targets is None else targets
+    fit_exit_gates(encoder, texts, wanted, sizes, seed=seed, max_length=encode.get("max_length"))
+    return cast(torch.Tensor, fit(layers=range(1, encoder.num_layers)))
+
+
+def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:
+    """Leave the gate of the last exit out of training if it is neutral, so that the full size stays a plain encoder.
+
+    Raises:
+        ValueError: gates are wanted, and there are none.
+    """
+    if wanted and encoder.exit_gates is None:
+        raise ValueError(
+            "exit_gates: they are fitted with new exit projections; add exit_projections, to a model that "
+            "has none, or call fit_exit_gates before"
+        )
     gates = cast(list[ExitGate], list(encoder.exit_gates or ()))
     if gates and gates[-1].is_neutral:
         gates[-1].requires_grad_(False)

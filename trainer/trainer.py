@@ -25,7 +25,7 @@ from .data import texts_to_fit
 from .description import describe_run
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
-from .gates import keep_last_gate
+from .gates import fit_exits, keep_last_gate
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
 from .losses import Rows
@@ -46,7 +46,6 @@ from .preparation import (
     set_comparison,
     set_tokenizer,
 )
-from .projections import fit_exit_projections
 from .refining import refine_trained
 from .scoring import ScoringMixin, Task, as_tasks
 from .searching import SearchMixin
@@ -191,6 +190,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
                     "exit_projections: fit them before adding adapters, with fit_exit_projections(encoder, texts)"
                 )
             self.encoder.add_exit_projections()
+        if args.exit_gates:
+            self.encoder.config.check_gates(self.encoder.config.pooling)
         projected = self.encoder.exit_projections is not None
         if (projected or args.shallow_steps) and args.ddp_find_unused_parameters is None:
             # A step may leave some parameters out, but with gradient checkpointing transformers tells DDP that none is.
@@ -253,10 +254,10 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def _before_training(self) -> None:
         """Fit new projections, and keep what is needed of the initial weights."""
-        keep_last_gate(self.encoder)
         self._fitted, self._initial = self._fit_projections, None
         if self._fitted:
             self._fit_on_training_texts()
+        keep_last_gate(self.encoder, self.args.exit_gates)
         if self.args.initial_share:
             parameters = self.encoder.named_parameters()
             self._initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
@@ -267,7 +268,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         with evaluation_mode(self.encoder):
-            fit_exit_projections(self.encoder, self._texts_to_fit(), layers=layers, **self._encoding())
+            texts, gates, seed = self._texts_to_fit(), self.args.exit_gates and layers is None, self.args.seed
+            fit_exits(self.encoder, texts, self.ladder, gates, layers=layers, seed=seed, **self._encoding())
         self._fit_projections = False
 
     def _texts_to_fit(self) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import itertools
 import os
 import random
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from trainer.evaluation import (
     retrieval_from_pairs,
     task_from_table,
 )
-from trainer.gates import fit_exit_gates
+from trainer.gates import fit_exits
 from trainer.model_card import measure_costs
 from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
@@ -78,7 +77,7 @@ class Work:
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
-        self.has_gates = model_args.exit_gates and encoder.config.pooling in WEIGHED_POOLING_MODES
+        args.exit_gates = args.exit_gates and encoder.config.pooling in WEIGHED_POOLING_MODES
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
@@ -142,13 +141,7 @@ class Work:
 
     def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
         """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
-        fit = functools.partial(fit_exit_projections, self.encoder, self.fit_texts, targets=targets, keep_states=True)
-        states = cast(torch.Tensor, fit())
-        if not self.has_gates:
-            return states
-        wanted = states[-1] if targets is None else targets
-        fit_exit_gates(self.encoder, self.fit_texts, wanted, self.ladder, seed=self.args.seed)
-        return cast(torch.Tensor, fit(layers=range(1, self.encoder.num_layers)))
+        return fit_exits(self.encoder, self.fit_texts, self.ladder, self.args.exit_gates, targets, seed=self.args.seed)
 
     def _fit_to_teacher(self, teacher: TwoDMSEModel) -> torch.Tensor:
         """The projections map to the principal directions of the other teacher's embeddings."""
@@ -239,7 +232,7 @@ class Work:
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
         settings: dict[str, object] = {"corpus": self._corpus(), "documents": len(self.documents)}
-        settings |= {"effort": self.data_args.effort, "exit gates": self.has_gates}
+        settings |= {"effort": self.data_args.effort, "exit gates": self.args.exit_gates}
         if self.teacher is not None:
             settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))
         return settings | (self.trainer.describe() if self.pairs else {})

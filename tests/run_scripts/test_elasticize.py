@@ -35,10 +35,9 @@ ROWS = {"text": TEXTS, "title": [" ".join(text.split()[:3]) for text in TEXTS]}
 # elasticize.py as a script of its own, whose projections are refined in a few steps.
 FEW_STEPS = """import functools
 from run_scripts import elasticize
-from run_scripts.training import elasticizing
 from trainer import gates, refining
 
-elasticizing.fit_exit_gates = functools.partial(gates.fit_exit_gates, steps=2)
+gates.fit_exit_gates = functools.partial(gates.fit_exit_gates, steps=2)
 refining.refine_exit_projections = functools.partial(refining.refine_exit_projections, steps=2)
 elasticize.main()
 """

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import LADDER, SENTENCES
+from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
 from modeling_2dmse.encoding import to_embeddings
-from trainer import fit_exit_gates, fit_exit_projections
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_gates, fit_exit_projections
 from trainer.alignment import query_kl
 from trainer.averaging import initial_shares
 from trainer.gates import keep_last_gate
@@ -14,6 +15,7 @@ from trainer.refining import SCALE, divergence
 
 TEXTS = [f"{a} and {b}" for a in SENTENCES for b in SENTENCES[:6]]
 SIZES = parse_ladder(["1x8", "2x8", "2x16", "4x32"])
+ROWS = Dataset.from_dict({"anchor": TEXTS[:40], "positive": TEXTS[40:80]})
 
 
 def fitted(tiny_model, **kwargs):
@@ -116,3 +118,32 @@ def test_gates_have_the_share_of_their_layer_in_the_average(tiny_model):
     model, _ = fitted(tiny_model, steps=2)
     shares = initial_shares(model, 0.6)
     assert [shares[f"exit_gates.{n}.weight"] for n in range(4)] == pytest.approx([0, 0.2, 0.4, 0.6])
+
+
+def trainer_of(model, folder, **kwargs) -> TwoDMSETrainer:
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8,
+                "max_steps": 4, "save_steps": 2, "bf16": False, "disable_tqdm": True, "sizes": LADDER, "seed": 0,
+                "exit_projections": True, "exit_gates": True, "learning_rate": 1e-3}  # fmt: skip
+    args = TwoDMSETrainingArguments(**{**settings, **kwargs})
+    return TwoDMSETrainer(model=model, args=args, train_dataset=ROWS)
+
+
+def test_the_trainer_fits_gates_and_trains_them_and_a_resumed_run_is_the_same(tiny_model, tmp_path):
+    whole, resumed = tiny_model(), tiny_model()
+    trainer = trainer_of(whole, tmp_path / "whole")
+    trainer.train()
+    found = [not gate.is_neutral for gate in whole.exit_gates]
+    assert found == [True, True, False, False], "of 1x8 and 2x16, not of 4x32"
+    assert trainer.describe()["exit gates"]
+    trainer_of(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for one, other in zip(whole.exit_gates, resumed.exit_gates, strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+def test_gates_without_new_projections_or_for_one_token_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="exit_gates: they are fitted with new exit projections; add exit_projections"):
+        trainer_of(tiny_model(), tmp_path, exit_projections=False).train()
+    model = tiny_model()
+    model.config.pooling = "cls"
+    with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
+        trainer_of(model, tmp_path)
