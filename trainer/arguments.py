@@ -108,7 +108,7 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
         default=False,
         metadata={"help": "Let each exit below the last one weigh the tokens of a text itself: fitted with the exit "
                   "projections, then trained. Small sizes gain much, and are exported as ONNX only. For poolings mean "
-                  "and weightedmean."},
+                  "and weightedmean. elasticize does so by default, and with false removes the gates of a model."},
     )  # fmt: skip
     refine_projections: bool = field(
         default=False,

@@ -1,7 +1,9 @@
 """Training the gates of exits alone, on token states that are computed once."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,21 +17,23 @@ from modeling_2dmse.projection import ExitGate, ExitProjection
 from modeling_2dmse.running import inference_twin
 from modeling_2dmse.tokens import tokenize
 
-from .projections import check_projections, fit_exit_projections
+from .projections import check_at_hand, fit_exit_projections
 from .refining import divergence, minimize
 
 STEPS = 200
 # Most tokens whose states are kept: 2 bytes times the width, for each exit.
 _TOKENS = 250_000
-# Texts of a batch, which have similar lengths, and of a step.
-_BATCH, _TEXTS = 64, 1536
+# Texts of a batch, which have similar lengths, and of a step; and the most tokens of a batch.
+_BATCH, _TEXTS, _BATCH_TOKENS = 64, 1536, 16_384
+# The spread of states that are all 0.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class _Batch(NamedTuple):
     """Some texts of similar length.
 
     Attributes:
-        states: (texts, length, hidden) for each exit, in float16.
+        states: (texts, length, hidden) for each exit, divided by the exit's scale, in float16.
         mask: (texts, length), 1 for a real token.
         targets: (texts, any dim), of unit norm for `cosine`.
     """
@@ -69,24 +73,25 @@ def fit_exit_gates(
         max_length: in tokens; longer texts are truncated. Default: what the model reads.
 
     Raises:
-        ValueError: the model has no exit projections, its weights are offloaded, its pooling takes one token, or there
+        ValueError: the model has no exit projections, its exits are offloaded, its pooling takes one token, or there
             are not as many targets as texts.
     """
     if encoder.exit_projections is None:
         raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
-    check_projections(encoder)
+    check_at_hand(encoder.exit_projections, "exit projections")
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
     encoder.add_exit_gates()
+    check_at_hand(encoder.exit_gates, "exit gates")
     similarity, device = encoder.config.similarity, encoder.input_device
     layers = sorted({size.num_layers for size in sizes} - {encoder.num_layers})
     if not layers:
         return
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
-    batches = list(_token_states(encoder, texts, wanted, layers, max_length))
+    scales, batches = _token_states(encoder, texts, wanted, layers, max_length)
     for place, n in enumerate(layers):
         dims = sorted({size.dim for size in sizes if size.num_layers == n})
-        _train(encoder, n, place, dims, batches, steps, torch.Generator().manual_seed(seed))
+        _train(encoder, n, place, scales[place], dims, batches, steps, torch.Generator().manual_seed(seed))
 
 
 def fit_exits(
@@ -142,14 +147,27 @@ def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:
 @torch.no_grad()
 def _token_states(
     encoder: TwoDMSEModel, texts: Sequence[str], targets: torch.Tensor, layers: Sequence[int], max_length: int | None
-) -> Iterator[_Batch]:
+) -> tuple[list[float], list[_Batch]]:
+    """The scale of each exit, and the batches."""
     longest = min(max_length or encoder.max_length, encoder.max_length)
     tokens, model = tokenize(encoder.tokenizer, list(texts), longest), inference_twin(encoder)
     used = max(2, int((np.cumsum(tokens.lengths) <= _TOKENS).sum()))
-    for rows, _ in even_groups(tokens.lengths[:used].tolist(), _BATCH):
+    scales: list[float] = []
+    batches = []
+    groups = even_groups(tokens.lengths[:used].tolist(), _BATCH)
+    parts = [np.array_split(rows, -(-len(rows) * longest // _BATCH_TOKENS)) for rows, longest in groups]
+    for rows in itertools.chain.from_iterable(parts):
         inputs = tokens.take(rows).padded(targets.device)
-        states = [_halved(state) for state in cast(TwoDMSEModel, model).token_states(layers, inputs)]
-        yield _Batch(states, inputs["attention_mask"], targets[torch.from_numpy(rows).to(targets.device)])
+        states = cast(TwoDMSEModel, model).token_states(layers, inputs)
+        scales = scales or [_scale(state) for state in states]
+        halved = [_halved(state.float() / scale) for state, scale in zip(states, scales, strict=True)]
+        batches.append(_Batch(halved, inputs["attention_mask"], targets[torch.from_numpy(rows).to(targets.device)]))
+    return scales, batches
+
+
+def _scale(state: torch.Tensor) -> float:
+    """A power of two near the size of the values, so that dividing by it rounds nothing; 1 if they are all 0."""
+    return 2.0 ** math.frexp(state.float().abs().mean().item())[1]
 
 
 def _halved(state: torch.Tensor) -> torch.Tensor:
@@ -162,19 +180,23 @@ def _train(
     encoder: TwoDMSEModel,
     num_layers: int,
     place: int,
+    scale: float,
     dims: Sequence[int],
     batches: Sequence[_Batch],
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Train the gate of one exit, whose states have a place among those of each batch."""
+    """Train the gate of one exit, whose states, divided by `scale`, have a place among those of each batch."""
     weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[num_layers - 1].weight.detach().float()
+    weight = weight * scale
     gate = cast(list[ExitGate], list(encoder.exit_gates or ()))[num_layers - 1]
     # Adam's steps do not depend on the scale of what it trains, and states of other families are larger or smaller.
-    spread = batches[len(batches) // 2].states[place].float().square().mean().sqrt()
-    query = (gate.weight.detach()[0].float() * spread).requires_grad_()
+    spread = batches[len(batches) // 2].states[place].float().square().mean().sqrt().clamp(min=_LEAST)
+    query = (gate.weight.detach()[0].float() * scale * spread).requires_grad_()
     matrix = torch.eye(encoder.config.hidden_size, device=query.device)[:, : dims[-1]].clone().requires_grad_()
-    mode, similarity, count = encoder.config.pooling, encoder.config.similarity, -(-_TEXTS // _BATCH)
+    mode, similarity = encoder.config.pooling, encoder.config.similarity
+    texts = sum(len(batch.targets) for batch in batches)
+    count = round(_TEXTS * len(batches) / max(texts, _TEXTS))  # batches of long texts have fewer of them
 
     def loss() -> torch.Tensor:
         chosen = [batches[i] for i in torch.randperm(len(batches), generator=generator)[:count].tolist()]
@@ -189,4 +211,4 @@ def _train(
         return divergence([output], targets[order], [dims], similarity)
 
     minimize([query, matrix], loss, steps, f"Fitting the gate of layer {num_layers}")
-    gate.weight.data.copy_((query.detach() / spread)[None])
+    gate.weight.data.copy_((query.detach() / spread / scale)[None])

@@ -64,7 +64,7 @@ def fit_exit_projections(
         wanted = (len(texts), encoder.config.hidden_size)
         raise ValueError(f"targets: the shape is {tuple(targets.shape)}, but {wanted} is needed")
     encoder.add_exit_projections()
-    check_projections(encoder)
+    check_at_hand(encoder.exit_projections, "exit projections")
     projections = cast(list[ExitProjection], list(encoder.exit_projections or ()))
     last = encoder.num_layers
     layers = range(1, last + 1) if layers is None else layers
@@ -98,11 +98,11 @@ def full_dim(encoder: TwoDMSEModel) -> int:
     return int(weight.any(dim=1).nonzero().max()) + 1
 
 
-def check_projections(encoder: TwoDMSEModel) -> None:
-    """ValueError if the exit projections cannot be changed, because accelerate has offloaded them."""
-    if any(weight.is_meta for weight in cast(torch.nn.Module, encoder.exit_projections).parameters()):
+def check_at_hand(modules: torch.nn.Module | None, name: str) -> None:
+    """ValueError if modules of the exits cannot be changed, because accelerate has offloaded them."""
+    if any(weight.is_meta for weight in cast(torch.nn.Module, modules).parameters()):
         raise ValueError(
-            "encoder: its exit projections are offloaded (on the meta device); fit them before offloading the model"
+            f"encoder: its {name} are offloaded (on the meta device); fit them before offloading the model"
         )
 
 

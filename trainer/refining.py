@@ -11,7 +11,7 @@ from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.projection import ExitProjection
 
-from .projections import check_projections
+from .projections import check_at_hand
 
 STEPS, RATE, SCALE = 300, 2e-3, 20.0
 # Texts of a step whose similarities are learned, and the most texts that they are compared with.
@@ -56,7 +56,7 @@ def refine_exit_projections(
     """
     if encoder.exit_projections is None:
         raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
-    check_projections(encoder)
+    check_at_hand(encoder.exit_projections, "exit projections")
     if len(texts) != len(targets):
         raise ValueError(f"targets: there are {len(targets)} for {len(texts)} texts")
     named = {size.num_layers for size in sizes}
@@ -151,7 +151,7 @@ def rotate_last_exit(
         steps: number of steps.
         seed: seed of the batches.
     """
-    check_projections(encoder)
+    check_at_hand(encoder.exit_projections, "exit projections")
     if len(set(dims)) < 2:
         return
     *below, width = sorted(set(dims))

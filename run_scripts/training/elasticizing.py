@@ -77,6 +77,7 @@ class Work:
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
+        self.keeps_gates = args.exit_gates
         args.exit_gates = args.exit_gates and encoder.config.pooling in WEIGHED_POOLING_MODES
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
@@ -96,6 +97,7 @@ class Work:
             training = {"train_dataset": pair_table(self.pairs), "teacher_embeddings": self.targets}
         self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
         self.ladder = self.trainer.ladder
+        args.exit_gates = args.exit_gates and self.ladder[0].num_layers < encoder.num_layers
         self.before: dict = {}
         self.directions: torch.Tensor | None = None
         self.started = time.perf_counter()
@@ -124,6 +126,8 @@ class Work:
             if self.held_texts:
                 self.reference = reference_similarities(self.encoder, self.held_texts, prompt=self._document_prompt)
             self.before = self.measure()
+            if not self.keeps_gates:  # a model that is elastic already may have them
+                self.encoder.exit_gates, self.encoder.config.exit_gates = None, False
             self.fit_texts = self.texts_to_fit()
             if self.teacher is None:
                 name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
@@ -232,7 +236,7 @@ class Work:
     def _settings(self) -> dict[str, object]:
         """What the card says of the run."""
         settings: dict[str, object] = {"corpus": self._corpus(), "documents": len(self.documents)}
-        settings |= {"effort": self.data_args.effort, "exit gates": self.args.exit_gates}
+        settings |= {"effort": self.data_args.effort, "exit gates": self.encoder.exit_gates is not None}
         if self.teacher is not None:
             settings["teacher model"] = plots.public_name(str(self.model_args.teacher_model_name_or_path))
         return settings | (self.trainer.describe() if self.pairs else {})
@@ -294,6 +298,12 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, e
     largest = parse_ladder(sizes, *full)[-1]
     if largest != full:
         raise ValueError(f"sizes: the largest is {largest}, but every size learns from the full one; add {full}")
+    gates = encoder.exit_gates
+    if not args.exit_gates and gates is not None and not gates[-1].is_neutral:
+        raise ValueError(
+            f"exit_gates: false is not allowed for {model_args.model_name_or_path}: its last exit has a gate, without "
+            "which the full size would be another one; use true"
+        )
     if args.shallow_steps and min(parse_ladder(sizes)).num_layers > two_thirds(full.num_layers):
         output.say("no size has at most two thirds of the layers: every step trains all sizes (no --shallow_steps)")
         args.shallow_steps = 0.0

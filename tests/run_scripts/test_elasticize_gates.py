@@ -49,6 +49,38 @@ def test_without_gates_every_exit_takes_the_plain_mean(start):  # noqa: F811
     assert not any("gate" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("effort", ["fit", "short"])
+def test_a_model_with_gates_is_made_one_without(effort, start, tmp_path):  # noqa: F811
+    gated = start.run(effort="fit", output_dir=tmp_path / "gated")
+    folder = start.run(model_name_or_path=gated, effort=effort, exit_gates="false")
+    model = TwoDMSEModel.from_pretrained(folder)
+    assert model.exit_gates is None
+    assert "- exit gates: `False`" in (folder / "README.md").read_text()
+    results = [json.loads((path / "results.json").read_text()) for path in (gated, folder)]
+    assert results[1]["before"]["agreement"] == results[0]["agreement"], "it is measured as it was, with gates"
+    model.export(tmp_path / "small", 1, 8)
+    stock = SentenceTransformer(str(tmp_path / "small"))
+    assert stock.encode(SENTENCES) == pytest.approx(model.encode(SENTENCES, num_layers=1, dim=8), abs=1e-5)
+
+
+def test_a_gate_that_the_full_size_needs_stays(start, tmp_path, capsys):  # noqa: F811
+    whole = TwoDMSEModel.from_pretrained(start.run(effort="fit", output_dir=tmp_path / "gated"))
+    whole.truncate(2).save_pretrained(tmp_path / "cut")
+    given = {"model_name_or_path": tmp_path / "cut", "sizes": ["1x8", "2x32"], "effort": "fit"}
+    with pytest.raises(SystemExit, match="2"):
+        start.run(**given, exit_gates="false")
+    assert "exit_gates: false is not allowed for" in capsys.readouterr().err
+    model = TwoDMSEModel.from_pretrained(start.run(**given))
+    found, wanted = model.encode(SENTENCES), whole.encode(SENTENCES, num_layers=2)
+    assert found @ found.T == pytest.approx(wanted @ wanted.T, abs=1e-5)
+
+
+def test_a_ladder_of_all_layers_has_no_exit_to_weigh(start):  # noqa: F811
+    folder = start.run(effort="fit", sizes=["4x8", "4x32"])
+    assert TwoDMSEModel.from_pretrained(folder).exit_gates is None
+    assert "- exit gates: `False`" in (folder / "README.md").read_text()
+
+
 def test_an_encoder_that_takes_one_token_gets_none(start):  # noqa: F811
     folder = start.run(effort="fit", pooling="cls")
     assert TwoDMSEModel.from_pretrained(folder).exit_gates is None

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
 from modeling_2dmse.encoding import to_embeddings
-from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_gates, fit_exit_projections
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_gates, fit_exit_projections, gates
 from trainer.alignment import query_kl
 from trainer.averaging import initial_shares
 from trainer.gates import keep_last_gate
@@ -63,17 +63,18 @@ def test_a_seed_gives_the_same_gates(tiny_model):
     assert not torch.equal(one, other)
 
 
-def test_states_of_another_scale_give_the_same_weights(tiny_model, monkeypatch):
-    """Adam's steps have one length, whatever the scale of the states."""
+@pytest.mark.parametrize("factor", [8.0, 1e-9, 1e9])
+def test_states_of_another_scale_give_the_same_weights(factor, tiny_model, monkeypatch):
+    """Adam's steps have one length, whatever the scale of the states, and float16 holds states of any scale."""
     small, targets = fitted(tiny_model, steps=10)
     states_of = TwoDMSEModel.token_states
-    monkeypatch.setattr(TwoDMSEModel, "token_states", lambda *given: [8 * state for state in states_of(*given)])
+    monkeypatch.setattr(TwoDMSEModel, "token_states", lambda *given: [factor * state for state in states_of(*given)])
     large = tiny_model()
     fit_exit_projections(large, TEXTS)
     for own, other in zip(large.exit_projections[:-1], small.exit_projections[:-1], strict=True):
-        own.weight.data.copy_(other.weight.data / 8)
+        own.weight.data.copy_(other.weight.data / factor)
     fit_exit_gates(large, TEXTS, targets, SIZES, steps=10)
-    assert torch.allclose(8 * large.exit_gates[0].weight, small.exit_gates[0].weight, rtol=0.02, atol=1e-4)
+    assert torch.allclose(factor * large.exit_gates[0].weight, small.exit_gates[0].weight, rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -104,6 +105,22 @@ def test_wrong_arguments_are_refused(tiny_model):
     model.config.pooling = "cls"
     with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
         fit_exit_gates(model, TEXTS, targets, SIZES)
+
+
+def test_states_of_zero_leave_a_gate_neutral(tiny_model, monkeypatch):
+    states_of = TwoDMSEModel.token_states
+    monkeypatch.setattr(TwoDMSEModel, "token_states", lambda *given: [0 * state for state in states_of(*given)])
+    model = tiny_model()
+    model.add_exit_projections()
+    fit_exit_gates(model, TEXTS, torch.eye(len(TEXTS)), SIZES, steps=3)
+    assert all(gate.is_neutral for gate in model.exit_gates)
+
+
+def test_offloaded_gates_are_refused(tiny_model):
+    model = tiny_model(projected=True, gated=True)
+    model.exit_gates.to("meta")
+    with pytest.raises(ValueError, match="encoder: its exit gates are offloaded"):
+        fit_exit_gates(model, TEXTS, torch.zeros(len(TEXTS), 32), SIZES)
 
 
 def test_only_a_neutral_last_gate_is_left_out_of_training(tiny_model):
@@ -147,3 +164,12 @@ def test_gates_without_new_projections_or_for_one_token_are_refused(tiny_model, 
     model.config.pooling = "cls"
     with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
         trainer_of(model, tmp_path)
+
+
+def test_batches_of_long_texts_have_fewer_tokens(tiny_model, monkeypatch):
+    monkeypatch.setattr(gates, "_BATCH_TOKENS", 60)
+    model = tiny_model()
+    targets = torch.eye(len(TEXTS))
+    _, batches = gates._token_states(model, TEXTS, targets, [1], None)
+    assert max(batch.mask.numel() for batch in batches) <= 60
+    assert sorted(torch.cat([batch.targets.argmax(1) for batch in batches]).tolist()) == list(range(len(TEXTS)))
