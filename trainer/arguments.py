@@ -106,9 +106,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     exit_gates: bool = field(
         default=False,
-        metadata={"help": "Let each exit below the last one weigh the tokens of a text itself: fitted with the exit "
-                  "projections, then trained. Small sizes gain much, and are exported as ONNX only. For poolings mean "
-                  "and weightedmean. elasticize does so by default, and with false removes the gates of a model."},
+        metadata={"help": "Let exits below the last one weigh the tokens of a text (pooling mean or weightedmean): "
+                  "better small sizes, which are exported as ONNX only."},
     )  # fmt: skip
     refine_projections: bool = field(
         default=False,
