@@ -102,8 +102,9 @@ def fit_exits(
     targets: torch.Tensor | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    keep_states: bool = False,
     **encode: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Fit the projections of all exits and, with `gates`, the gates of those below the last one.
 
     Args:
@@ -114,18 +115,19 @@ def fit_exits(
         targets: as for `fit_exit_projections`.
         layers: the exits whose projections are fitted; without gates.
         seed: of the gates.
+        keep_states: return the states of the texts after the fit, as `fit_exit_projections` does.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Returns:
-        (N, len(texts), hidden), float32, on the CPU: the states of the texts after the fit.
+        with `keep_states`, (N, len(texts), hidden), float32, on the CPU; otherwise None.
     """
-    fit = functools.partial(fit_exit_projections, encoder, texts, targets=targets, keep_states=True, **encode)
-    states = cast(torch.Tensor, fit(layers=layers))
+    fit = functools.partial(fit_exit_projections, encoder, texts, targets=targets, **encode)
+    states = fit(layers=layers, keep_states=keep_states or gates)
     if not gates:
         return states
-    wanted = states[-1] if targets is None else targets
+    wanted = cast(torch.Tensor, states)[-1] if targets is None else targets
     fit_exit_gates(encoder, texts, wanted, sizes, seed=seed, max_length=encode.get("max_length"))
-    return cast(torch.Tensor, fit(layers=range(1, encoder.num_layers)))
+    return fit(layers=range(1, encoder.num_layers), keep_states=keep_states)
 
 
 def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:

@@ -9,7 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -145,7 +145,9 @@ class Work:
 
     def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
         """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
-        return fit_exits(self.encoder, self.fit_texts, self.ladder, self.args.exit_gates, targets, seed=self.args.seed)
+        options = (self.args.exit_gates, targets)
+        states = fit_exits(self.encoder, self.fit_texts, self.ladder, *options, seed=self.args.seed, keep_states=True)
+        return cast(torch.Tensor, states)
 
     def _fit_to_teacher(self, teacher: TwoDMSEModel) -> torch.Tensor:
         """The projections map to the principal directions of the other teacher's embeddings."""
