@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from retrieval.reading import read_title
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _COLUMNS = ["query-id", "corpus-id", "score"]
 
@@ -16,7 +18,7 @@ def read_beir_folder(
 ) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
     """The queries, the corpus and the judgements of a split, without queries that nothing is relevant for.
 
-    The text of a document is its title, a space and its text, stripped.
+    The text of a document is its title (a number is one too), a space and its text, stripped.
 
     Args:
         folder: with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
@@ -51,14 +53,15 @@ def _read_texts(path: str, argument: str, titled: bool) -> dict[str, str]:
                 continue
             place = f"{argument}: line {number} of {path}"
             row = _parse(line, place)
-            name, title, text = row.get("_id"), row.get("title") if titled else None, row.get("text")
+            name, title, text = row.get("_id"), read_title(row.get("title") if titled else None), row.get("text")
             if not isinstance(name, str) or not name:
                 raise ValueError(f"{place} has no text as its _id: {name!r}")
-            if not isinstance(text, str) or not isinstance(title, (str, type(None))):
-                raise ValueError(f"{place} is wrong: the text of {name!r} is {text!r}, its title {title!r}")
+            if not isinstance(text, str) or title is None:
+                found = f"the text of {name!r} is {text!r}, its title {row.get('title')!r}"
+                raise ValueError(f"{place} is wrong: {found}")
             if name in texts:
                 raise ValueError(f"{place} has the _id {name!r} a second time")
-            texts[name] = f"{title or ''} {text}".strip() if titled else text
+            texts[name] = f"{title} {text}".strip() if titled else text
             if _SURROGATE.search(name) or _SURROGATE.search(texts[name]):
                 raise ValueError(f"{place} has half of a surrogate pair, which is not valid Unicode")
     return texts

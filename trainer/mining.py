@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from modeling_2dmse import Size, TwoDMSEModel
+from retrieval.reading import read_title
 
 from .beir import read_beir_folder
 from .ranking import Top, merge_top, top_documents
@@ -100,7 +101,8 @@ def read_documents(path: str) -> list[str]:
     texts = [text or "" for text in table["text"][:]]
     if not {"_id", "title"} <= set(table.column_names):
         return texts
-    return [f"{title or ''} {text}".strip() for title, text in zip(table["title"][:], texts, strict=True)]
+    titles = [read_title(value) or "" for value in table["title"][:]]
+    return [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
 
 
 def read_beir(folder: str, split: str) -> tuple[list[Pair], list[str], list[Pair]]:

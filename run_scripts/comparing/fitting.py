@@ -7,14 +7,15 @@ from modeling_2dmse import TwoDMSEModel, parse_ladder
 from run_scripts import finetune
 from run_scripts.shared import cli, models
 from run_scripts.training import finetuning
-from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_projections
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import UNLABELED, query_document_prompts, text_columns, texts_to_fit
+from trainer.gates import fit_exits
 from trainer.preparation import prepare_rows, set_comparison
 from trainer.refining import refine_exit_projections
 from trainer.teacher_embeddings import TeacherEmbeddings
 from trainer.unlabeled import read_unlabeled_texts
 
-from .methods import PCA, PROJECTIONS, REFINED, Budget, Unit
+from .methods import GATES, PCA, PROJECTIONS, Budget, Unit
 
 # A run of the comparison is evaluated afterwards, on all tasks at once.
 QUIET = ("--max_eval_samples", "0", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true")
@@ -25,11 +26,12 @@ _PIECE = 2048
 
 def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabeled_file: str | None = None) -> None:
     """
-    Write the encoder of a recipe with new exit projections, which are fitted as its training would fit them, or to PCA.
+    Write the encoder of a recipe with new exit projections, fitted as its training would fit them, or to PCA.
 
     Args:
-        method: `pca` for `fit_principal_components`, `projections` for `fit_exit_projections`, and
-            `projections-refined` for both this and `refine_exit_projections`.
+        method: `pca` for `fit_principal_components`, `projections` for `fit_exit_projections`,
+            `projections-refined` for both this and `refine_exit_projections`, and `projections-gates` for these with
+            gates (`fit_exits`), which is what `elasticize --effort fit` does.
         recipe: of finetune.py.
         seed: draws the rows and the texts, as in a run of finetune.py.
         unlabeled_file: further texts, as for finetune.py.
@@ -41,9 +43,11 @@ def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabe
     if method == PCA:
         fit_principal_components(encoder, texts, **_encoding(args))
     else:
-        states = fit_exit_projections(encoder, texts, keep_states=method == REFINED, **_encoding(args))
-        if method == REFINED:
-            refine_exit_projections(encoder, texts, states[-1], parse_ladder(args.sizes), seed=seed, states=states[:-1])
+        refined, sizes = method != PROJECTIONS, parse_ladder(args.sizes)
+        gates = method == GATES or (method == PROJECTIONS and args.exit_gates)
+        states = fit_exits(encoder, texts, sizes, gates, seed=seed, keep_states=refined, **_encoding(args))
+        if refined:
+            refine_exit_projections(encoder, texts, states[-1], sizes, seed=seed, states=states[:-1])
     encoder.save_pretrained(folder)
 
 

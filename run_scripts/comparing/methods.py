@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainer import TwoDMSETrainingArguments
 
 UNTRAINED, PROJECTIONS, REFINED, PCA = "untrained", "projections", "projections-refined", "pca"
+GATES = "projections-gates"
 SEPARATE, SAME_RECIPE = "separate", "separate-same-recipe"
 PEER, PEER_ALL = "sentence-transformers-2d", "sentence-transformers-2d-all"
 SMAE, BEST = "smae-starbucks", "best"
@@ -27,9 +28,9 @@ FLAGS = {
     "starbucks-score_kl": ("--objective", "starbucks", "--alignment", "score_kl"),
     SMAE: ("--objective", "starbucks", "--alignment", "score_kl"),
 }
-# Without training: nothing, exit projections fitted to the full size (and refined), or to each exit's own principal
-# components.
-WITHOUT_TRAINING = (UNTRAINED, PROJECTIONS, REFINED, PCA)
+# Without training: nothing, exit projections fitted to the full size (and refined, and with gates), or to each exit's
+# own principal components.
+WITHOUT_TRAINING = (UNTRAINED, PROJECTIONS, REFINED, GATES, PCA)
 # A model for each size.
 PER_SIZE = (SEPARATE, SAME_RECIPE)
 METHODS = (*WITHOUT_TRAINING, *FLAGS, PEER, PEER_ALL, SAME_RECIPE, BEST)

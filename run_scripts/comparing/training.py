@@ -13,7 +13,7 @@ from run_scripts.shared import models
 from run_scripts.shared import peer as peers
 
 from . import fitting
-from .methods import BEST, FLAGS, PCA, PEER, PEER_ALL, PROJECTIONS, REFINED, SAME_RECIPE, SMAE, Budget, Unit
+from .methods import BEST, FLAGS, PEER, PEER_ALL, SAME_RECIPE, SMAE, WITHOUT_TRAINING, Budget, Unit
 from .store import claim
 
 
@@ -30,7 +30,7 @@ def train(unit: Unit, rate: float | None, seed: int, budget: Budget, folder: Pat
         return str(target)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if unit.method in (PROJECTIONS, REFINED, PCA):
+    if unit.method in WITHOUT_TRAINING:
         fitting.fit(unit.method, budget.recipe, seed, budget, str(partial))
     elif unit.method in (PEER, PEER_ALL):
         _train_peer(rate, seed, budget, str(partial), every=unit.method == PEER_ALL)

@@ -20,6 +20,7 @@ COLORS = {
     "untrained": "#999999",
     "projections": "#f0e442",
     "projections-refined": "#ddaa33",
+    "projections-gates": "#117733",
     "pca": "#555555",
     "separate": "#000000",
     "separate-same-recipe": "#882255",

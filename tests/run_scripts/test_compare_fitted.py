@@ -17,7 +17,7 @@ from run_scripts.comparing.report import tried, tried_table
 from trainer import TwoDMSETrainer
 from trainer.alignment import score_kl
 
-FITTED = ("projections", "projections-refined", "pca", "separate-same-recipe")
+FITTED = ("projections", "projections-refined", "projections-gates", "pca", "separate-same-recipe")
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def test_two_runs_with_one_seed_give_the_same_digits_and_tell_what_was_tried(bei
         digits = json.dumps([[row["scores"], row["retrieval"]] for row in rows])
         found.append(json.dumps(json.loads(digits, parse_float=lambda text: f"{float(text):.4f}")))
     assert found[0] == found[1]
-    assert [row["retrieval"]["mini"].keys() for row in rows] == [{*LADDER}, {*LADDER}, {*LADDER}, {"1x8"}, {"4x32"}]
+    assert [row["retrieval"]["mini"].keys() for row in rows] == [*[{*LADDER}] * 4, {"1x8"}, {"4x32"}]
 
     entries = {(entry["method"], entry.get("size")): entry for entry in content["tried"]}
     assert {key: entry["settings"] for key, entry in entries.items()} == {
-        ("projections", None): 0, ("projections-refined", None): 0, ("pca", None): 0,
+        ("projections", None): 0, ("projections-refined", None): 0, ("projections-gates", None): 0, ("pca", None): 0,
         ("separate-same-recipe", "1x8"): 2, ("separate-same-recipe", "4x32"): 2,
     }  # fmt: skip
     for (_, size), entry in entries.items():
@@ -150,6 +150,19 @@ def test_separate_models_are_refined_as_the_exits_of_best_are(folder):  # noqa: 
         score_kl(torch.from_numpy(found[f"1x8-{name}"].encode(SENTENCES)), start, 20.0) for name in (False, True)
     )
     assert refined < 0.9 * plain
+
+
+def test_gates_of_best_are_given_to_its_start_and_to_separate_models(folder):  # noqa: F811
+    (folder / "best.yaml").write_text((folder / "best.yaml").read_text() + "\nexit_gates: true\n")
+    fitting.fit(methods.GATES, "recipe.yaml", 0, make_budget(), "fitted")
+    fitting.write_start(0, make_budget(), "start")
+    fitting.train_same_recipe(methods.Unit(methods.SAME_RECIPE, "1x8"), 1e-2, 0, make_budget(), "small", "start")
+    fitted, start, small = (TwoDMSEModel.from_pretrained(name) for name in ("fitted", "start", "small"))
+    for model in (fitted, start):
+        assert [gate.is_neutral for gate in model.exit_gates][0::3] == [False, True]
+    torch.testing.assert_close(fitted.exit_gates[0].weight, start.exit_gates[0].weight)
+    assert not torch.equal(fitted.exit_projections[0].weight, start.exit_projections[0].weight), "refined"
+    assert 0 < (small.exit_gates[0].weight - start.exit_gates[0].weight).abs().max() < 0.1, "trained from the start"
 
 
 def test_pca_is_that_of_each_exit(tiny_model):

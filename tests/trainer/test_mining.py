@@ -231,6 +231,8 @@ def write_lines(path, rows):
 def test_documents_of_a_table_and_of_beir(tmp_path):
     rows = [{"_id": "1", "title": "T", "text": " body ", "metadata": {}}, {"_id": "2", "title": None, "text": "b"}]
     assert read_documents(write_lines(tmp_path / "corpus.jsonl", rows)) == ["T  body", "b"]
+    numbers = [{"_id": "1", "title": 0, "text": "a"}, {"_id": "2", "title": 1984, "text": "b"}]
+    assert read_documents(write_lines(tmp_path / "numbers.jsonl", numbers)) == ["0 a", "1984 b"]
     Dataset.from_dict({"title": ["T", "U"], "text": ["a", ""]}).to_csv(tmp_path / "t.csv", index=False)
     assert read_documents(str(tmp_path / "t.csv")) == ["a", ""]
     with pytest.raises(ValueError, match=r"corpus_file: column text of .*n.jsonl holds int64, not texts"):
@@ -241,7 +243,7 @@ def test_documents_of_a_table_and_of_beir(tmp_path):
 
 def test_pairs_of_a_beir_folder(tmp_path):
     (tmp_path / "qrels").mkdir()
-    documents = [{"_id": str(i), "title": "T", "text": f"d{i}"} for i in range(5)]
+    documents = [{"_id": str(i), "title": 0 if i == 1 else "T", "text": f"d{i}"} for i in range(5)]
     write_lines(tmp_path / "corpus.jsonl", [*documents, {"_id": "none", "title": "", "text": " "}])
     texts = {"q": "what", "r": "who", "s": "What", "e": ""}
     write_lines(tmp_path / "queries.jsonl", [{"_id": query, "text": text} for query, text in texts.items()])
@@ -251,8 +253,8 @@ def test_pairs_of_a_beir_folder(tmp_path):
     (tmp_path / "qrels" / "test.tsv").write_text(head + "s\t4\t1\nr\t1\t0\n")
     (tmp_path / "qrels" / "dev.tsv").write_text(head + "r\t0\t1\n")
     pairs, corpus, known = read_beir(str(tmp_path), "train")
-    assert pairs == [("what", "T d0"), ("what", "T d1"), ("who", "T d3")]
-    assert corpus == ["T d0", "T d1", "T d2", "T d3", "T d4", ""]
+    assert pairs == [("what", "T d0"), ("what", "0 d1"), ("who", "T d3")]
+    assert corpus == ["T d0", "0 d1", "T d2", "T d3", "T d4", ""]
     assert known == [("who", "T d0"), ("What", "T d4")]
     assert prepare(pairs, corpus, known).excluded == [[0, 1, 4], [0, 3]]
 
