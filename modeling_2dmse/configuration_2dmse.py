@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 POOLING_MODES = ("mean", "cls", "lasttoken", "weightedmean")
 # Those that take every token, which gates may weigh.
+# Those whose mean a gate can weigh; the others take one token.
 WEIGHED_POOLING_MODES = ("mean", "weightedmean")
 SIMILARITIES = ("cosine", "dot")
 
@@ -166,8 +167,9 @@ class TwoDMSEConfig(PreTrainedConfig):
         layer_stack (str | None): path of the backbone's list of layers; default: found by search.
         final_norm (str | None): path of the norm after the last layer, `""` for none; default: found by search.
         exit_projections (bool): whether the state of each exit goes through its own square matrix.
-        exit_gates (bool): whether each exit weighs the tokens of a text itself; for the poolings `mean` and
+        exit_gates (bool): whether each exit weighs the tokens of a text itself, if its pooling is `mean` or
             `weightedmean`.
+        exit_poolings (list[str] | None): the pooling of each exit, if they differ; default: `pooling` for all of them.
         similarity (str): how embeddings are compared, `cosine` or `dot`. For `dot`, embeddings are not normalised.
         kwargs: those of `PreTrainedConfig`.
 
@@ -192,6 +194,7 @@ class TwoDMSEConfig(PreTrainedConfig):
         final_norm=None,
         exit_projections=False,
         exit_gates=False,
+        exit_poolings=None,
         similarity="cosine",
         **kwargs,
     ):
@@ -199,12 +202,11 @@ class TwoDMSEConfig(PreTrainedConfig):
             backbone_config = AutoConfig.for_model("bert")
         elif isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
-        if pooling not in POOLING_MODES:
-            raise ValueError(f"pooling: {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}")
+        for mode in (pooling, *(exit_poolings or ())):
+            if mode not in POOLING_MODES:
+                raise ValueError(f"pooling: {mode!r} is unknown; choose one of {', '.join(POOLING_MODES)}")
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity: {similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
-        if exit_gates:
-            self.check_gates(pooling)
         prompts = {} if prompts is None else prompts
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for pair in prompts.items() for text in pair):
             raise ValueError(f"prompts: {prompts!r} is not allowed; use texts by name")
@@ -219,6 +221,9 @@ class TwoDMSEConfig(PreTrainedConfig):
         self.final_norm = final_norm
         self.exit_projections = exit_projections
         self.exit_gates = exit_gates
+        self.exit_poolings = exit_poolings
+        if exit_poolings is not None and len(exit_poolings) < self.num_layers:
+            raise ValueError(f"exit_poolings: there are {len(exit_poolings)} for {self.num_layers} exits")
         self.similarity = similarity
         self.sizes: list[str] | None = None
         # These keys are derived; they are in config.json for other libraries that read them.
@@ -245,12 +250,9 @@ class TwoDMSEConfig(PreTrainedConfig):
     def vocab_size(self, value: int) -> None:
         self.backbone_config.vocab_size = value
 
-    @staticmethod
-    def check_gates(pooling: str) -> None:
-        """ValueError if a pooling takes one token, so that gates would have nothing to weigh."""
-        if pooling not in WEIGHED_POOLING_MODES:
-            allowed = " and ".join(WEIGHED_POOLING_MODES)
-            raise ValueError(f"exit_gates: the pooling {pooling} takes one token of a text; gates are for {allowed}")
+    def pooling_of(self, num_layers: int) -> str:
+        """The pooling of an exit."""
+        return self.exit_poolings[num_layers - 1] if self.exit_poolings else self.pooling
 
     @property
     def prompt_notes(self) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from .export_readme import is_gated, write_export_readme
+from .export_readme import write_export_readme
 from .file_modes import share_weights
 from .onnx_export import check_onnxruntime, write_onnx
 from .sentence_transformers_files import cut_weight, write_exported_modules, write_onnx_modules
@@ -34,11 +34,13 @@ def export(model, path: str, format: str, dtype: str) -> str:
             the model's own vectors.
     """
     check_export(path, format, dtype)
-    if format == "transformers" and is_gated(model):
+    if format == "transformers" and model.is_gated:
         raise ValueError(
             f"format: transformers cannot hold the gate of exit {model.num_layers}, which weighs the tokens of a text; "
             "use onnx, all layers if their exit has no gate, or a model made with --exit_gates false"
         )
+    # The folder has this size only, and other clients know one pooling.
+    model.config.pooling, model.config.exit_poolings = model.config.pooling_of(model.num_layers), None
     parent = os.path.dirname(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     partial = _new_partial(parent, os.path.basename(os.path.abspath(path)))

@@ -52,7 +52,7 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
     """
     config, source, license = model.config, _source(model), _license(model)
     layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
-    weighed = "weighed by a gate, " if is_gated(model) else ""
+    weighed = "weighed by a gate, " if model.is_gated else ""
     length = "have unit length and are compared by cosine"
     if config.similarity == "dot":
         length = "are compared by dot product; they do not have unit length"
@@ -77,11 +77,6 @@ def write_export_readme(folder: str, name: str, model, format: str, dtype: str) 
         file.write("\n\n".join(parts) + "\n")
 
 
-def is_gated(model) -> bool:
-    """Whether the last exit of a `TwoDMSEModel` weighs the tokens of a text."""
-    return model.exit_gates is not None and not model.exit_gates[-1].is_neutral
-
-
 def _usage(name: str, dim: int, format: str, dtype: str) -> str:
     if format != "onnx":
         return _SENTENCE_TRANSFORMERS.format(name=name, dim=dim, options="")
@@ -96,7 +91,7 @@ def _usage(name: str, dim: int, format: str, dtype: str) -> str:
 def _clients(model, format: str) -> str:
     config = model.config
     if format == "onnx":
-        done = "weighed, projected and cut" if is_gated(model) else "projected and cut"
+        done = "weighed, projected and cut" if model.is_gated else "projected and cut"
         return (
             f"`last_hidden_state` is {done} to {config.dim} dimensions already. Clients that pool it "
             "themselves (transformers.js' `pipeline`, fastembed, optimum) get the same vectors if they are set to pool "

@@ -52,8 +52,8 @@ class TwoDMSEModel(SynonymsMixin, EncodeMixin, ExitsMixin, PreTrainedModel):
         config: the backbone's configuration, pooling, sizes and prompts.
 
     Raises:
-        ValueError: `config` asks for more layers or dimensions than the backbone has, or for gates with a pooling that
-            takes one token, or the backbone's layers cannot be found.
+        ValueError: `config` asks for more layers or dimensions than the backbone has, or the layers of the backbone
+            cannot be found.
     """
 
     config_class = TwoDMSEConfig

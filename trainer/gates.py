@@ -1,6 +1,5 @@
 """Training the gates of exits alone, on token states that are computed once."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 
 from modeling_2dmse import Size, TwoDMSEModel
-from modeling_2dmse.batching import even_groups
+from modeling_2dmse.batching import check_texts, even_groups
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.pooling import pool, token_weights
 from modeling_2dmse.projection import ExitGate, ExitProjection
 from modeling_2dmse.running import inference_twin
-from modeling_2dmse.tokens import tokenize
+from modeling_2dmse.tokens import Tokens, tokenize
 
 from .projections import check_at_hand, fit_exit_projections
 from .refining import divergence, minimize
@@ -73,8 +72,8 @@ def fit_exit_gates(
         max_length: in tokens; longer texts are truncated. Default: what the model reads.
 
     Raises:
-        ValueError: the model has no exit projections, its exits are offloaded, its pooling takes one token, or there
-            are not as many targets as texts.
+        ValueError: the model has no exit projections, its exits are offloaded, or there are not as many targets as
+            texts.
     """
     if encoder.exit_projections is None:
         raise ValueError("encoder: it has no exit projections; call fit_exit_projections first")
@@ -107,11 +106,13 @@ def fit_exits(
 ) -> torch.Tensor | None:
     """Fit the projections of all exits and, with `gates`, the gates of those below the last one.
 
+    The gates are fitted first, from projections for the texts that they are trained on.
+
     Args:
         encoder: the model, which is changed in place.
         texts: as for `fit_exit_projections`; with gates in random order.
         sizes: those that gates are fitted for.
-        gates: whether to fit gates too. Then the projections are fitted before and after.
+        gates: whether to fit gates too.
         targets: as for `fit_exit_projections`.
         layers: the exits whose projections are fitted; without gates.
         seed: of the gates.
@@ -121,13 +122,15 @@ def fit_exits(
     Returns:
         with `keep_states`, (N, len(texts), hidden), float32, on the CPU; otherwise None.
     """
-    fit = functools.partial(fit_exit_projections, encoder, texts, targets=targets, **encode)
-    states = fit(layers=layers, keep_states=keep_states or gates)
-    if not gates:
-        return states
-    wanted = cast(torch.Tensor, states)[-1] if targets is None else targets
-    fit_exit_gates(encoder, texts, wanted, sizes, seed=seed, max_length=encode.get("max_length"))
-    return fit(layers=range(1, encoder.num_layers), keep_states=keep_states)
+    if gates:
+        encoder.add_exit_gates()
+        longest = encode.get("max_length")
+        first = texts[: _count_used(_tokenize(encoder, check_texts(texts)[0], longest))]
+        wanted = None if targets is None else targets[: len(first)]
+        states = fit_exit_projections(encoder, first, targets=wanted, keep_states=wanted is None, **encode)
+        wanted = cast(torch.Tensor, states)[-1] if wanted is None else wanted
+        fit_exit_gates(encoder, first, wanted, sizes, seed=seed, max_length=longest)
+    return fit_exit_projections(encoder, texts, targets=targets, layers=layers, keep_states=keep_states, **encode)
 
 
 def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:
@@ -151,9 +154,8 @@ def _token_states(
     encoder: TwoDMSEModel, texts: Sequence[str], targets: torch.Tensor, layers: Sequence[int], max_length: int | None
 ) -> tuple[list[float], list[_Batch]]:
     """The scale of each exit, and the batches."""
-    longest = min(max_length or encoder.max_length, encoder.max_length)
-    tokens, model = tokenize(encoder.tokenizer, list(texts), longest), inference_twin(encoder)
-    used = max(2, int((np.cumsum(tokens.lengths) <= _TOKENS).sum()))
+    tokens, model = _tokenize(encoder, texts, max_length), inference_twin(encoder)
+    used = _count_used(tokens)
     scales: list[float] = []
     batches = []
     groups = even_groups(tokens.lengths[:used].tolist(), _BATCH)
@@ -165,6 +167,15 @@ def _token_states(
         halved = [_halved(state.float() / scale) for state, scale in zip(states, scales, strict=True)]
         batches.append(_Batch(halved, inputs["attention_mask"], targets[torch.from_numpy(rows).to(targets.device)]))
     return scales, batches
+
+
+def _tokenize(encoder: TwoDMSEModel, texts: Sequence[str], max_length: int | None) -> Tokens:
+    return tokenize(encoder.tokenizer, list(texts), min(max_length or encoder.max_length, encoder.max_length))
+
+
+def _count_used(tokens: Tokens) -> int:
+    """The number of texts whose token states are kept."""
+    return max(2, int((np.cumsum(tokens.lengths) <= _TOKENS).sum()))
 
 
 def _scale(state: torch.Tensor) -> float:
@@ -192,24 +203,24 @@ def _train(
     weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[num_layers - 1].weight.detach().float()
     weight = weight * scale
     gate = cast(list[ExitGate], list(encoder.exit_gates or ()))[num_layers - 1]
+    exit_states = [batch.states[place].float() for batch in batches]
     # Adam's steps do not depend on the scale of what it trains, and states of other families are larger or smaller.
-    spread = batches[len(batches) // 2].states[place].float().square().mean().sqrt().clamp(min=_LEAST)
+    spread = exit_states[len(batches) // 2].square().mean().sqrt().clamp(min=_LEAST)
     query = (gate.weight.detach()[0].float() * scale * spread).requires_grad_()
     matrix = torch.eye(encoder.config.hidden_size, device=query.device)[:, : dims[-1]].clone().requires_grad_()
-    mode, similarity = encoder.config.pooling, encoder.config.similarity
+    mode, similarity = encoder.config.pooling_of(num_layers), encoder.config.similarity
     texts = sum(len(batch.targets) for batch in batches)
     count = round(_TEXTS * len(batches) / max(texts, _TEXTS))  # batches of long texts have fewer of them
 
     def loss() -> torch.Tensor:
-        chosen = [batches[i] for i in torch.randperm(len(batches), generator=generator)[:count].tolist()]
+        chosen = torch.randperm(len(batches), generator=generator)[:count].tolist()
         pooled = []
-        for states, mask, _ in chosen:
-            state = states[place].float()
+        for state, mask in ((exit_states[i], batches[i].mask) for i in chosen):
             pooled.append(pool(state, mask, mode, token_weights(state @ (query / spread), mask, mode)))
-        targets = torch.cat([batch.targets for batch in chosen])
+        targets = torch.cat([batches[i].targets for i in chosen])
         # Texts of a batch are as long as each other: those that search are drawn from all.
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
-        output = torch.cat(pooled)[order] @ weight.T @ matrix
+        output = torch.cat(pooled)[order] @ (weight.T @ matrix)
         return divergence([output], targets[order], [dims], similarity)
 
     minimize([query, matrix], loss, steps, f"Fitting the gate of layer {num_layers}")

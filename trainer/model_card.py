@@ -150,7 +150,7 @@ def _facts(model: TwoDMSEModel, run: Run) -> str:
         "Base model": run.base_model,
         "Languages": ", ".join(run.languages) or None,
         "License": run.license,
-        "Pooling": model.config.pooling,
+        "Pooling": model.config.pooling + ("; mean below the last exit" if model.config.exit_poolings else ""),
         "Similarity function": {"dot": "dot product"}.get(model.config.similarity, model.config.similarity),
         "Prompts (`prompt_name`)": ", ".join(model.config.prompt_notes),
         "Maximum length": f"{model.max_length} tokens" + (f"; trained at up to {trained}" if trained else ""),

@@ -35,7 +35,8 @@ def fit_exit_projections(
 
     where r is `ridge` times the mean diagonal of X_n^T X_n.
 
-    If the encoder has no projections, it gets new ones; existing projections are fitted again.
+    If the encoder has no projections, it gets new ones; existing projections are fitted again. If all exits are fitted
+    and the encoder pools by `cls` or `lasttoken`, those below the last one take the mean from now on.
     Fit in float32: states in bfloat16 lose the small differences that a shallow exit's projection reads (lab notes,
     2026-11-28).
 
@@ -64,6 +65,8 @@ def fit_exit_projections(
         wanted = (len(texts), encoder.config.hidden_size)
         raise ValueError(f"targets: the shape is {tuple(targets.shape)}, but {wanted} is needed")
     encoder.add_exit_projections()
+    if layers is None:
+        encoder.pool_all_tokens()
     check_at_hand(encoder.exit_projections, "exit projections")
     projections = cast(list[ExitProjection], list(encoder.exit_projections or ()))
     last = encoder.num_layers

@@ -190,8 +190,6 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
                     "exit_projections: fit them before adding adapters, with fit_exit_projections(encoder, texts)"
                 )
             self.encoder.add_exit_projections()
-        if args.exit_gates:
-            self.encoder.config.check_gates(self.encoder.config.pooling)
         projected = self.encoder.exit_projections is not None
         if (projected or args.shallow_steps) and args.ddp_find_unused_parameters is None:
             # A step may leave some parameters out, but with gradient checkpointing transformers tells DDP that none is.

@@ -180,6 +180,7 @@ def load_adapter(folder: str, **kwargs) -> TwoDMSEModel:
         encoder.add_exit_projections()
     if config.exit_gates:
         encoder.add_exit_gates()
+    encoder.config.exit_poolings = config.exit_poolings
     merged = PeftModel.from_pretrained(encoder, folder).merge_and_unload()
     merged.config.set_ladder(config.sizes)
     return merged.eval()

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
-from modeling_2dmse.configuration_2dmse import WEIGHED_POOLING_MODES, default_ladder
+from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import cli, models, output, output_dir, plots
 from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
@@ -78,7 +78,6 @@ class Work:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
         self.keeps_gates = args.exit_gates
-        args.exit_gates = args.exit_gates and encoder.config.pooling in WEIGHED_POOLING_MODES
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
@@ -127,7 +126,7 @@ class Work:
                 self.reference = reference_similarities(self.encoder, self.held_texts, prompt=self._document_prompt)
             self.before = self.measure()
             if not self.keeps_gates:  # a model that is elastic already may have them
-                self.encoder.exit_gates, self.encoder.config.exit_gates = None, False
+                self.encoder.remove_exit_gates()
             self.fit_texts = self.texts_to_fit()
             if self.teacher is None:
                 name = f"fitted {self.model_args.model_name_or_path} {models.fingerprint(self.encoder)}"
@@ -300,8 +299,7 @@ def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, e
     largest = parse_ladder(sizes, *full)[-1]
     if largest != full:
         raise ValueError(f"sizes: the largest is {largest}, but every size learns from the full one; add {full}")
-    gates = encoder.exit_gates
-    if not args.exit_gates and gates is not None and not gates[-1].is_neutral:
+    if not args.exit_gates and encoder.is_gated:
         raise ValueError(
             f"exit_gates: false is not allowed for {model_args.model_name_or_path}: its last exit has a gate, without "
             "which the full size would be another one; use true"

@@ -28,13 +28,17 @@ def gated(tiny_model):
 
 
 def reference(model: TwoDMSEModel, inputs: dict, n: int) -> torch.Tensor:
-    """(texts, hidden) in float64: softmax over the real tokens of each text, one by one."""
+    """(texts, hidden) in float64: softmax over the real tokens of each text, one by one. The last exit of a model that
+    takes one token takes it; its others weigh all."""
     gate, matrix = model.exit_gates[n - 1].weight[0].double(), model.exit_projections[n - 1].weight.double()
     vectors = []
     with torch.no_grad():
         for state, mask in zip(model.token_states([n], inputs)[0], inputs["attention_mask"], strict=True):
             tokens = [token for token, real in zip(state.double(), mask.tolist(), strict=True) if real]
-            places = range(1, len(tokens) + 1) if model.config.pooling == "weightedmean" else [1] * len(tokens)
+            places = list(range(1, len(tokens) + 1)) if model.config.pooling == "weightedmean" else [1] * len(tokens)
+            if n == NUM_LAYERS and model.config.pooling in ("cls", "lasttoken"):
+                one = 0 if model.config.pooling == "cls" else len(tokens) - 1
+                places = [int(place == one) for place in range(len(tokens))]
             shares = [place * math.exp(token @ gate) for place, token in zip(places, tokens, strict=True)]
             mean = sum(share / sum(shares) * token for share, token in zip(shares, tokens, strict=True))
             vectors.append(matrix @ mean)
@@ -42,7 +46,7 @@ def reference(model: TwoDMSEModel, inputs: dict, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-@pytest.mark.parametrize("pooling", WEIGHED_POOLING_MODES)
+@pytest.mark.parametrize("pooling", POOLING_MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exit_is_the_softmax_over_real_tokens(family, pooling, padding, gated, tiny_model):
     model, inputs = gated(family, pooling), batch(padding)
@@ -50,7 +54,8 @@ def test_an_exit_is_the_softmax_over_real_tokens(family, pooling, padding, gated
     for n in range(1, NUM_LAYERS + 1):
         found = pooled(model, inputs, n)
         torch.testing.assert_close(found.double(), reference(model, inputs, n), atol=1e-5, rtol=1e-5)
-        assert (found - pooled(plain, inputs, n)).abs().max() > 0.1
+        weighed = n < NUM_LAYERS or pooling in WEIGHED_POOLING_MODES
+        assert ((found - pooled(plain, inputs, n)).abs().max() > 0.1) == weighed
         with torch.no_grad():
             states = model(**inputs, num_layers=n).last_hidden_state
         torch.testing.assert_close(pool(states, inputs["attention_mask"], pooling), found, atol=1e-5, rtol=1e-5)
@@ -79,9 +84,10 @@ def test_gates_are_added_once(gated):
     assert not any(gate.is_neutral for gate in gates)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exit_equals_truncated_reloaded_and_loaded_at_depth(family, gated, tmp_path):
-    model = gated(family)
+def test_exit_equals_truncated_reloaded_and_loaded_at_depth(family, pooling, gated, tmp_path):
+    model = gated(family, pooling)
     model.save_pretrained(tmp_path / "whole")
     for n in range(1, NUM_LAYERS + 1):
         small = model.truncate(num_layers=n)
@@ -95,7 +101,7 @@ def test_exit_equals_truncated_reloaded_and_loaded_at_depth(family, gated, tmp_p
                 torch.testing.assert_close(pooled(other, batch(padding), n), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", WEIGHED_POOLING_MODES)
+@pytest.mark.parametrize("pooling", POOLING_MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_and_bucketed_equal_padded(family, pooling, gated):
     model = gated(family, pooling)
@@ -143,7 +149,7 @@ def test_a_row_of_padding_weighs_nothing(mode):
     assert logits.grad[1].any()
 
 
-@pytest.mark.parametrize("pooling", WEIGHED_POOLING_MODES)
+@pytest.mark.parametrize("pooling", POOLING_MODES)
 def test_gradients_reach_the_gates_of_padded_and_packed_rows(pooling, gated):
     gradients, model = [], gated(pooling=pooling)
     for index in range(2):
@@ -151,8 +157,10 @@ def test_gradients_reach_the_gates_of_padded_and_packed_rows(pooling, gated):
         (both(model)[index] ** 3).sum().backward()
         gradients.append([gate.weight.grad for gate in model.exit_gates])
     for n, (padded, packed) in enumerate(zip(*gradients, strict=True), start=1):
-        assert (padded is None) == (packed is None) == (n == 3)  # `both` asks for the exits 1, 2 and 4
-        if n != 3:
+        # `both` asks for the exits 1, 2 and 4.
+        unused = n == 3 or (n == 4 and pooling not in WEIGHED_POOLING_MODES)
+        assert (padded is None) == (packed is None) == unused
+        if not unused:
             assert padded.abs().max() > 0.1
             torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
 
@@ -176,7 +184,7 @@ def test_half_precision_weighs_in_float32(gated, tmp_path):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-@pytest.mark.parametrize("pooling", WEIGHED_POOLING_MODES)
+@pytest.mark.parametrize("pooling", POOLING_MODES)
 def test_stock_sentence_transformers(pooling, similarity, gated, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -187,6 +195,10 @@ def test_stock_sentence_transformers(pooling, similarity, gated, tmp_path):
     stock = SentenceTransformer(str(tmp_path / "whole"), trust_remote_code=True, device="cpu")
     for n in (1, NUM_LAYERS):
         np.testing.assert_allclose(stock.encode(TEXTS, num_layers=n), model.encode(TEXTS, n), atol=1e-5)
+    for n in (1, NUM_LAYERS):
+        depth = {"num_layers": n}
+        stock = SentenceTransformer(str(tmp_path / "whole"), trust_remote_code=True, device="cpu", model_kwargs=depth)
+        np.testing.assert_allclose(stock.encode(TEXTS), model.encode(TEXTS, n), atol=1e-5)
     expected = model.encode(TEXTS, 2, 8)
     cut = SentenceTransformer(str(tmp_path / "cut"), trust_remote_code=True, device="cpu")
     np.testing.assert_allclose(cut.encode(TEXTS), expected, atol=1e-5)
@@ -216,17 +228,23 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(gated, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", sorted(set(POOLING_MODES) - set(WEIGHED_POOLING_MODES)))
-def test_poolings_of_one_token_are_refused(pooling, tiny_model, gated, tmp_path):
-    message = f"exit_gates: the pooling {pooling} takes one token of a text; gates are for mean and weightedmean"
-    model = tiny_model(pooling=pooling)
-    with pytest.raises(ValueError, match=message):
-        model.add_exit_gates()
+def test_exits_below_the_last_one_take_the_mean_in_place_of_one_token(pooling, tiny_model):
+    plain, model, mean = (tiny_model(projected=True, pooling=name) for name in (pooling, pooling, "mean"))
+    model.add_exit_gates()
+    assert (model.config.pooling, model.config.exit_poolings) == (pooling, ["mean"] * (NUM_LAYERS - 1) + [pooling])
+    for n in range(1, NUM_LAYERS + 1):
+        expected = (mean if n < NUM_LAYERS else plain).encode(TEXTS, n)
+        np.testing.assert_allclose(model.encode(TEXTS, n), expected, atol=1e-6)
+    model.remove_exit_gates()
     assert (model.exit_gates, model.config.exit_gates) == (None, False)
-    with pytest.raises(ValueError, match=message):
-        TwoDMSEConfig(model.config.backbone_config, pooling=pooling, exit_gates=True)
-    gated().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        TwoDMSEModel.from_pretrained(tmp_path, pooling=pooling)
+    np.testing.assert_allclose(model.encode(TEXTS, 1), mean.encode(TEXTS, 1), atol=1e-6)
+
+
+def test_wrong_poolings_of_exits_are_refused(tiny_model):
+    config = tiny_model().config.to_dict()
+    for wrong, message in ((["mean", "max", "cls", "cls"], "pooling: 'max' is unknown"), (["cls"], "1 for 4 exits")):
+        with pytest.raises(ValueError, match=message):
+            TwoDMSEConfig(**config | {"exit_poolings": wrong})
 
 
 def test_adapters_of_all_linear_layers_leave_gates_alone(gated):

@@ -81,10 +81,29 @@ def test_a_ladder_of_all_layers_has_no_exit_to_weigh(start):  # noqa: F811
     assert "- exit gates: `False`" in (folder / "README.md").read_text()
 
 
-def test_an_encoder_that_takes_one_token_gets_none(start):  # noqa: F811
-    folder = start.run(effort="fit", pooling="cls")
-    assert TwoDMSEModel.from_pretrained(folder).exit_gates is None
-    assert "- exit gates: `False`" in (folder / "README.md").read_text()
+@pytest.mark.parametrize("effort", ["fit", "short"])
+def test_an_encoder_that_takes_one_token_keeps_it_at_full_size(effort, start, backbone_path):  # noqa: F811
+    folder = start.run(effort=effort, pooling="cls", per_device_train_batch_size=16)
+    model = TwoDMSEModel.from_pretrained(folder)
+    assert model.config.exit_poolings == ["mean", "mean", "mean", "cls"]
+    assert [gate.is_neutral for gate in model.exit_gates] == [False, False, True, True], "of 1x8 and 2x16"
+    assert "- Pooling: cls; mean below the last exit" in (folder / "README.md").read_text()
+    expected = model.encode(SENTENCES) @ model.encode(SENTENCES).T
+    if effort == "fit":
+        plain = TwoDMSEModel.from_backbone(backbone_path("bert"), pooling="cls").encode(SENTENCES)
+        assert expected == pytest.approx(plain @ plain.T, abs=1e-5)
+
+
+def test_an_encoder_that_takes_one_token_is_exported_without_gates(start, tmp_path):  # noqa: F811
+    folder = start.run(effort="fit", pooling="cls", exit_gates="false")
+    model = TwoDMSEModel.from_pretrained(folder)
+    assert model.config.exit_poolings == ["mean", "mean", "mean", "cls"]
+    for n, dim in ((1, 8), (4, 32)):
+        model.export(tmp_path / f"small{n}", n, dim)
+        stock = SentenceTransformer(str(tmp_path / f"small{n}"))
+        assert stock.encode(SENTENCES) == pytest.approx(model.encode(SENTENCES, n, dim), abs=1e-5)
+        again = TwoDMSEModel.from_backbone(tmp_path / f"small{n}")
+        assert (again.config.pooling, again.config.exit_poolings) == ("mean" if n == 1 else "cls", None)
 
 
 def test_gates_are_fitted_to_another_teacher_too(start, backbone_path, tmp_path):  # noqa: F811

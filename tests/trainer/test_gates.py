@@ -102,9 +102,6 @@ def test_wrong_arguments_are_refused(tiny_model):
     model.add_exit_projections()
     with pytest.raises(ValueError, match=f"targets: there are 3 for {len(TEXTS)} texts"):
         fit_exit_gates(model, TEXTS, targets[:3], SIZES)
-    model.config.pooling = "cls"
-    with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
-        fit_exit_gates(model, TEXTS, targets, SIZES)
 
 
 def test_states_of_zero_leave_a_gate_neutral(tiny_model, monkeypatch):
@@ -157,13 +154,9 @@ def test_the_trainer_fits_gates_and_trains_them_and_a_resumed_run_is_the_same(ti
         assert torch.equal(one.weight, other.weight)
 
 
-def test_gates_without_new_projections_or_for_one_token_are_refused(tiny_model, tmp_path):
+def test_gates_without_new_projections_are_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="exit_gates: they are fitted with new exit projections; add exit_projections"):
         trainer_of(tiny_model(), tmp_path, exit_projections=False).train()
-    model = tiny_model()
-    model.config.pooling = "cls"
-    with pytest.raises(ValueError, match="exit_gates: the pooling cls takes one token"):
-        trainer_of(model, tmp_path)
 
 
 def test_batches_of_long_texts_have_fewer_tokens(tiny_model, monkeypatch):
