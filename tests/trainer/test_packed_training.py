@@ -37,7 +37,7 @@ def test_packed_equals_padded(family, extra, tiny_model, tmp_path, monkeypatch):
         train(model, tmp_path / str(packed), monkeypatch, packed, **extra)
         weights.append(dict(model.named_parameters()))
     padded, found = weights
-    assert max((padded[name] - value).abs().max() for name, value in start.items()) > 1e-2
+    assert max((padded[name] - value).abs().max() for name, value in start.items()) > 5e-3
     for name, value in padded.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3, msg=name)
 
