@@ -1,22 +1,23 @@
-"""Training the gates of exits alone, on token states that are computed once."""
+"""Training the gates and projections of exits alone, on token states that are computed once."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
 from modeling_2dmse import Size, TwoDMSEModel
-from modeling_2dmse.batching import check_texts, even_groups
+from modeling_2dmse.batching import even_groups
+from modeling_2dmse.configuration_2dmse import WEIGHED_POOLING_MODES
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.pooling import pool, token_weights
 from modeling_2dmse.projection import ExitGate, ExitProjection
 from modeling_2dmse.running import inference_twin
 from modeling_2dmse.tokens import Tokens, tokenize
 
-from .projections import check_at_hand, fit_exit_projections
+from .projections import check_at_hand
 from .refining import divergence, minimize
 
 STEPS = 200
@@ -50,15 +51,13 @@ def fit_exit_gates(
     steps: int = STEPS,
     seed: int = 0,
     max_length: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """Train the gate of each exit below the last one, so that similarities at its sizes are those of the targets.
+    """Train the gate and the projection of each exit, so that similarities at its sizes are those of the targets.
 
     A gate says how much each token of a text counts at its exit (`ExitGate`). It is trained together with a matrix
-    P after the exit's projection, which starts as the identity, on what `refine_exit_projections` trains P on. P is
-    thrown away: fit the projections of these exits again afterwards, which the new weights of tokens do not suit
-    (`fit_exit_projections`).
-
-    The gate of the last exit stays as it is, so that the full size does.
+    P that starts as the identity, on what `refine_exit_projections` trains P on, and the exit's projection is
+    multiplied by P. By default the exit of the last layer is left alone: it is the full size's.
 
     Args:
         encoder: the model, with exit projections that are fitted, which is changed in place. If it has no gates, it
@@ -70,6 +69,8 @@ def fit_exit_gates(
         steps: number of steps for each exit.
         seed: seed of the batches.
         max_length: in tokens; longer texts are truncated. Default: what the model reads.
+        layers: the exits to train, by default all but the last. Only those that `sizes` name and that pool all tokens
+            are trained.
 
     Raises:
         ValueError: the model has no exit projections, its exits are offloaded, or there are not as many targets as
@@ -83,7 +84,9 @@ def fit_exit_gates(
     encoder.add_exit_gates()
     check_at_hand(encoder.exit_gates, "exit gates")
     similarity, device = encoder.config.similarity, encoder.input_device
-    layers = sorted({size.num_layers for size in sizes} - {encoder.num_layers})
+    exits = range(1, encoder.num_layers) if layers is None else layers
+    named = sorted({size.num_layers for size in sizes}.intersection(exits))
+    layers = [n for n in named if encoder.config.pooling_of(n) in WEIGHED_POOLING_MODES]
     if not layers:
         return
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
@@ -93,69 +96,13 @@ def fit_exit_gates(
         _train(encoder, n, place, scales[place], dims, batches, steps, torch.Generator().manual_seed(seed))
 
 
-def fit_exits(
-    encoder: TwoDMSEModel,
-    texts: Sequence[str],
-    sizes: Sequence[Size],
-    gates: bool = False,
-    targets: torch.Tensor | None = None,
-    layers: Sequence[int] | None = None,
-    seed: int = 0,
-    keep_states: bool = False,
-    **encode: Any,
-) -> torch.Tensor | None:
-    """Fit the projections of all exits and, with `gates`, the gates of those below the last one.
-
-    The gates are fitted first, from projections for the texts that they are trained on.
-
-    Args:
-        encoder: the model, which is changed in place.
-        texts: as for `fit_exit_projections`; with gates in random order.
-        sizes: those that gates are fitted for.
-        gates: whether to fit gates too.
-        targets: as for `fit_exit_projections`.
-        layers: the exits whose projections are fitted; without gates.
-        seed: of the gates.
-        keep_states: return the states of the texts after the fit, as `fit_exit_projections` does.
-        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
-
-    Returns:
-        with `keep_states`, (N, len(texts), hidden), float32, on the CPU; otherwise None.
-    """
-    if gates:
-        encoder.add_exit_gates()
-        longest = encode.get("max_length")
-        first = texts[: _count_used(_tokenize(encoder, check_texts(texts)[0], longest))]
-        wanted = None if targets is None else targets[: len(first)]
-        states = fit_exit_projections(encoder, first, targets=wanted, keep_states=wanted is None, **encode)
-        wanted = cast(torch.Tensor, states)[-1] if wanted is None else wanted
-        fit_exit_gates(encoder, first, wanted, sizes, seed=seed, max_length=longest)
-    return fit_exit_projections(encoder, texts, targets=targets, layers=layers, keep_states=keep_states, **encode)
-
-
-def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:
-    """Leave the gate of the last exit out of training if it is neutral, so that the full size stays a plain encoder.
-
-    Raises:
-        ValueError: gates are wanted, and there are none.
-    """
-    if wanted and encoder.exit_gates is None:
-        raise ValueError(
-            "exit_gates: they are fitted with new exit projections; add exit_projections, to a model that "
-            "has none, or call fit_exit_gates before"
-        )
-    gates = cast(list[ExitGate], list(encoder.exit_gates or ()))
-    if gates and gates[-1].is_neutral:
-        gates[-1].requires_grad_(False)
-
-
 @torch.no_grad()
 def _token_states(
     encoder: TwoDMSEModel, texts: Sequence[str], targets: torch.Tensor, layers: Sequence[int], max_length: int | None
 ) -> tuple[list[float], list[_Batch]]:
     """The scale of each exit, and the batches."""
-    tokens, model = _tokenize(encoder, texts, max_length), inference_twin(encoder)
-    used = _count_used(tokens)
+    tokens, model = tokenize_texts(encoder, texts, max_length), inference_twin(encoder)
+    used = count_used(tokens)
     scales: list[float] = []
     batches = []
     groups = even_groups(tokens.lengths[:used].tolist(), _BATCH)
@@ -169,11 +116,11 @@ def _token_states(
     return scales, batches
 
 
-def _tokenize(encoder: TwoDMSEModel, texts: Sequence[str], max_length: int | None) -> Tokens:
+def tokenize_texts(encoder: TwoDMSEModel, texts: Sequence[str], max_length: int | None) -> Tokens:
     return tokenize(encoder.tokenizer, list(texts), min(max_length or encoder.max_length, encoder.max_length))
 
 
-def _count_used(tokens: Tokens) -> int:
+def count_used(tokens: Tokens) -> int:
     """The number of texts whose token states are kept."""
     return max(2, int((np.cumsum(tokens.lengths) <= _TOKENS).sum()))
 
@@ -199,9 +146,9 @@ def _train(
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Train the gate of one exit, whose states, divided by `scale`, have a place among those of each batch."""
-    weight = cast(list[ExitProjection], list(encoder.exit_projections or ()))[num_layers - 1].weight.detach().float()
-    weight = weight * scale
+    """Train one exit, whose states, divided by `scale`, have a place among those of each batch."""
+    projection = cast(list[ExitProjection], list(encoder.exit_projections or ()))[num_layers - 1].weight.detach()
+    weight = projection.float() * scale
     gate = cast(list[ExitGate], list(encoder.exit_gates or ()))[num_layers - 1]
     exit_states = [batch.states[place].float() for batch in batches]
     # Adam's steps do not depend on the scale of what it trains, and states of other families are larger or smaller.
@@ -225,3 +172,4 @@ def _train(
 
     minimize([query, matrix], loss, steps, f"Fitting the gate of layer {num_layers}")
     gate.weight.data.copy_((query.detach() / spread / scale)[None])
+    projection[: dims[-1]] = (matrix.detach().double().T @ projection.double()).to(projection.dtype)

@@ -78,37 +78,6 @@ def refine_exit_projections(
         weight.data.copy_(matrix.T @ weight.detach().double())
 
 
-def refine_trained(
-    encoder: TwoDMSEModel,
-    texts: Sequence[str],
-    sizes: Sequence[Size],
-    teacher: torch.Tensor | None = None,
-    seed: int = 0,
-    **encode: Any,
-) -> None:
-    """Refine the exits of a trained model below its last one, towards its own full size and its teacher.
-
-    The mean similarity of both is a better target than that of either (docs/lab-notes.md). The last exit is rotated
-    towards its own full size, so that it can be cut to the dims of the other sizes.
-
-    Args:
-        encoder: the trained model with exit projections, which is changed in place.
-        texts: some thousands of different texts of the kind that will be embedded.
-        sizes: the sizes to train.
-        teacher: (len(texts), any dim), embeddings of the teacher; None for none.
-        seed: seed of the batches.
-        **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
-    """
-    layers = sorted({size.num_layers for size in sizes} | {encoder.num_layers})
-    *below, last = encoder.encode_states(list(texts), layers, **encode)
-    targets = join_targets([last] if teacher is None else [last, teacher], encoder.config.similarity)
-    if below:
-        refine_exit_projections(
-            encoder, texts, targets, sizes, seed=seed, states=torch.stack(below), layers=layers[:-1]
-        )
-    rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)
-
-
 def dims_of_last_exit(encoder: TwoDMSEModel, sizes: Sequence[Size]) -> list[int]:
     """The dims of all sizes up to that of the largest size with all layers; none if there is no such size."""
     largest = max((size.dim for size in sizes if size.num_layers == encoder.num_layers), default=0)

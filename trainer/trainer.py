@@ -25,7 +25,7 @@ from .data import texts_to_fit
 from .description import describe_run
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
-from .gates import fit_exits, keep_last_gate
+from .exits import fit_exits, keep_last_gate, refine_trained
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
 from .losses import Rows
@@ -46,7 +46,6 @@ from .preparation import (
     set_comparison,
     set_tokenizer,
 )
-from .refining import refine_trained
 from .scoring import ScoringMixin, Task, as_tasks
 from .searching import SearchMixin
 from .shared.attention import AttentionMixin

@@ -33,13 +33,13 @@ from trainer.evaluation import (
     retrieval_from_pairs,
     task_from_table,
 )
-from trainer.gates import fit_exits
+from trainer.exits import fit_exits, refine_trained
 from trainer.model_card import measure_costs
 from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections, full_dim
 from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
-from trainer.refining import dims_of_last_exit, refine_exit_projections, refine_trained, rotate_last_exit
+from trainer.refining import dims_of_last_exit, refine_exit_projections, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
 from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions

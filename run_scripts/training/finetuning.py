@@ -30,7 +30,7 @@ from trainer.evaluation import (
     mean_scores,
     task_from_table,
 )
-from trainer.gates import fit_exits
+from trainer.exits import fit_exits
 from trainer.preparation import resolve_ladder, set_comparison
 from trainer.scoring import check_metric
 from trainer.shared.hub import find_token, stage, upload

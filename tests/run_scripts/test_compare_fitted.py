@@ -163,6 +163,15 @@ def test_gates_of_best_are_given_to_its_start_and_to_separate_models(folder):  #
     torch.testing.assert_close(fitted.exit_gates[0].weight, start.exit_gates[0].weight)
     assert not torch.equal(fitted.exit_projections[0].weight, start.exit_projections[0].weight), "refined"
     assert 0 < (small.exit_gates[0].weight - start.exit_gates[0].weight).abs().max() < 0.1, "trained from the start"
+    recipe = (folder / "best.yaml").read_text() + "\nrefine_projections: true\n"
+    (folder / "refining.yaml").write_text(recipe)
+    budget = dataclasses.replace(make_budget(), best_recipe="refining.yaml")
+    fitting.train_same_recipe(methods.Unit(methods.SAME_RECIPE, "1x8"), 1e-2, 0, budget, "refined", "start")
+    refined = TwoDMSEModel.from_pretrained("refined")
+    assert not torch.equal(refined.exit_gates[0].weight, small.exit_gates[0].weight)
+    wanted = torch.from_numpy(start.encode(SENTENCES))
+    far, near = (score_kl(torch.from_numpy(model.encode(SENTENCES)), wanted, 20.0) for model in (small, refined))
+    assert near < 0.9 * far
 
 
 def test_pca_is_that_of_each_exit(tiny_model):
