@@ -70,6 +70,26 @@ def keep_last_gate(encoder: TwoDMSEModel, wanted: bool = False) -> None:
         gates[-1].requires_grad_(False)
 
 
+def refine_exits(
+    encoder: TwoDMSEModel,
+    texts: Sequence[str],
+    targets: torch.Tensor,
+    sizes: Sequence[Size],
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    **encode: Any,
+) -> None:
+    """Train the projections of exits and, if the model has gates, these together with them.
+
+    The arguments are those of `refine_exit_projections` and `fit_exit_gates`.
+    """
+    if encoder.exit_gates is None:
+        refine_exit_projections(encoder, texts, targets, sizes, seed=seed, layers=layers, **encode)
+    else:
+        longest = encode.get("max_length")
+        fit_exit_gates(encoder, texts, targets, sizes, seed=seed, max_length=longest, layers=layers)
+
+
 def refine_trained(
     encoder: TwoDMSEModel,
     texts: Sequence[str],
@@ -97,9 +117,8 @@ def refine_trained(
     *below, last = encoder.encode_states(list(texts), layers, **encode)
     targets = join_targets([last] if teacher is None else [last, teacher], encoder.config.similarity)
     if gated:
-        fit_exit_gates(encoder, texts, targets, sizes, seed=seed, max_length=encode.get("max_length"))
+        refine_exits(encoder, texts, targets, sizes, seed=seed, **encode)
     elif below:
-        refine_exit_projections(
-            encoder, texts, targets, sizes, seed=seed, states=torch.stack(below), layers=layers[:-1]
-        )
+        states = torch.stack(below)
+        refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=layers[:-1])
     rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)

@@ -9,8 +9,7 @@ from run_scripts.shared import cli, models
 from run_scripts.training import finetuning
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import UNLABELED, query_document_prompts, text_columns, texts_to_fit
-from trainer.exits import fit_exits
-from trainer.gates import fit_exit_gates
+from trainer.exits import fit_exits, refine_exits
 from trainer.preparation import prepare_rows, set_comparison
 from trainer.refining import refine_exit_projections
 from trainer.teacher_embeddings import TeacherEmbeddings
@@ -151,11 +150,8 @@ def _refine_separate(folder: str, start: str, seed: int, budget: Budget) -> None
         return
     texts = _training_texts(small, budget.best_recipe, seed, budget, budget.unlabeled_file)
     targets = full.encode_states(texts, [full.num_layers], **_encoding(args))[0]
-    given, last = (small, texts, targets, small.config.ladder), [small.num_layers]
-    if small.is_gated:
-        fit_exit_gates(*given, seed=seed, layers=last, max_length=args.max_length)
-    else:
-        refine_exit_projections(*given, seed=seed, layers=last, **_encoding(args))
+    last = [small.num_layers]
+    refine_exits(small, texts, targets, small.config.ladder, seed=seed, layers=last, **_encoding(args))
     small.save_pretrained(folder)
 
 

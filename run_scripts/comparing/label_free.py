@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from modeling_2dmse import Size, TwoDMSEModel
+from modeling_2dmse import Size
 from run_scripts import elasticize
 from run_scripts.comparing.fitting import fit_principal_components
 from run_scripts.shared import checks, cli, models, output
 from run_scripts.training import elasticizing
-from trainer import TwoDMSETrainer, refining
+from trainer import TwoDMSETrainer
+from trainer.exits import refine_exits
+from trainer.refining import refine_exit_projections
 from trainer.shared.inference import evaluation_mode
 
 METHODS = ("pca", "projections", "projections-refined", "separate")
@@ -109,15 +111,10 @@ class Baselines:
     def _refined(self) -> dict:
         work = self.work
         with evaluation_mode(work.encoder):
-            self._refine(work.encoder, range(1, work.encoder.num_layers))
+            refine_exit_projections(
+                work.encoder, work.fit_texts, work.fit_targets, work.encoder.config.ladder, seed=work.args.seed
+            )
             return work.measure()
-
-    def _refine(self, encoder: TwoDMSEModel, layers) -> None:
-        """Towards the embeddings of the start."""
-        work, ladder = self.work, encoder.config.ladder
-        refining.refine_exit_projections(
-            encoder, work.fit_texts, work.fit_targets, ladder, seed=work.args.seed, layers=list(layers)
-        )
 
     def _separate(self, start: str, size: Size) -> dict:
         """The start, cut to a size, trained on the same pairs for the same steps, all of them at this size.
@@ -147,7 +144,8 @@ class Baselines:
         trainer.train()
         with evaluation_mode(trainer.encoder):
             if size.num_layers < layers:
-                self._refine(trainer.encoder, [size.num_layers])
+                texts, last = work.fit_texts, [size.num_layers]
+                refine_exits(trainer.encoder, texts, work.fit_targets, [size], seed=work.args.seed, layers=last)
             return trainer.results(work.tasks, [size], max_length=None)
 
 
