@@ -236,17 +236,19 @@ def run_processes(world: int, script: Path, *arguments: str, folders: Sequence[P
 @pytest.fixture
 def few_refining_steps(monkeypatch):
     """For tests in which how well the projections are refined and the gates fitted does not matter."""
-    from run_scripts.comparing import fitting
+    from run_scripts.comparing import label_free
     from run_scripts.training import elasticizing
-    from trainer import gates, refining
+    from trainer import exits, gates, refining
 
-    few = functools.partial(refining.refine_exit_projections, steps=2)
-    for module in (refining, fitting, elasticizing):
-        monkeypatch.setattr(module, "refine_exit_projections", few)
-    few = functools.partial(refining.rotate_last_exit, steps=2)
-    for module in (refining, elasticizing):
-        monkeypatch.setattr(module, "rotate_last_exit", few)
-    monkeypatch.setattr(gates, "fit_exit_gates", functools.partial(gates.fit_exit_gates, steps=2))
+    found = [
+        (refining, "refine_exit_projections", (refining, exits, label_free)),
+        (refining, "rotate_last_exit", (refining, exits, elasticizing)),
+        (gates, "fit_exit_gates", (gates, exits)),
+    ]
+    for home, name, users in found:
+        few = functools.partial(getattr(home, name), steps=2)
+        for module in users:
+            monkeypatch.setattr(module, name, few)
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str) -> None:

@@ -106,8 +106,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     )
     exit_gates: bool = field(
         default=False,
-        metadata={"help": "Let exits below the last one weigh the tokens of a text: better small sizes, which are "
-                  "exported as ONNX only."},
+        metadata={"help": "After training, let exits below the last one weigh the tokens of a text: better small "
+                  "sizes, which are exported as ONNX only."},
     )  # fmt: skip
     refine_projections: bool = field(
         default=False,

@@ -211,8 +211,9 @@ def make_objective(
     )
     if args.shallow_steps:
         _check_shallow_steps(objective)
-    if args.refine_projections:
-        _check_refining(encoder, ladder)
+    for name in ("refine_projections", "exit_gates"):
+        if getattr(args, name):
+            _check_refining(name, encoder, ladder)
     if args.embedding_weight and encoder.config.similarity != "cosine":
         raise ValueError("embedding_weight: the distance is that of unit vectors; it needs similarity cosine")
     if args.cross_size_weight and not objective.plan(random.Random(0)).crosses:
@@ -243,13 +244,11 @@ def _check_shallow_steps(objective: Objective) -> None:
         )
 
 
-def _check_refining(encoder: TwoDMSEModel, ladder: Sequence[Size]) -> None:
+def _check_refining(name: str, encoder: TwoDMSEModel, ladder: Sequence[Size]) -> None:
     if encoder.exit_projections is None:
-        raise ValueError("refine_projections: the model has no exit projections; add --exit_projections true")
+        raise ValueError(f"{name}: the model has no exit projections; add --exit_projections true")
     if len(ladder) == 1 and ladder[0].num_layers == encoder.num_layers:
-        raise ValueError(
-            f"refine_projections: {ladder[0]} alone is learned from and has nothing to learn; add a size to --sizes"
-        )
+        raise ValueError(f"{name}: {ladder[0]} alone is learned from and has nothing to learn; add a size to --sizes")
 
 
 def check_teacher(args: TwoDMSETrainingArguments, teacher: TeacherEmbeddings | None, guide: object) -> None:

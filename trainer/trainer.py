@@ -25,7 +25,7 @@ from .data import texts_to_fit
 from .description import describe_run
 from .distributed import gather_rows, shard_by_layers
 from .dropout import switch_off_dropout
-from .exits import fit_exits, keep_last_gate, refine_trained
+from .exits import keep_last_gate, refine_trained
 from .gradient_cache import CachedForward
 from .guide import KEY, Guide
 from .losses import Rows
@@ -46,6 +46,7 @@ from .preparation import (
     set_comparison,
     set_tokenizer,
 )
+from .projections import fit_exit_projections
 from .scoring import ScoringMixin, Task, as_tasks
 from .searching import SearchMixin
 from .shared.attention import AttentionMixin
@@ -198,19 +199,18 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         """ValueError if the arguments need something that adapters, FSDP or DeepSpeed do not allow."""
         if self.encoder is not self.model and self.is_fsdp_enabled:
             raise ValueError("model: adapters cannot be trained under FSDP; use DDP, whose memory suffices for them")
-        if self.args.initial_share:
-            self._check_whole("initial_share: the average")
-        if self.args.teacher == "start":
-            self._check_whole("teacher: start")
-        if self.args.refine_projections:
-            self._check_whole("refine_projections: the refining")
+        needs = {
+            "initial_share: the average": self.args.initial_share,
+            "teacher: start": self.args.teacher == "start",
+            "refine_projections: the refining": self.args.refine_projections,
+            "exit_gates: their fit": self._adds_gates,
+        }
+        for what, asked in needs.items():
+            if asked and (self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                raise ValueError(f"{what} needs all weights in one process, without adapters, FSDP or DeepSpeed")
         check_checkpointing(self.args)
         if self.args.gradient_cache_chunk_size is not None and self.is_deepspeed_enabled:
             raise ValueError("gradient_cache_chunk_size: DeepSpeed allows one backward pass per step; use DDP or FSDP")
-
-    def _check_whole(self, what: str) -> None:
-        if self.encoder is not self.model or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(f"{what} needs all weights in one process, without adapters, FSDP or DeepSpeed")
 
     @property
     def loss_scale(self) -> float:
@@ -225,8 +225,8 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
         New projections (`exit_projections`) are fitted before the first step. When a run is complete, its weights are
         averaged with the initial weights (`initial_share`), which include the fitted projections. Then the projections
-        of the exits are refined, that of the last one by a rotation (`refine_projections`), and those of exits that no
-        step has trained are fitted again.
+        of the exits are refined, that of the last one by a rotation (`refine_projections`), with `exit_gates` together
+        with new gates, and those of exits that no step has trained are fitted again.
 
         Evaluations and checkpoints during the run, and the choice of the best checkpoint, use the weights before these
         last steps.
@@ -237,7 +237,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         fitted, initial = self._fitted, self._initial
         if initial is not None:
             average_with_initial(self.encoder, initial, self.args.initial_share)
-        if self.args.refine_projections:
+        if self.args.refine_projections or self._adds_gates:
             self._refine_on_training_texts()
         others = set(range(1, self.encoder.num_layers + 1)).difference(self.training_objective.exits)
         if fitted and others and self.is_fsdp_enabled:
@@ -254,7 +254,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         self._fitted, self._initial = self._fit_projections, None
         if self._fitted:
             self._fit_on_training_texts()
-        keep_last_gate(self.encoder, self.args.exit_gates)
+        keep_last_gate(self.encoder)
         if self.args.initial_share:
             parameters = self.encoder.named_parameters()
             self._initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
@@ -265,9 +265,13 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
 
     def _fit_on_training_texts(self, layers: Sequence[int] | None = None) -> None:
         with evaluation_mode(self.encoder):
-            texts, gates, seed = self._texts_to_fit(), self.args.exit_gates and layers is None, self.args.seed
-            fit_exits(self.encoder, texts, self.ladder, gates, layers=layers, seed=seed, **self._encoding())
+            fit_exit_projections(self.encoder, self._texts_to_fit(), layers=layers, **self._encoding())
         self._fit_projections = False
+
+    @property
+    def _adds_gates(self) -> bool:
+        """Whether exits get gates after training; those that the model has are trained with the rest."""
+        return self.args.exit_gates and self.encoder.exit_gates is None
 
     def _texts_to_fit(self) -> list[str]:
         return texts_to_fit(self.train_tables, self.train_dataset, self.args.seed, self.encoder.config.prompts)
@@ -288,7 +292,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
                 teacher = self._teacher_embeddings(texts)
             elif self._start is not None:
                 teacher = self._start.encode_states(texts, [self._start.num_layers], **options)[0]
-            refine_trained(self.encoder, texts, self.ladder, teacher, self.args.seed, **options)
+            refine_trained(self.encoder, texts, self.ladder, teacher, self.args.exit_gates, self.args.seed, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the objective on one batch; all columns go through one call of the wrapped model."""

@@ -9,9 +9,9 @@ from run_scripts.shared import cli, models
 from run_scripts.training import finetuning
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.data import UNLABELED, query_document_prompts, text_columns, texts_to_fit
-from trainer.exits import fit_exits, refine_exits
+from trainer.exits import refine_exits
 from trainer.preparation import prepare_rows, set_comparison
-from trainer.refining import refine_exit_projections
+from trainer.projections import fit_exit_projections
 from trainer.teacher_embeddings import TeacherEmbeddings
 from trainer.unlabeled import read_unlabeled_texts
 
@@ -30,8 +30,8 @@ def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabe
 
     Args:
         method: `pca` for `fit_principal_components`, `projections` for `fit_exit_projections`,
-            `projections-refined` for both this and `refine_exit_projections`, and `projections-gates` for these with
-            gates (`fit_exits`), which is what `elasticize --effort fit` does.
+            `projections-refined` for both this and `refine_exit_projections`, and `projections-gates` for this and
+            `fit_exit_gates`, which is what `elasticize --effort fit` does.
         recipe: of finetune.py.
         seed: draws the rows and the texts, as in a run of finetune.py.
         unlabeled_file: further texts, as for finetune.py.
@@ -43,11 +43,10 @@ def fit(method: str, recipe: str, seed: int, budget: Budget, folder: str, unlabe
     if method == PCA:
         fit_principal_components(encoder, texts, **_encoding(args))
     else:
-        refined, sizes = method != PROJECTIONS, parse_ladder(args.sizes)
-        gates = method == GATES or (method == PROJECTIONS and args.exit_gates)
-        states = fit_exits(encoder, texts, sizes, gates, seed=seed, keep_states=refined, **_encoding(args))
-        if refined:
-            refine_exit_projections(encoder, texts, states[-1], sizes, seed=seed, states=states[:-1])
+        states = fit_exit_projections(encoder, texts, keep_states=method != PROJECTIONS, **_encoding(args))
+        if states is not None:
+            options = {"gates": method == GATES, "seed": seed, "states": states[:-1], "max_length": args.max_length}
+            refine_exits(encoder, texts, states[-1], parse_ladder(args.sizes), **options)
     encoder.save_pretrained(folder)
 
 
@@ -132,26 +131,28 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
         teacher = _teacher(full, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
         return TwoDMSETrainer(**given, teacher_embeddings=teacher)
 
-    flags += ["--refine_projections", "false"]  # refused: the only exit of this model is its last one
+    # Refused: the only exit of this model is its last one.
+    flags += ["--refine_projections", "false", "--exit_gates", "false"]
     finetune.main([*flags, "--teacher", "embeddings", "--output_dir", folder], make_trainer)
-    if args.refine_projections:
+    if args.refine_projections or args.exit_gates:
         _refine_separate(folder, start, seed, budget)
 
 
 def _refine_separate(folder: str, start: str, seed: int, budget: Budget) -> None:
-    """Refine the exit of a separate model in its folder towards the start.
+    """Refine the exit of a separate model in its folder towards the start, with a gate if the recipe has gates.
 
-    Only models of at most a third of the layers: on stsb-dev it does not help deeper ones (docs/lab-notes.md).
+    Without gates, only models of at most a third of the layers: on stsb-dev it does not help deeper ones
+    (docs/lab-notes.md). The full size is left as it is.
     """
     model_args, _, args = _arguments(budget.best_recipe, seed, budget)
     trusted = model_args.trust_remote_code
     full, small = (models.to_device(models.load_encoder(path, trust_remote_code=trusted)) for path in (start, folder))
-    if 3 * small.num_layers > full.num_layers:
+    if small.num_layers == full.num_layers or (3 * small.num_layers > full.num_layers and not args.exit_gates):
         return
     texts = _training_texts(small, budget.best_recipe, seed, budget, budget.unlabeled_file)
     targets = full.encode_states(texts, [full.num_layers], **_encoding(args))[0]
-    last = [small.num_layers]
-    refine_exits(small, texts, targets, small.config.ladder, seed=seed, layers=last, **_encoding(args))
+    options = {"gates": args.exit_gates, "seed": seed, "layers": [small.num_layers]}
+    refine_exits(small, texts, targets, small.config.ladder, **options, **_encoding(args))
     small.save_pretrained(folder)
 
 

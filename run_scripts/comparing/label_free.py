@@ -145,7 +145,8 @@ class Baselines:
         with evaluation_mode(trainer.encoder):
             if size.num_layers < layers:
                 texts, last = work.fit_texts, [size.num_layers]
-                refine_exits(trainer.encoder, texts, work.fit_targets, [size], seed=work.args.seed, layers=last)
+                options = {"gates": work.gates, "seed": work.args.seed, "layers": last}
+                refine_exits(trainer.encoder, texts, work.fit_targets, [size], **options)
             return trainer.results(work.tasks, [size], max_length=None)
 
 

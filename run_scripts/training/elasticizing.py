@@ -33,13 +33,13 @@ from trainer.evaluation import (
     retrieval_from_pairs,
     task_from_table,
 )
-from trainer.exits import fit_exits, refine_trained
+from trainer.exits import refine_exits, refine_trained
 from trainer.model_card import measure_costs
 from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections, full_dim
 from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
-from trainer.refining import dims_of_last_exit, refine_exit_projections, rotate_last_exit
+from trainer.refining import dims_of_last_exit, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
 from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embeddings, principal_directions
@@ -77,7 +77,7 @@ class Work:
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
-        self.keeps_gates = args.exit_gates
+        self.gates, args.exit_gates = args.exit_gates, False  # gates come last, in `fit` or `finish`
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
@@ -96,7 +96,7 @@ class Work:
             training = {"train_dataset": pair_table(self.pairs), "teacher_embeddings": self.targets}
         self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
         self.ladder = self.trainer.ladder
-        args.exit_gates = args.exit_gates and self.ladder[0].num_layers < encoder.num_layers
+        self.gates = self.gates and self.ladder[0].num_layers < encoder.num_layers
         self.before: dict = {}
         self.directions: torch.Tensor | None = None
         self.started = time.perf_counter()
@@ -125,7 +125,7 @@ class Work:
             if self.held_texts:
                 self.reference = reference_similarities(self.encoder, self.held_texts, prompt=self._document_prompt)
             self.before = self.measure()
-            if not self.keeps_gates:  # a model that is elastic already may have them
+            if not self.gates:  # a model that is elastic already may have them
                 self.encoder.remove_exit_gates()
             self.fit_texts = self.texts_to_fit()
             if self.teacher is None:
@@ -136,16 +136,14 @@ class Work:
             else:
                 states = self._fit_to_teacher(self.teacher)
             if not self.pairs:
-                refine_exit_projections(
-                    self.encoder, self.fit_texts, self.fit_targets, self.ladder, seed=self.args.seed, states=states[:-1]
-                )
+                options = {"gates": self.gates, "seed": self.args.seed, "states": states[:-1]}
+                refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, **options)
                 dims = dims_of_last_exit(self.encoder, self.ladder)
                 rotate_last_exit(self.encoder, states[-1], states[-1], dims, seed=self.args.seed)
 
     def _fit(self, targets: torch.Tensor | None) -> torch.Tensor:
         """Fit every exit; (N, texts, hidden), the states of the texts after the fit."""
-        options = (self.args.exit_gates, targets)
-        states = fit_exits(self.encoder, self.fit_texts, self.ladder, *options, seed=self.args.seed, keep_states=True)
+        states = fit_exit_projections(self.encoder, self.fit_texts, targets=targets, keep_states=True)
         return cast(torch.Tensor, states)
 
     def _fit_to_teacher(self, teacher: TwoDMSEModel) -> torch.Tensor:
@@ -201,7 +199,7 @@ class Work:
         others = sorted(set(range(1, encoder.num_layers + 1)) - {size.num_layers for size in self.ladder})
         with evaluation_mode(encoder):
             if self.pairs:
-                refine_trained(encoder, self.fit_texts, self.ladder, self.fit_targets, self.args.seed)
+                refine_trained(encoder, self.fit_texts, self.ladder, self.fit_targets, self.gates, self.args.seed)
                 if others:
                     fit_exit_projections(encoder, self.fit_texts, layers=others)
             trainer.save_model()

@@ -30,8 +30,9 @@ from trainer.evaluation import (
     mean_scores,
     task_from_table,
 )
-from trainer.exits import fit_exits
+from trainer.exits import refine_exits
 from trainer.preparation import resolve_ladder, set_comparison
+from trainer.projections import fit_exit_projections
 from trainer.scoring import check_metric
 from trainer.shared.hub import find_token, stage, upload
 from trainer.shared.tables import draw_rows, hold_out, is_saved, read_splits, read_table
@@ -295,7 +296,10 @@ def _add_adapters(encoder: TwoDMSEModel, model_args: ModelArguments, args: TwoDM
         prompts = query_document_prompts([*text_columns(tables[0]), "text"], encoder.config.prompts)
         sizes = resolve_ladder(encoder, args)
         texts = draw_texts(tables, args.seed, prompts=prompts)
-        fit_exits(encoder, texts, sizes, args.exit_gates, seed=args.seed, max_length=args.max_length)
+        states = fit_exit_projections(encoder, texts, keep_states=args.exit_gates, max_length=args.max_length)
+        if states is not None:
+            options = {"gates": True, "seed": args.seed, "max_length": args.max_length}
+            refine_exits(encoder, texts, states[-1], sizes, **options)
     # All weights of the exits are trained, and the adapter's checkpoints contain them: its base model has none.
     exits = {"exit_projections": encoder.exit_projections, "exit_gates": encoder.exit_gates}
     whole = [f"{name}.{index}" for name, modules in exits.items() for index in range(len(modules or ()))]

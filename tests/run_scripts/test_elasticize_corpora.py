@@ -38,8 +38,8 @@ def prompted(tmp_path, backbone_path):
 @pytest.mark.parametrize("effort", ["fit", "short"])
 def test_texts_have_the_prompts_of_the_model(effort, start, prompted, monkeypatch):  # noqa: F811
     fitted, trained = [], []
-    fit, call = elasticizing.fit_exits, TargetCollator.__call__
-    monkeypatch.setattr(elasticizing, "fit_exits", lambda *a, **b: fitted.extend(a[1]) or fit(*a, **b))
+    fit, call = elasticizing.fit_exit_projections, TargetCollator.__call__
+    monkeypatch.setattr(elasticizing, "fit_exit_projections", lambda *a, **b: fitted.extend(a[1]) or fit(*a, **b))
     monkeypatch.setattr(TargetCollator, "__call__", lambda own, rows: trained.append(own) or call(own, rows))
     folder = start.run(model_name_or_path=prompted, effort=effort)
     results = json.loads((folder / "results.json").read_text())

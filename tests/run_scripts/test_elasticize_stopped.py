@@ -47,8 +47,8 @@ def nth(number):
 STAGES = {
     "reading": (elasticizing, "read_documents", nth(1), {}, {}),
     "measuring before": (elasticizing.Work, "measure", nth(1), RESUME, RESUME),
-    "fitting": (elasticizing, "fit_exits", nth(1), RESUME, RESUME),
-    "refining": (elasticizing, "refine_exit_projections", nth(1), RESUME, None),
+    "fitting": (elasticizing, "fit_exit_projections", nth(1), RESUME, RESUME),
+    "refining": (elasticizing, "refine_exits", nth(1), RESUME, None),
     "refining again": (elasticizing, "refine_trained", nth(1), None, RESUME),
     "saving": (TwoDMSEModel, "save_pretrained", half_saved, OVERWRITE, None),
     "measuring after": (elasticizing.Work, "measure", nth(2), OVERWRITE, RESUME),

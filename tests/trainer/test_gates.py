@@ -146,7 +146,7 @@ def trainer_of(model, folder, **kwargs) -> TwoDMSETrainer:
     return TwoDMSETrainer(model=model, args=args, train_dataset=ROWS)
 
 
-def test_the_trainer_fits_gates_and_trains_them_and_a_resumed_run_is_the_same(tiny_model, tmp_path):
+def test_the_trainer_fits_gates_and_a_resumed_run_has_the_same(tiny_model, tmp_path):
     whole, resumed = tiny_model(), tiny_model()
     trainer = trainer_of(whole, tmp_path / "whole")
     trainer.train()
@@ -158,9 +158,34 @@ def test_the_trainer_fits_gates_and_trains_them_and_a_resumed_run_is_the_same(ti
         assert torch.equal(one.weight, other.weight)
 
 
-def test_gates_without_new_projections_are_refused(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match="exit_gates: they are fitted with new exit projections; add exit_projections"):
-        trainer_of(tiny_model(), tmp_path, exit_projections=False).train()
+def test_gates_without_projections_or_for_the_full_size_alone_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="exit_gates: the model has no exit projections; add --exit_projections true"):
+        trainer_of(tiny_model(), tmp_path, exit_projections=False)
+    with pytest.raises(ValueError, match="exit_gates: 4x32 alone is learned from and has nothing to learn"):
+        trainer_of(tiny_model(), tmp_path, sizes=["4x32"])
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_gates_come_after_training_and_change_no_layer_and_no_similarity_of_the_full_size(
+    refined, tiny_model, tmp_path
+):
+    gated, plain = tiny_model(), tiny_model()
+    trainer_of(gated, tmp_path / "gated", refine_projections=refined).train()
+    trainer_of(plain, tmp_path / "plain", exit_gates=False).train()
+    layers = dict(plain.backbone.named_parameters())
+    assert all(torch.equal(layers[name], parameter) for name, parameter in gated.backbone.named_parameters())
+    found, wanted = torch.from_numpy(gated.encode(TEXTS)), torch.from_numpy(plain.encode(TEXTS))
+    torch.testing.assert_close(found @ found.T, wanted @ wanted.T)
+    for size in parse_ladder(LADDER)[:2]:
+        assert distance(gated, wanted, size) < distance(plain, wanted, size)
+
+
+def test_gates_that_a_model_has_are_trained_with_the_rest(tiny_model, tmp_path):
+    model, _ = fitted(tiny_model, steps=2)
+    before = [gate.weight.detach().clone() for gate in model.exit_gates]
+    trainer_of(model, tmp_path, exit_gates=False).train()
+    assert [torch.equal(gate.weight, old) for gate, old in zip(model.exit_gates, before, strict=True)] == [
+        False, False, True, True]  # fmt: skip
 
 
 def test_batches_of_long_texts_have_fewer_tokens(tiny_model, monkeypatch):
