@@ -71,6 +71,7 @@ def main(argv=None) -> None:
     print(f"{count} vectors of {layout.width} dimensions in {place}, {new} of them new")
     flags = "" if where.engine == "local" else f" --engine {where.engine}"
     flags += f" --engine_url {where.engine_url}" if where.engine_url else ""
+    flags += f" --engine_api_key_env {where.engine_api_key_env}" if where.engine_api_key_env else ""
     print(f'Search: python run_scripts/search.py {place} "your question"{flags}')
 
 

@@ -243,7 +243,9 @@ def test_the_key_is_only_in_the_header(server, encoded, tmp_path, capsys, monkey
     flags += ["--collection", "pages", "--engine_api_key_env", "CLUSTER"]
     build_index.main(flags)
     assert {key for _, _, key, _ in server.asked} == {KEY}
-    assert KEY not in json.dumps([[path, body] for _, path, _, body in server.asked]) + "".join(capsys.readouterr())
+    printed = capsys.readouterr()
+    assert KEY not in json.dumps([[path, body] for _, path, _, body in server.asked]) + "".join(printed)
+    assert f"--engine_url {url} --engine_api_key_env CLUSTER" in printed.out  # the line that searches
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("CLUSTER", "a wrong key")
     error = fails(build_index.main, flags, f"engine_api_key_env: {url} refuses the key", capsys)
