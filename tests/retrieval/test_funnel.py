@@ -196,7 +196,7 @@ def test_wrong_vectors_leave_nothing_behind(tmp_path):
         ({"embeddings": iter([vectors(9), vectors(9, width=40)])}, r"a shape of \(9, 40\) is not allowed"),
         ({"embeddings": iter([])}, "embeddings: there are no vectors"),
         ({"embeddings": vectors(5), "ids": ["a"]}, "ids: 1 are given for 5 vectors"),
-        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: one of them appears twice"),
+        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: 'a' appears twice; ids must be distinct"),
         ({"embeddings": vectors(5), "prefixes": [64]}, "prefixes: 64 is not allowed"),
         ({"embeddings": vectors(5), "prefixes": [(8, "int4")]}, "prefixes: 'int4' is unknown"),
     ):
