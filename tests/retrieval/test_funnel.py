@@ -205,6 +205,23 @@ def test_wrong_vectors_leave_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_has_appeared_during_a_build_is_not_replaced(tmp_path):
+    path = tmp_path / "index"
+
+    def blocks():
+        yield vectors(5)
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+
+    for overwrite, message in ((False, "exists; name another folder"), (True, "is not an index, so it is not overwr")):
+        with pytest.raises(ValueError, match=message):
+            FunnelIndex.build(blocks(), path, overwrite=overwrite)
+        assert (path / "mine.txt").read_text() == "mine"
+        (path / "mine.txt").unlink()
+        path.rmdir()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_build_keeps_the_old_index(tmp_path):
     path, documents = tmp_path / "index", vectors(30)
     FunnelIndex.build(documents, path)
