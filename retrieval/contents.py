@@ -1,6 +1,7 @@
 """The files of an index: their names, and whether they fit what `index.json` says."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -74,7 +75,8 @@ def append_ids(writer: Writer, ids: Sequence[str] | Sequence[int], count: int) -
     if len(ids) != count:
         raise ValueError(f"ids: {len(ids)} are given for {count} vectors")
     if len(set(ids)) != count:
-        raise ValueError("ids: one of them appears twice")
+        name = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"ids: {name!r} appears twice; ids must be distinct")
     if all(isinstance(name, str) for name in ids):
         append_texts(writer, cast("Sequence[str]", ids), count, "ids", IDS, ID_OFFSETS)
         return

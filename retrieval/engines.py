@@ -143,7 +143,7 @@ class Engine(abc.ABC):
             How many vectors were new or have changed.
 
         Raises:
-            ValueError: an id appears twice, or a vector is zero or not finite.
+            ValueError: an id is not a text or appears twice, or a vector is zero or not finite.
         """
 
     @abc.abstractmethod
@@ -162,7 +162,7 @@ class Engine(abc.ABC):
             Scores of the last stage and ids, (Q, k), best first; of equal scores, the lower id first.
 
         Raises:
-            ValueError: a query is zero or not finite, or `k` or `stages` is not allowed.
+            ValueError: there is no query, one is zero or not finite, or `k` or `stages` is not allowed.
         """
 
     @abc.abstractmethod
@@ -285,7 +285,7 @@ class Server(Engine):
         for part, made in now.items():
             had = before[part]
             if part == "model" and made and had:  # under another name, it may still be the same one
-                fields = [name for name in made if name != "name" and had.get(name) != made[name]]
+                fields = [name for name in made if name != "name" and had.get(name, made[name]) != made[name]]
                 what = f"another model or size (its {', '.join(fields)} differ)" if fields else None
             else:
                 what = None if had == made else f"{part} {had}, not {made}"
@@ -307,6 +307,8 @@ class Server(Engine):
             for start in range(0, len(names), size):
                 ids = names[start : start + size]
                 for name in ids:
+                    if not isinstance(name, str):
+                        raise ValueError(f"ids: {name!r} is not allowed; use texts")
                     if name in known:
                         raise ValueError(f"ids: {name!r} appears twice; ids must be distinct")
                     known.add(name)
@@ -349,10 +351,6 @@ class Server(Engine):
         for stage in checked:
             self.layout.find(stage)
         return checked
-
-    def unit_queries(self, queries) -> np.ndarray:
-        """Unit queries (Q, width); ValueError if one is zero or not finite."""
-        return unit(np.atleast_2d(np.asarray(queries)), self.layout.width, 0, "queries")
 
     def results(self, found: list[list[tuple[float, str]]], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and ids as arrays (Q, k); ValueError if the engine found fewer."""

@@ -27,7 +27,7 @@ from .contents import (
 )
 from .stages import APPROXIMATE, Stage, check_stages, select
 from .store import META, Writer, check_file, read
-from .vectors import prefix, score, unit
+from .vectors import prefix, score, unit, unit_queries
 
 # Numbers (scores, copied entries) in memory at once, and vectors that are written at once.
 _SCORES, _ROWS = 2**23, 2**14
@@ -102,7 +102,8 @@ class FunnelIndex:
         >>> ids.tolist()
         ['b', 'a']
         """
-        wanted = [(prefix, "float32") if isinstance(prefix, int) else (prefix[0], prefix[1]) for prefix in prefixes]
+        pairs = [(prefix, "float32") if isinstance(prefix, int) else (prefix[0], prefix[1]) for prefix in prefixes]
+        wanted = list(dict.fromkeys(pairs))
         blocks = cast("Iterable[np.ndarray]", [embeddings] if hasattr(embeddings, "shape") else embeddings)
         if approximate is not None:
             faiss()
@@ -195,10 +196,10 @@ class FunnelIndex:
             of each stage.
 
         Raises:
-            ValueError: a query is zero or not finite, or `k` or `stages` is not allowed.
+            ValueError: there is no query, one is zero or not finite, or `k` or `stages` is not allowed.
         """
         single = np.ndim(queries) == 1
-        queries = unit(np.atleast_2d(np.asarray(queries)), self.width, 0, "queries")
+        queries = unit_queries(queries, self.width)
         checked = check_stages(stages or [(self.width, k)], k, len(self), self.width)
         self._check_graph(checked[0])
         first, *others = [stage._replace(keep=min(stage.keep, len(self))) for stage in checked]

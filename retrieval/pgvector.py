@@ -11,6 +11,7 @@ import numpy as np
 
 from .engines import Block, Layout, Server
 from .stages import APPROXIMATE, Stage
+from .vectors import unit_queries
 
 # PostgreSQL cuts names after 63 bytes; those of the graphs are the table's with a suffix.
 _LONGEST_NAME = 48
@@ -67,9 +68,9 @@ class PgVector(Server):
         try:
             psycopg.conninfo.conninfo_to_dict(url)
         except (psycopg.Error, UnicodeError):  # the message has parts of the URL, and so perhaps of a password
-            raise ValueError("engine_url_env: its value is not a URL such as postgresql://user@host/database") from None
+            raise ValueError("engine_url_env: its value is not a URL such as postgresql://host/database") from None
         try:
-            connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
+            connection = psycopg.connect(url, autocommit=True, connect_timeout=10, client_encoding="utf8")
         except psycopg.Error as error:
             # What it quotes comes from the URL, and may be the end of a password with an @.
             reason = re.sub(r"""(["']).*?\1""", '"..."', _line(error))
@@ -153,7 +154,10 @@ class PgVector(Server):
             with cursor.copy("COPY new_rows FROM STDIN (FORMAT BINARY)") as copy:
                 copy.set_types(["text", "text", "vector"])
                 for place, name in enumerate(ids):
-                    copy.write_row((name, None if texts is None else texts[place], rows[place]))
+                    text = None if texts is None else texts[place]
+                    if "\0" in f"{name}{text}":
+                        raise ValueError(f"texts: {name!r} or its text has a NUL character, which PostgreSQL refuses")
+                    copy.write_row((name, text, rows[place]))
             cursor.execute(
                 sql.SQL(
                     "INSERT INTO {table} AS old (id, text, {vectors}) SELECT id, text, {vectors} FROM new_rows "
@@ -184,7 +188,7 @@ class PgVector(Server):
     def search(
         self, queries: np.ndarray, k: int = 10, stages: Sequence[Stage | tuple] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        rows, checked = self.unit_queries(queries), self.check_stages(stages, k)
+        rows, checked = unit_queries(queries, self.layout.width), self.check_stages(stages, k)
         statement, settings = self._statement(checked), self._settings(checked[0])
         start, found = time.perf_counter(), []
         with self._errors(), self._connection.transaction():
@@ -209,9 +213,12 @@ class PgVector(Server):
                 "keep": stage.keep,
                 "stage": sql.Identifier(f"stage{place}"),
             }
-            distance = sql.SQL("{column} {operator} {query}").format(**names)
+            distance = order = sql.SQL("{column} {operator} {query}").format(**names)
             # A graph orders by the distance only.
-            order = distance if stage.precision == APPROXIMATE else sql.SQL("{}, id").format(distance)
+            if stage.precision != APPROXIMATE:
+                # The cosine of a prefix of zeros is NaN, and 0 in the other engines.
+                distance = sql.SQL("coalesce(nullif({}, 'NaN'), 1)").format(distance)
+                order = sql.SQL("{}, id").format(distance)
             chosen = sql.SQL("*")
             if place == len(stages) - 1:
                 chosen = sql.SQL("1 - ({distance}) / {unit} AS score, id").format(

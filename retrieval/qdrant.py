@@ -15,6 +15,7 @@ import numpy as np
 
 from .engines import Block, Layout, Server
 from .stages import APPROXIMATE, Stage
+from .vectors import unit_queries
 
 # Options of the collection; `on_disk` is one of each vector and graph.
 OPTIONS = ("shard_number", "replication_factor", "write_consistency_factor", "on_disk_payload", "on_disk")
@@ -139,6 +140,7 @@ class Qdrant(Server):
 
     def _upsert(self, ids: list[str], rows: np.ndarray, texts: list[str] | None) -> int:
         """Send the points that are new or have changed, as their checksums tell."""
+        models = self._models
         payloads: list[dict] = []
         for place, name in enumerate(ids):
             text = {} if texts is None else {"text": texts[place]}
@@ -150,10 +152,14 @@ class Qdrant(Server):
         new = [place for place, point in enumerate(points) if known.get(point) != payloads[place]["checksum"]]
         if new:
             vectors = {self._name(*entry): rows[new, : entry[0]] for entry in self.layout.stored()}
+            changed = [points[place] for place in new if points[place] in known]
+            fields = models.PayloadSelectorExclude(exclude=["id", "checksum", "text"])
+            there = self._connected.retrieve(self._collection, changed, with_payload=fields) if changed else []
+            more = {point.id: point.payload for point in there}  # what others have added to a point is kept
             self._connected.upload_collection(
                 self._collection,
                 vectors,
-                payload=[payloads[place] for place in new],
+                payload=[more.get(points[place], {}) | payloads[place] for place in new],
                 ids=[points[place] for place in new],
                 batch_size=_BATCH,
                 wait=True,
@@ -163,7 +169,7 @@ class Qdrant(Server):
     def search(
         self, queries: np.ndarray, k: int = 10, stages: Sequence[Stage | tuple] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        rows, checked = self.unit_queries(queries), self.check_stages(stages, k)
+        rows, checked = unit_queries(queries, self.layout.width), self.check_stages(stages, k)
         start = time.perf_counter()
         with self._errors():
             requests = [self._request(row, checked) for row in rows]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checking import check_fields
+from .checking import Kinds, check_fields
 from .reading import Malformed, Text
 
 FORMATS = ("npy", "parquet")
@@ -119,7 +119,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     for name in settings:
         if before.get(name) != settings[name]:
             raise ValueError(
-                f"output_dir: {folder} has embeddings made with {name} {before.get(name)}, not {settings[name]}; "
+                f"output_dir: {folder} has embeddings made with {name} {before.get(name)!r}, not {settings[name]!r}; "
                 "choose another folder"
             )
 
@@ -254,6 +254,25 @@ def read_summary(folder: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"embeddings: {path} is damaged: {error}") from error
     return summary
+
+
+def same_texts(folder: Path, texts: Iterable[Text]) -> Iterator[str]:
+    """The texts that were encoded, from reading them again; ValueError at a shard that was made of others."""
+    summary, texts = read_summary(folder), iter(texts)
+    changed = ValueError(f"with_texts: {summary['input']} has changed since it was encoded; encode it again")
+    kinds: Kinds = {"rows": int, "crc32": int}
+    for number in range(summary["shards"]):
+        marker = folder / DONE / f"{number:05d}.json"
+        try:
+            done = check_fields(json.loads(marker.read_text(encoding="utf-8")), kinds, marker.name)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"embeddings: {marker} is missing or damaged; encode it again") from error
+        items = list(itertools.islice(texts, done["rows"]))
+        if Shard(number, items).key != done["crc32"]:
+            raise changed
+        yield from (item.text for item in items)
+    if next(texts, None) is not None:
+        raise changed
 
 
 def read_shards(folder: Path, size: str) -> Iterator[tuple[list[str], np.ndarray]]:

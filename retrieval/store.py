@@ -40,19 +40,24 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
         self.path = Path(os.path.realpath(path))  # a link to the folder stays a link to the new one
-        if self.path.is_file():
-            raise ValueError(f"path: {path} is a file; name a folder")
+        self._place, self._overwrite = path, overwrite
         clean_up(self.path)
-        if self.path.exists() and any(self.path.iterdir()) and not overwrite:
-            raise ValueError(f"path: {path} exists; name another folder, or overwrite it")
-        if overwrite and self.path.exists() and not (self.path / META).is_file():
-            raise ValueError(f"path: {path} exists and is not an index, so it is not overwritten")
-        if overwrite and self.path.exists():
-            check_only_index(self.path)
+        self._check_place()
         self.partial = partial_path(self.path)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
         self._open: dict[str, BinaryIO] = {}
+
+    def _check_place(self) -> None:
+        """ValueError if what is at the path may not be replaced."""
+        if self.path.is_file():
+            raise ValueError(f"path: {self._place} is a file; name a folder")
+        if self.path.exists() and any(self.path.iterdir()) and not self._overwrite:
+            raise ValueError(f"path: {self._place} exists; name another folder, or overwrite it")
+        if self._overwrite and self.path.exists():
+            if not (self.path / META).is_file():
+                raise ValueError(f"path: {self._place} exists and is not an index, so it is not overwritten")
+            check_only_index(self.path)
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Add rows to the end of an array."""
@@ -78,7 +83,7 @@ class Writer:
         return self.partial / name
 
     def commit(self, meta: dict) -> None:
-        """Write the description, and move the folder to its place."""
+        """Write the description, and move the folder to its place; ValueError if that is no longer allowed."""
         for file in self._open.values():
             file.flush()
             os.fsync(file.fileno())
@@ -88,6 +93,7 @@ class Writer:
                 self.files[name] |= {"shape": [os.fstat(written.fileno()).st_size], "crc32": _checksum(written)}
         text = json.dumps({"format": FORMAT, **meta, "files": self.files}, indent=2)
         (self.partial / META).write_text(text, encoding="utf-8")
+        self._check_place()  # again: something else may have been put there meanwhile
         replace_folder(self.partial, self.path)
 
     def discard(self) -> None:

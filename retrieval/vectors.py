@@ -27,6 +27,14 @@ def unit(rows, width: int | None, first: int, name: str) -> np.ndarray:
     return rows
 
 
+def unit_queries(queries, width: int) -> np.ndarray:
+    """Unit queries (Q, width) of an array (Q, width) or (width,); ValueError if there is none, or one is wrong."""
+    rows = np.atleast_2d(np.asarray(queries))
+    if not len(rows):
+        raise ValueError("queries: there are none; give at least one")
+    return unit(rows, width, 0, "queries")
+
+
 def prefix(rows: np.ndarray, dim: int, precision: str) -> np.ndarray:
     """The first dimensions of unit vectors, normalised again, in a precision; 64 bits go into a number."""
     rows = rows[:, :dim]

@@ -1,14 +1,15 @@
 """Build an index from encode.py's output: `python run_scripts/build_index.py --embeddings DIR --output_dir INDEX`."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retrieval.engines import Block, Layout
+from retrieval.engines import Layout
 from retrieval.reading import STDIN, Text, read_texts
-from retrieval.shards import read_shards, read_summary
+from retrieval.shards import read_shards, read_summary, same_texts
 from run_scripts.shared import checks, cli
 from run_scripts.shared.engines import EngineArguments
 
@@ -57,22 +58,18 @@ def main(argv=None) -> None:
         size = args.size or made["sizes"][-1]
         checks.check_sizes([size], "size")
         layout = _layout(args, made, size)
-        ids: list[str] = []
-        texts = _texts(made, ids) if args.with_texts else None
+        texts = _texts(args.embeddings, made) if args.with_texts else None
         engine = where.open(place, args.engine_options)
         try:
             engine.create(layout, args.overwrite)
             progress = Progress(made["rows"])
-            new = engine.add(_blocks(Path(args.embeddings), size, ids), texts, progress)
+            new = engine.add(read_shards(Path(args.embeddings), size), texts, progress)
             progress.bar.close()
             count = engine.count()
         finally:
             engine.close()
     print(f"{count} vectors of {layout.width} dimensions in {place}, {new} of them new")
-    flags = "" if where.engine == "local" else f" --engine {where.engine}"
-    flags += f" --engine_url {where.engine_url}" if where.engine_url else ""
-    flags += f" --engine_api_key_env {where.engine_api_key_env}" if where.engine_api_key_env else ""
-    print(f'Search: python run_scripts/search.py {place} "your question"{flags}')
+    print(f'Search: python run_scripts/search.py {shlex.quote(place)} "your question"{where.flags()}')
 
 
 class Progress:
@@ -111,35 +108,20 @@ def _layout(args: IndexArguments, made: dict, size: str) -> Layout:
     return Layout(int(size.split("x")[1]), prefixes, graphs, describe(made, size))
 
 
-def _blocks(folder: Path, size: str, ids: list[str]) -> Iterator[Block]:
-    """The embeddings shard by shard; the ids that were read are added to `ids`."""
-    for names, rows in read_shards(folder, size):
-        ids.extend(names)
-        yield names, rows
-
-
 def describe(made: dict, size: str) -> dict:
     """How queries must be embedded."""
     num_layers, dim = map(int, size.split("x"))
     names = {"name": made["model_name_or_path"], "weights": made["weights"], "max_length": made["max_length"]}
-    more = {name: made[name] for name in ("pooling", "config", "tokenizer") if name in made}
+    more = {name: made[name] for name in ("pooling", "config", "tokenizer", "prompt") if name in made}
     return names | more | {"num_layers": num_layers, "dim": dim}
 
 
-def _texts(made: dict, ids: list[str]):
-    """The texts of the ids, which are read after the vectors, when all ids are known."""
+def _texts(folder: str, made: dict) -> Iterator[str]:
+    """The texts of the embeddings; what cannot be read is refused at once, what has changed when it is read."""
     if made["input"] == STDIN:
         raise ValueError("with_texts: standard input cannot be read twice; pass --with_texts false")
     texts = read_texts(made["input"], made["text_column"], made["id_column"])
-
-    def each():
-        good = (item for item in texts if isinstance(item, Text))
-        for position, item in enumerate(good):
-            if position >= len(ids) or item.id != ids[position]:
-                raise ValueError(f"with_texts: {made['input']} has changed since it was encoded; encode it again")
-            yield item.text
-
-    return each()
+    return same_texts(Path(folder), (item for item in texts if isinstance(item, Text)))
 
 
 def _prefix(text: str) -> tuple[int, str]:

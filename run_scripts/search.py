@@ -5,6 +5,7 @@ Without a query, it asks for one after another, until `exit`, `quit` or the end 
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def load_model(engine: Engine, args: SearchArguments) -> TwoDMSEModel:
     model = models.load_encoder(name, trust_remote_code=args.trust_remote_code)
     for part, value in models.describe(model).items():
         if made.get(part, value) != value:
-            raise ValueError(f"model_name_or_path: the {part} are not those that made {engine.place}")
+            raise ValueError(f"model_name_or_path: {name} does not have the {part} that made {engine.place}")
     num_layers = made["num_layers"] if args.query_size is None else int(args.query_size.split("x")[0])
     if num_layers > model.num_layers:
         raise ValueError(f"query_size: {args.query_size} is not allowed; the model has {model.num_layers} layers")
@@ -145,10 +146,15 @@ def answer(engine: Engine, model: TwoDMSEModel, query: str, args: SearchArgument
     scores, ids = engine.search(vector[None], args.k, stages)
     lines = [f"{query}"]
     for place, (score, name, text) in enumerate(zip(scores[0], ids[0], engine.texts(ids[0]), strict=True), start=1):
-        lines.append(f"{place:>3}  {score:.4f}  {name}  {' '.join(text.split())[:_SHOWN]}")
+        lines.append(f"{place:>3}  {score:.4f}  {_plain(name)}  {' '.join(_plain(text).split())[:_SHOWN]}")
     names = stages if len(stages) == len(engine.seconds) else [",".join(map(str, stages))]
     taken = [f"{name} {1000 * seconds:.2f} ms" for name, seconds in zip(names, engine.seconds, strict=True)]
     return "\n".join([*lines, f"     encoding {1000 * encoded:.1f} ms, {', '.join(taken)}\n"])
+
+
+def _plain(text: object) -> str:
+    """A text without characters that control a terminal, for example line breaks and colours."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text))
 
 
 if __name__ == "__main__":

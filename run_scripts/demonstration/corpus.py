@@ -18,6 +18,8 @@ PYTHON_QUERIES = (
 )
 # Words of a docstring that are read, at least and at most; of a text that are its title; of an example query.
 _FEWEST, _READ, _TITLE, _QUERY = 8, 60, 6, 10
+# Characters of a title or example query, for languages that are written without spaces.
+_LONGEST = 80
 _Item = TypeVar("_Item")
 
 
@@ -75,4 +77,4 @@ def _usable(texts: Iterable):
 
 
 def _first(text: str, words: int) -> str:
-    return " ".join(text.split()[:words])
+    return " ".join(text.split()[:words])[:_LONGEST]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -35,6 +36,11 @@ class EngineArguments:
     def has_server(self) -> bool:
         """Whether an index is named by a collection or table instead of a folder."""
         return self.engine == "pgvector" or bool(self.engine_url)
+
+    def flags(self) -> str:
+        """What a command for the same index needs, as it is typed."""
+        given = [(name, value) for name, value in vars(self).items() if value != getattr(EngineArguments, name)]
+        return "".join(f" --{name} {shlex.quote(value)}" for name, value in given)
 
     def check(self) -> None:
         """ValueError for flags that do not go together; needs no client."""

@@ -1,5 +1,6 @@
 """Every engine finds what FunnelIndex finds, completes what a kill has left, and takes ids and names as they are."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -171,6 +172,7 @@ def test_wrong_vectors_ids_texts_and_stages_are_named(place):
         (lambda e: e.add(blocks(), iter(TEXTS[:-1])), "texts: "),
         (lambda e: e.add(blocks(), iter([*TEXTS, "more"])), "texts: "),
         (lambda e: e.add([(IDS[:5], VECTORS[:6])]), "ids: 5 are given for 6 vectors"),
+        (lambda e: e.add([([*IDS[:4], 5], VECTORS[:5])]), "ids: .*; use texts"),
     ):
         engine = place()
         engine.create(LAYOUT, overwrite=place.engine != "local")
@@ -190,6 +192,40 @@ def test_wrong_vectors_ids_texts_and_stages_are_named(place):
                 engine.search(QUERIES, k, stages)
     with pytest.raises(ValueError, match="queries: the vector in row 0 is not finite"):
         engine.search(np.full((1, WIDTH), np.nan), 1)
+    with pytest.raises(ValueError, match="queries: there are none; give at least one"):
+        engine.search(QUERIES[:0], 1)
+
+
+def test_prefixes_of_zeros_have_the_similarity_zero(place):
+    vectors = VECTORS.copy()
+    vectors[3, :8] = 0
+    engine = place()
+    engine.create(LAYOUT)
+    engine.add(blocks(vectors))
+    scores, ids = engine.search(vectors[:1], COUNT, [(8, COUNT)])
+    assert scores[0, ids[0].tolist().index(IDS[3])] == 0
+    assert scores[0].tolist() == sorted(scores[0], reverse=True)
+
+
+def test_a_prefix_that_is_named_twice_is_stored_once(place, exact):
+    engine = place()
+    engine.create(Layout(WIDTH, (*PREFIXES, PREFIXES[0]), (), MODEL))
+    engine.add(blocks(), iter(TEXTS))
+    assert_whole(engine, exact)
+
+
+def test_what_others_add_to_a_point_is_kept_when_it_changes(tmp_path):
+    pytest.importorskip("qdrant_client", reason="the extra qdrant is not installed")
+    engine = open_engine("qdrant", str(tmp_path / "index"))
+    engine.create(LAYOUT)
+    engine.add(blocks(), iter(TEXTS))
+    engine._connected.set_payload("index", {"year": 2025}, points=engine._models.Filter())
+    assert engine.add(blocks(VECTORS[::-1]), iter(TEXTS)) == COUNT
+    points, _ = engine._connected.scroll("index", limit=COUNT)
+    assert {point.payload["year"] for point in points} == {2025}
+    assert engine.add(blocks()) == COUNT
+    assert engine.texts(IDS[:1]) == [""]
+    engine.close()
 
 
 # PostgreSQL only
@@ -219,6 +255,33 @@ def test_ids_and_names_cannot_inject(database):
                 call()
         engine.close()
         connection.execute("DROP TABLE victim")
+
+
+def test_what_postgresql_cannot_store_is_named(database):
+    engine = open_engine("pgvector", "nul", database)
+    engine.create(LAYOUT)
+    with pytest.raises(ValueError, match="texts: 'd8' or its text has a NUL character, which PostgreSQL refuses"):
+        engine.add(blocks(), iter([*TEXTS[:8], "a\0b", *TEXTS[9:]]))
+    engine.drop()
+    engine.close()
+
+
+def test_a_database_of_another_encoding_takes_what_it_can(database):
+    import psycopg
+
+    with psycopg.connect(database, autocommit=True) as connection:
+        for encoding in ("SQL_ASCII", "LATIN1"):
+            connection.execute(f"CREATE DATABASE {encoding} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+    engine = open_engine("pgvector", "Ü 字", database.replace("/postgres?", "/sql_ascii?"))
+    engine.create(LAYOUT)
+    assert engine.add(blocks(), iter(TEXTS)) == COUNT
+    assert engine.texts(HOSTILE) == TEXTS[: len(HOSTILE)]
+    engine.close()
+    engine = open_engine("pgvector", "Ü", database.replace("/postgres?", "/latin1?"))
+    engine.create(LAYOUT)
+    with pytest.raises(ValueError, match=r'engine: table Ü: .* has no equivalent in encoding "LATIN1"'):
+        engine.add(blocks(), iter(TEXTS))
+    engine.close()
 
 
 def test_columns_precisions_and_graphs(database):
@@ -292,6 +355,7 @@ def embeddings(tmp_path) -> Path:
     texts = list(read_texts(str(tmp_path / "texts.txt"), "text", None))
     settings = {"model_name_or_path": "a/model", "weights": 1, "max_length": 8, "input": str(tmp_path / "texts.txt")}
     settings |= {"text_column": "text", "id_column": None, "format": "npy", "precision": "float32", "sizes": ["2x32"]}
+    settings["prompt"] = ""
     rows = iter(np.split(VECTORS, [50, 100]))
     folder = tmp_path / "embeddings"
     finish(folder, settings, encode_shards(texts, lambda batch: {"2x32": next(rows)}, folder, ["2x32"], 50, "npy"))
@@ -306,7 +370,15 @@ def test_build_index_adds_once_and_hides_the_password(embeddings, database, monk
     flags += ["--engine_url_env", "MY_DATABASE"]
     for new in (COUNT, 0):
         build_index.main([*flags, "--collection", "pages"])
-        assert f"{COUNT} vectors of 32 dimensions in pages, {new} of them new" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f"{COUNT} vectors of 32 dimensions in pages, {new} of them new" in out
+        assert out.endswith('search.py pages "your question" --engine pgvector --engine_url_env MY_DATABASE\n')
+    summary = json.loads((embeddings / "embeddings.json").read_text())
+    (embeddings / "embeddings.json").write_text(json.dumps(summary | {"prompt": "query: "}))
+    with pytest.raises(SystemExit, match="2"):
+        build_index.main([*flags, "--collection", "pages"])
+    assert "pages was built with another model or size (its prompt differ)" in capsys.readouterr().err
+    (embeddings / "embeddings.json").write_text(json.dumps(summary))
     url = "postgresql://someone:sword@fish@127.0.0.1:1/database"
     for name, value, words, message in (
         ("MY_DATABASE", url, ["--collection", "pages"], "engine_url_env: PostgreSQL cannot be reached: "),

@@ -196,12 +196,29 @@ def test_wrong_vectors_leave_nothing_behind(tmp_path):
         ({"embeddings": iter([vectors(9), vectors(9, width=40)])}, r"a shape of \(9, 40\) is not allowed"),
         ({"embeddings": iter([])}, "embeddings: there are no vectors"),
         ({"embeddings": vectors(5), "ids": ["a"]}, "ids: 1 are given for 5 vectors"),
-        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: one of them appears twice"),
+        ({"embeddings": vectors(2), "ids": ["a", "a"]}, "ids: 'a' appears twice; ids must be distinct"),
         ({"embeddings": vectors(5), "prefixes": [64]}, "prefixes: 64 is not allowed"),
         ({"embeddings": vectors(5), "prefixes": [(8, "int4")]}, "prefixes: 'int4' is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
             FunnelIndex.build(path=tmp_path / "index", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_appeared_during_a_build_is_not_replaced(tmp_path):
+    path = tmp_path / "index"
+
+    def blocks():
+        yield vectors(5)
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+
+    for overwrite, message in ((False, "exists; name another folder"), (True, "is not an index, so it is not overwr")):
+        with pytest.raises(ValueError, match=message):
+            FunnelIndex.build(blocks(), path, overwrite=overwrite)
+        assert (path / "mine.txt").read_text() == "mine"
+        (path / "mine.txt").unlink()
+        path.rmdir()
     assert list(tmp_path.iterdir()) == []
 
 

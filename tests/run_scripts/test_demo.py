@@ -140,6 +140,9 @@ def test_documents_of_a_file_and_of_python(texts, tmp_path):
     with pytest.raises(ValueError, match="corpus_file: line 2: "):
         corpus.file_documents(str(tmp_path / "bad.jsonl"), "text", None, 7)
     assert len(corpus.file_documents(str(tmp_path / "bad.jsonl"), "text", None, 1)) == 1
+    (tmp_path / "long.txt").write_text("\u5b57" * 300)
+    (document,) = corpus.file_documents(str(tmp_path / "long.txt"), "text", None, 7)
+    assert [len(document.title), *map(len, corpus.example_queries([document], "long.txt"))] == [80, 80]
 
 
 def test_docstrings_of_the_standard_library(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_parts_with_other_settings_are_refused_even_if_they_start_at_once(tmp_pa
         write(path, content)
 
     monkeypatch.setattr(shards, "_write_first", write_after_another)
-    with pytest.raises(ValueError, match="has embeddings made with model another, not m"):
+    with pytest.raises(ValueError, match="has embeddings made with model 'another', not 'm'"):
         check_settings(tmp_path / "out", SETTINGS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
 

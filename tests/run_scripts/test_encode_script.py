@@ -152,7 +152,7 @@ def test_wrong_input_ends_in_one_line(start, capsys):
     (start / "mine").mkdir()
     (start / "mine" / "thesis.txt").write_text("years")
     for more, message in (
-        (["--precision", "int8"], "has embeddings made with precision float32, not int8; choose another folder"),
+        (["--precision", "int8"], "has embeddings made with precision 'float32', not 'int8'; choose another folder"),
         (["--precision", "int4"], "precision: 'int4' is unknown"),
         (["--format", "csv"], "format: 'csv' is unknown; choose one of npy, parquet"),
         (["--on_error", "cry"], "on_error: 'cry' is unknown; choose one of stop, skip"),

@@ -87,6 +87,18 @@ def test_a_word_ends_the_interactive_mode(encoded, capsys, monkeypatch, word):
     assert word not in out
 
 
+def test_each_result_is_a_line_without_control_characters(encoded, capsys):
+    row = json.dumps({"_id": "a\nb", "text": "\x1b[31mred\r\x9b2J text"})
+    (encoded / "docs" / "corpus.jsonl").write_text(row)
+    flags = ["--model_name_or_path", str(encoded / "model"), "--input", str(encoded / "docs")]
+    encode.main([*flags, "--output_dir", str(encoded / "odd")])
+    build_index.main(["--embeddings", str(encoded / "odd"), "--output_dir", str(encoded / "odd-index")])
+    capsys.readouterr()
+    search.main([str(encoded / "odd-index"), "a question"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  1")]
+    assert line.split(maxsplit=2)[2] == "a b  [31mred 2J text"
+
+
 def test_wrong_input_ends_in_one_line(encoded, capsys):
     index = str(encoded / "index")
 
@@ -115,8 +127,10 @@ def test_wrong_input_ends_in_one_line(encoded, capsys):
     other.tokenizer.save_pretrained(encoded / "other")
     other.save_pretrained(encoded / "other")
     changed = [index, "a", "--model_name_or_path", str(encoded / "other")]
-    fails(search.main, changed, "the weights are not those that")
+    fails(search.main, changed, "does not have the weights that made")
     lines = (encoded / "docs" / "corpus.jsonl").read_text().splitlines()
-    (encoded / "docs" / "corpus.jsonl").write_text("\n".join(lines[1:]))
-    fails(build_index.main, [*base, "--overwrite"], "has changed since it was encoded; encode it again")
+    changes = (lines[1:], [*lines[:-1], lines[-1].replace('"}', ' more"}')], [*lines, lines[0]])
+    for changed in changes:
+        (encoded / "docs" / "corpus.jsonl").write_text("\n".join(changed))
+        fails(build_index.main, [*base, "--overwrite"], "has changed since it was encoded; encode it again")
     assert len(FunnelIndex.open(index)) == 20
