@@ -47,7 +47,10 @@ class Rows:
 
     @classmethod
     def of_batch(cls, batch: dict, guide: torch.Tensor | None = None) -> "Rows":
-        """The roles of the rows of a batch of `PairCollator`, whose fields are removed from it."""
+        """The roles of the rows of a batch of `PairCollator`, whose fields are removed from it; ValueError for a batch
+        of another collator."""
+        if "counts" not in batch:
+            raise ValueError("data_collator: its batches have no counts; leave it out, or use that of trainer.data")
         names = ("scores", "teacher_scores", "owners")
         found = {name: batch.pop(name) for name in names if name in batch}
         return cls(tuple(batch.pop("counts")), unlabeled=batch.pop("unlabeled", 0), guide=guide, **found)
