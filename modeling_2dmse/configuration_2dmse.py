@@ -17,7 +17,6 @@ if int(transformers.__version__.partition(".")[0]) < 5:  # before a name is impo
 from transformers import AutoConfig, PreTrainedConfig
 
 POOLING_MODES = ("mean", "cls", "lasttoken", "weightedmean")
-# Those that take every token, which gates may weigh.
 # Those whose mean a gate can weigh; the others take one token.
 WEIGHED_POOLING_MODES = ("mean", "weightedmean")
 SIMILARITIES = ("cosine", "dot")
@@ -41,11 +40,12 @@ class Size(NamedTuple):
         return f"{self.num_layers}x{self.dim}"
 
 
-def parse_size(text: str | Size | tuple[int, int] | list[int]) -> Size:
+def parse_size(text: str | Size | tuple[int, int] | list[int], argument: str = "sizes") -> Size:
     """Read one size.
 
     Args:
         text: a size as text, or a pair (num_layers, dim).
+        argument: the name that the error gives to it.
 
     Raises:
         ValueError: the text is not a size.
@@ -58,20 +58,20 @@ def parse_size(text: str | Size | tuple[int, int] | list[int]) -> Size:
     match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", str(text).strip())
     if not match:
         raise ValueError(
-            f"sizes: {str(text)!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
+            f"{argument}: {str(text)!r} is not a size; write LAYERSxDIM with whole numbers from 1, for example 6x128"
         )
     return Size(int(match[1]), int(match[2]))
 
 
 def parse_ladder(
-    sizes: Iterable[str | Size | tuple[int, int] | list[int]],
+    sizes: str | Iterable[str | Size | tuple[int, int] | list[int]],
     num_layers: int | None = None,
     hidden_size: int | None = None,
 ) -> list[Size]:
     """Read a ladder, and check it against a backbone if one is given.
 
     Args:
-        sizes: in any order.
+        sizes: in any order, or one size.
         num_layers: layers of the backbone.
         hidden_size: dimensions of the backbone.
 
@@ -84,7 +84,7 @@ def parse_ladder(
     >>> [str(size) for size in parse_ladder(["2x64", "1x32"])]
     ['1x32', '2x64']
     """
-    ladder = [parse_size(size) for size in sizes]
+    ladder = [parse_size(size) for size in ([sizes] if isinstance(sizes, str) else sizes)]
     if not ladder:
         raise ValueError("sizes: the ladder is empty; name at least one size, for example 6x128")
     twice = sorted({str(size) for size in ladder if ladder.count(size) > 1})
@@ -109,7 +109,7 @@ def one_size(
     if size is not None:
         if (num_layers, dim, truncate_dim) != (None, None, None):
             raise ValueError(f"size: {size} sets layers and dimensions; leave out num_layers, dim and truncate_dim")
-        return parse_size(size)
+        return parse_size(size, "size")
     if truncate_dim is not None:
         if dim not in (None, truncate_dim):
             raise ValueError(f"truncate_dim: {truncate_dim} differs from dim, {dim}; give one of the two")

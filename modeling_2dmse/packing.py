@@ -264,7 +264,12 @@ def find_packing(backbone: PreTrainedModel) -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile runs parts of a model. These would be compiled again for each row of other texts."""
-    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in model.modules())
+    return any(
+        part._compiled_call_impl is not None
+        or hasattr(part, "_orig_mod")
+        or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable")  # only the forward was compiled
+        for part in model.modules()
+    )
 
 
 def packed_inputs(backbone: nn.Module, packing: Packing) -> dict:

@@ -16,8 +16,6 @@ from trainer.arguments import TwoDMSETrainingArguments
 from trainer.pseudo_pairs import FEWEST
 from trainer.shared.headings import check_encoding
 
-EFFORTS = ("fit", "short", "full")
-
 
 @dataclass
 class EncoderArguments:
@@ -112,7 +110,7 @@ def with_recipe(argv: list[str] | None) -> list[str]:
         name, _, value = flag.partition("=")
         if name == "--effort":
             effort = value or (argv[place + 1] if place + 1 < len(argv) else "")
-    if not argv or effort not in EFFORTS:
+    if not argv or effort not in checks.EFFORTS:
         return argv  # the parser or `check` says what is wrong
     return [str(cli.RECIPES / f"elasticize-{effort}.yaml"), *argv]
 
@@ -126,7 +124,7 @@ def check(model_args: EncoderArguments, data_args: CorpusArguments) -> None:
     files = [] if corpus is None else [corpus, os.path.join(corpus, "corpus.jsonl")]
     for path in filter(os.path.isfile, files):
         check_encoding(path, "corpus_file")
-    checks.check_choice("effort", data_args.effort, EFFORTS)
+    checks.check_choice("effort", data_args.effort, checks.EFFORTS)
     for name, lowest in (("max_documents", FEWEST), ("num_pairs", 1), ("held_out", 0)):
         checks.check_at_least(name, getattr(data_args, name), lowest)
     checks.check_beir_dirs("beir_dirs", data_args.beir_dirs or [], "test")

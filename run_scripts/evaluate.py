@@ -116,6 +116,8 @@ def check(args: EvaluationArguments) -> None:
         raise ValueError("update_card: only the scores of --mteb_tasks are put into a card; name some")
     if args.update_card and not os.path.isfile(os.path.join(args.model_name_or_path, "README.md")):
         raise ValueError(f"update_card: {args.model_name_or_path} is not a folder with a README.md")
+    if args.pooling is not None:
+        checks.check_choice("pooling", args.pooling, checks.POOLINGS)
     for name in ("batch_size", "max_length", "max_query_length"):
         checks.check_at_least(name, getattr(args, name), 1)
     checks.check_no_results(args.output_dir, args.overwrite)

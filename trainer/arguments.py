@@ -5,18 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .losses import LOSSES, SCALES
-from .shared.arguments import BATCH_SAMPLERS, MIXINGS, BestKeepingTrainingArguments
+from .choices import CHOICES, LOSSES, OBJECTIVES, find_unknown
+from .losses import SCALES
+from .shared.arguments import BestKeepingTrainingArguments
 from .shared.limits import COUNT, POSITIVE, WEIGHT, Range, find_problems, training_problems
-
-# The keys of objectives.OBJECTIVES, stated here because arguments are read before the modeling code is loaded.
-OBJECTIVES = ("2dmse", "starbucks", "matryoshka", "separate", "espresso")
-ALIGNMENTS = ("none", "feature_kl", "score_kl", "query_kl")
-FEATURE_KL_FORMS = ("raw", "raw_detached", "normalized", "normalized_detached")
-TEACHERS = ("largest", "start", "embeddings")
-# modeling_2dmse.configuration_2dmse.SIMILARITIES.
-SIMILARITIES = ("cosine", "dot")
-
 
 _RANGES = {
     **dict.fromkeys(("alignment_weight", "cross_size_weight", "embedding_weight", "unlabeled_weight"), WEIGHT),
@@ -192,20 +184,8 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
 
     def check(self) -> None:
         """ValueError for values that are not allowed: those of the constructor, and those of a trial of a search."""
-        problems = [
-            f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}"
-            for name, value, allowed in (
-                ("objective", self.objective, OBJECTIVES),
-                ("alignment", self.alignment or "none", ALIGNMENTS),
-                ("feature_kl_form", self.feature_kl_form, FEATURE_KL_FORMS),
-                ("teacher", self.teacher, TEACHERS),
-                ("loss", self.loss or "infonce", LOSSES),
-                ("similarity", self.similarity or "cosine", SIMILARITIES),
-                ("batch_sampler", self.batch_sampler, BATCH_SAMPLERS),
-                ("mixing", self.mixing, MIXINGS),
-            )
-            if value not in allowed
-        ]
+        unset = {"alignment": "none", "loss": "infonce", "similarity": "cosine"}
+        problems = find_unknown({name: getattr(self, name) or unset.get(name) for name in CHOICES})
         problems += find_problems(self, _RANGES)
         problems += [problem for problem in training_problems(self) if problem.split(":")[0] not in _RANGES]
         if not 0 <= self.initial_share <= 1:

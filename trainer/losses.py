@@ -11,6 +11,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
+from .choices import TEACHER_LOSSES
+
 SCALE = 20.0
 # The scale that is used if none is given: dot products are larger than cosines.
 SCALES = {"cosine": SCALE, "dot": 1.0}
@@ -45,7 +47,10 @@ class Rows:
 
     @classmethod
     def of_batch(cls, batch: dict, guide: torch.Tensor | None = None) -> "Rows":
-        """The roles of the rows of a batch of `PairCollator`, whose fields are removed from it."""
+        """The roles of the rows of a batch of `PairCollator`, whose fields are removed from it; ValueError for a batch
+        of another collator."""
+        if "counts" not in batch:
+            raise ValueError("data_collator: its batches have no counts; leave it out, or use that of trainer.data")
         names = ("scores", "teacher_scores", "owners")
         found = {name: batch.pop(name) for name in names if name in batch}
         return cls(tuple(batch.pop("counts")), unlabeled=batch.pop("unlabeled", 0), guide=guide, **found)
@@ -253,18 +258,14 @@ def _rank_loss(similarity: torch.Tensor, scores: torch.Tensor, scale: float) -> 
     return torch.logsumexp(torch.cat((difference.new_zeros(1), difference)), dim=0)
 
 
-PAIR_LOSSES = ("infonce",)
-# For rows with the scores of a teacher.
-TEACHER_LOSSES = ("distill_kl", "margin_mse")
 SCORE_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"cosent": cosent, "angle": angle, "cosine_mse": cosine_mse}
-LOSSES = (*PAIR_LOSSES, *TEACHER_LOSSES, *SCORE_LOSSES)
 
 
 def base_loss(name: str, embeddings: torch.Tensor, rows: Rows, scale: float = SCALE) -> torch.Tensor:
     """The loss of one size, loss(n, d).
 
     Args:
-        name: one of `LOSSES`.
+        name: one of `choices.LOSSES`.
         embeddings: (rows, dim) of that size.
         rows: the roles of the rows.
         scale: the factor of the similarities; `cosine_mse` has none.

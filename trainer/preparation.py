@@ -14,6 +14,7 @@ from modeling_2dmse.configuration_2dmse import default_ladder
 from modeling_2dmse.packing import is_compiled
 
 from .arguments import TwoDMSETrainingArguments
+from .choices import PAIR_LOSSES, TEACHER_LOSSES
 from .data import (
     TEACHER_SCORE,
     UNLABELED,
@@ -26,7 +27,7 @@ from .data import (
     text_columns,
 )
 from .guide import GuidedCollator, guide_collator
-from .losses import PAIR_LOSSES, SCORE_LOSSES, TEACHER_LOSSES
+from .losses import SCORE_LOSSES
 from .objectives import Objective
 from .shared.mixin import check_at_hand
 from .shared.sampling import BlockSampler

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from modeling_2dmse.packing import to_device
 
-from .losses import ABSENT, SCALE, TEACHER_LOSSES, Rows, teacher_loss
+from .choices import TEACHER_LOSSES
+from .losses import ABSENT, SCALE, Rows, teacher_loss
 
 
 def to_embeddings(states: torch.Tensor, dims: Sequence[int], similarity: str) -> torch.Tensor:
@@ -41,7 +42,7 @@ def base_loss(
     """(S,), the base loss of each size.
 
     Args:
-        name: one of `losses.LOSSES`.
+        name: one of `choices.LOSSES`.
         embeddings: (S, rows, largest dim), of `to_embeddings`.
         dims: the dim of each size.
         rows: the roles of the rows.

@@ -17,7 +17,8 @@ from modeling_2dmse.packing import to_device
 
 from . import stacked
 from .alignment import embedding_distance, feature_kl, pca_distance, query_kl, score_kl
-from .losses import LOSSES, SCALE, Rows, base_loss
+from .choices import LOSSES
+from .losses import SCALE, Rows, base_loss
 from .objectives import Alignment, Plan
 
 # Numbers in the matrices of similarities of all sizes up to which the sizes of a step are computed at once.

@@ -33,8 +33,8 @@ def main() -> None:
     """Run the script that the first argument names with the rest of the arguments."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: twodmse COMMAND [--help] [--flag value ...]\n")
-        print("\n".join(f"  {command:<16} {what}" for command, what in COMMANDS.items()))
+        lines = [f"  {command:<16} {what}" for command, what in COMMANDS.items()]
+        print("\n".join(["usage: twodmse COMMAND [--help] [--flag value ...]", "", *lines]))
         return
     if name in ("-V", "--version"):
         print(f"twodmse {__version__}")

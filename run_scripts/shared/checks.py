@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from run_scripts.shared.model_folder import PACKAGED, check_on_hub, read_shape
 from trainer.shared.headings import check_format, check_heading
 
-# modeling_2dmse.formats.PRECISIONS, modeling_2dmse.export.DTYPES and modeling_franca.rasa.METHODS.
+# modeling_2dmse.formats.PRECISIONS, modeling_2dmse.export.DTYPES, modeling_franca.rasa.METHODS and
+# modeling_2dmse.configuration_2dmse.POOLING_MODES.
 PRECISIONS = ("float32", "float16", "int8", "binary")
 EXPORT_DTYPES = {"transformers": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
 RASA_METHODS = ("gradient", "ridge", "covariance")
+POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
+# Of elasticize.py.
+EFFORTS = ("fit", "short", "full")
 
 
 def check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

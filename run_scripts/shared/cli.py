@@ -209,6 +209,8 @@ def user_errors():
     """For the checks before the work starts: wrong input ends the program with one line instead of a traceback."""
     try:
         yield
+    except BrokenPipeError:  # see `interrupts`
+        raise
     except (ValueError, OSError) as error:
         fail(error)
 

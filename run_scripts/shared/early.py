@@ -9,10 +9,14 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from transformers.hf_argparser import string_to_bool
+
 from run_scripts.shared import checks, cli
+from trainer.choices import CHOICES, find_unknown
 from trainer.shared.headings import check_heading, read_names
 from trainer.shared.roles import check_names, parse_role
 
@@ -26,6 +30,12 @@ TRAININGS = {
     "pretrain": "smae",
     "pretrain_franca": "franca",
     "train_m3": "m3",
+}
+
+_VALUES: dict[str, tuple[Callable[[str], object], str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (string_to_bool, "true or false"),
 }
 
 
@@ -62,18 +72,18 @@ def find_options(names: Collection[str]) -> list[str]:
 
 
 def refuse_kinds(kinds: Mapping[str, str], values: Mapping[str, Sequence[str]]) -> None:
-    """ValueError for a flag without a value, and for a number that is none."""
+    """ValueError for a flag without a value, and for a number or a truth value that is none."""
     for name, given in values.items():
         first, *others = kinds.get(name, "bool").split(" | ")
         if not given and "bool" not in (first, *others) and name != "resume_from_checkpoint":
             raise ValueError(f"{name}: a value is missing after --{name}")
-        number, what = {"int": (int, "a whole number"), "float": (float, "a number")}.get(first, (str, ""))
+        number, what = _VALUES.get(first, (str, ""))
         if others not in ([], ["None"]):
             continue
         for value in given:
             try:
                 number(value)
-            except ValueError:
+            except (ValueError, ArgumentTypeError):
                 raise ValueError(f"{name}: {value!r} is not {what}") from None
 
 
@@ -106,11 +116,19 @@ def refuse_values(script: str, values: Mapping[str, Sequence[str]]) -> None:
     if script == "finetune":
         for names in filter(None, tables):
             check_names(names, columns, "train_file")
+    if TRAININGS[script] == ".":
+        unknown = find_unknown({name: values[name][-1] for name in CHOICES if values.get(name)})
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        for word in values.get("effort", ()):
+            checks.check_choice("effort", word, checks.EFFORTS)
     for path in values.get("output_dir", ()):
         checks.check_no_file(path)
     models = {name: paths[-1] for name, paths in values.items() if name.endswith("model_name_or_path") and paths}
     if TRAININGS[script] in (".", "smae"):  # sizes of a classifier may be dimensions
         checks.check_sizes(values.get("sizes", ()), model=models.get("model_name_or_path"))
+        for word in values.get("pooling", ()):
+            checks.check_choice("pooling", word, checks.POOLINGS)
     for name, path in models.items():
         checks.check_model(path, name)
 

@@ -139,12 +139,12 @@ def training_run(
             raise
         fail(error)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_after_interrupt(run)) from error
+        raise type(error)(_after_interrupt(run)) from error
     run.end()
 
 
 def _after_interrupt(run: TrainingRun | None) -> str:
-    """What Ctrl-C has left, if it did not come during the training steps, which end with a checkpoint."""
+    """What Ctrl-C or SIGTERM has left, if it did not come during the training steps, which end with a checkpoint."""
     return "nothing was written" if run is None or run.trainer is None else run.way_on()
 
 

@@ -16,6 +16,7 @@ def test_malformed_sizes(text):
 
 def test_ladders():
     assert parse_ladder(["4x32", "1x8"]) == [Size(1, 8), Size(4, 32)]
+    assert parse_ladder("4x32") == [Size(4, 32)]
     with pytest.raises(ValueError, match="the ladder is empty"):
         parse_ladder([])
     with pytest.raises(ValueError, match="1x8 appears more than once"):

@@ -86,7 +86,7 @@ def test_the_size_of_a_load_by_its_names(tiny_model, tmp_path):
             assert (small.num_layers, small.config.dim) == (2, 8)
             assert np.allclose(small.encode(SENTENCES), model.encode(SENTENCES, 2, 8), atol=1e-6)
         for given, message in (
-            ({"size": "2by8"}, "is not a size"),
+            ({"size": "2by8"}, "^size: '2by8' is not a size"),
             ({"size": "9x8"}, "num_layers: 9 is not allowed; this model has 1 to 4"),
             ({"truncate_dim": 64}, "dim: 64 is not allowed; this model has 1 to 32"),
             ({"num_layers": True}, "num_layers: True is not allowed"),

@@ -173,13 +173,16 @@ def test_compiled_parts(folder):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 15), reason="torch.compile needs an older Python")
-@pytest.mark.parametrize("part", ["model", "layers"])
+@pytest.mark.parametrize("part", ["model", "layers", "forward"])
 def test_a_compiled_model_encodes_texts_of_several_lengths(part, folder):
     model = TwoDMSEModel.from_pretrained(folder)
-    for module in [model] if part == "model" else model.backbone.encoder.layer:
-        module.compile(backend="eager", dynamic=True)
-    assert_equal(model, folder)
-    assert_equal(model.train(), folder)
+    if part == "forward":
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    else:
+        for module in [model] if part == "model" else model.backbone.encoder.layer:
+            module.compile(backend="eager", dynamic=True)
+        assert_equal(model.train(), folder)
+    assert_equal(model.eval(), folder)
     assert model.packs, "it would run packed rows if it were not compiled"
 
 

@@ -138,7 +138,7 @@ def test_quick_checks_come_before_training_arguments_are_made():
 
 
 def test_the_names_that_arguments_state_are_those_of_the_objectives():
-    assert tuple(trainer.objectives.OBJECTIVES) == trainer.arguments.OBJECTIVES
+    assert tuple(trainer.objectives.OBJECTIVES) == trainer.choices.OBJECTIVES
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from modeling_2dmse import export, parse_ladder, parse_size
+from modeling_2dmse.configuration_2dmse import POOLING_MODES
 from modeling_2dmse.formats import PRECISIONS
 from modeling_franca import rasa
 from retrieval.planning import BYTES
@@ -64,6 +65,11 @@ WRONG = {
     ),
     "encode: cluster": ("encode", [*MODEL, *OUT, "--input", "x", "--ray_address", "a:1"], "ray_address: only --engine"),
     "evaluate: file": ("evaluate", [*MODEL, *OUT, "--sts_files", "x.csv"], "sts_files: x.csv is not a file"),
+    "evaluate: pooling": (
+        "evaluate",
+        [*MODEL, *OUT, "--sts_files", "x", "--pooling", "max"],
+        "pooling: 'max' is unknown",
+    ),
     "evaluate: folder": ("evaluate", [*MODEL, *OUT, "--beir_dirs", "x"], "x/corpus.jsonl is missing"),
     "evaluate: sizes": (
         "evaluate",
@@ -207,6 +213,7 @@ def test_training_scripts_load_no_more_than_their_flags_need(name):
             ["--leerning_rate", "1"],
             "flags: --leerning_rate is unknown; did you mean --learn",
         ),
+        (["-m", "twodmse", "elasticize"], ["--effort", "medium"], "effort: 'medium' is unknown; choose one of fit"),
         (["-m", "twodmse", "pretrain"], ["--sizes", "2x"], "sizes: '2x' is not a size; write LAYERSxDIM"),
     ],
 )
@@ -243,6 +250,10 @@ def test_training_scripts_refuse_a_typo_before_torch_is_imported(start, flag, me
         ),
         "no value": (["--sizes"], "sizes: a value is missing after --sizes"),
         "no number": (["--max_steps", "1.5"], "max_steps: '1.5' is not a whole number"),
+        "no truth": (["--bf16", "maybe"], "bf16: 'maybe' is not true or false"),
+        "objective": (["--objective", "foo"], "objective: 'foo' is unknown; choose one of 2dmse, starbucks"),
+        "loss": (["--loss=foo"], "loss: 'foo' is unknown; choose one of infonce, distill_kl"),
+        "pooling": (["--pooling", "max"], "pooling: 'max' is unknown; choose one of mean, cls, lasttoken"),
         "no float": (["--learning-rate=1e-5x"], "learning_rate: '1e-5x' is not a number"),
         "names": (
             ["--train_file", "free.jsonl"],
@@ -340,6 +351,8 @@ def test_choices_are_those_of_the_libraries():
     assert checks.EXPORT_DTYPES == export.DTYPES
     assert tuple(checks.EXPORT_DTYPES) == export.FORMATS
     assert checks.RASA_METHODS == rasa.METHODS
+    assert checks.POOLINGS == POOLING_MODES
+    assert {f"elasticize-{effort}.yaml" for effort in checks.EFFORTS} <= {path.name for path in cli.RECIPES.iterdir()}
     assert tuple(FORMATS) == headings.SUFFIXES
     assert list(registry.MEASURES) == list(benchmark.BENCHMARKS)
 

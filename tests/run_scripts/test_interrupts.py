@@ -1,4 +1,4 @@
-"""Ctrl-C ends every script in one line and exit code 130, keeps earlier outputs, and the run can be repeated."""
+"""Ctrl-C and SIGTERM end every script in one line, keep earlier outputs, and the run can be repeated."""
 
 import signal
 import subprocess
@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from retrieval import FunnelIndex
 from run_scripts import evaluate, finetune, mine_negatives
+from run_scripts.shared import interrupts
 from run_scripts.training import finetuning
 from trainer import evaluation
 
@@ -45,6 +46,36 @@ def test_ctrl_c_is_not_lost_in_a_callback():
     assert done.stderr == "encode.py: stopped by Ctrl-C\n"
 
 
+def test_sigterm_ends_with_one_line_too():
+    kill = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60); print('went on')"
+    done = interrupted(f"import os, signal, time; {kill}")
+    # A shell shows 143 for a process that SIGTERM has ended.
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+    assert done.stderr == "encode.py: stopped by SIGTERM\n"
+    # Pools end their workers so.
+    forked = f"import os, signal, time\nif not os.fork(): {kill}\nprint(os.wait()[1])"
+    done = interrupted(forked)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(signal.SIGTERM)}\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_without_a_line(unbuffered):
+    code = "import run_scripts.shared\nfrom run_scripts.shared import cli\nwith cli.user_errors(): input(), print('a')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=cpu_environment(ROOT, PYTHONUNBUFFERED=unbuffered),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    # As of any command before `| head`.
+    assert (process.stderr.read(), process.wait()) == ("", -signal.SIGPIPE)
+
+
 def test_every_script_ends_so():
     assert len(SCRIPTS) > 15
     assert [path.name for path in SCRIPTS if "\nfrom run_scripts.shared" not in path.read_text()] == []
@@ -64,11 +95,16 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_a_training_that_has_not_begun_writes_nothing(start, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, interrupts.Terminated])
+def test_a_training_that_has_not_begun_writes_nothing(error, start, monkeypatch):
+    def stop(*args):
+        raise error
+
     monkeypatch.setattr(finetuning, "make_trainer", stop)
     flags = ["--model_name_or_path", str(start / "model"), "--train_file", str(start / "pairs.csv"), "--report_to"]
-    with pytest.raises(KeyboardInterrupt, match="nothing was written"):
+    with pytest.raises(KeyboardInterrupt, match="nothing was written") as stopped:
         finetune.main([*flags, "none", "--output_dir", str(start / "out"), "--use_cpu", "true", "--bf16", "false"])
+    assert type(stopped.value) is error
     assert not (start / "out").exists()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_2dmse.configuration_2dmse import SIMILARITIES
-from trainer import arguments, objectives
+from trainer import choices, losses, objectives
 from trainer.arguments import TwoDMSETrainingArguments
 from trainer.franca.trainer import FrancaTrainingArguments
 from trainer.m3.trainer import M3TrainingArguments
@@ -75,7 +75,8 @@ def test_bf16_by_default_is_said_once_when_training_starts(tmp_path, monkeypatch
 
 def test_the_names_in_the_arguments_are_those_of_the_implementations():
     """They are stated separately, so that arguments can be read without the modeling code."""
-    assert tuple(objectives.OBJECTIVES) == arguments.OBJECTIVES
-    assert arguments.SIMILARITIES == SIMILARITIES
-    assert set(objectives.DEFAULT_ALIGNMENT) <= set(arguments.OBJECTIVES)
-    assert set(objectives.DEFAULT_ALIGNMENT.values()) <= set(arguments.ALIGNMENTS)
+    assert tuple(objectives.OBJECTIVES) == choices.OBJECTIVES
+    assert choices.SIMILARITIES == SIMILARITIES
+    assert tuple(losses.SCORE_LOSSES) == choices.LOSSES[-len(losses.SCORE_LOSSES) :]
+    assert set(objectives.DEFAULT_ALIGNMENT) <= set(choices.OBJECTIVES)
+    assert set(objectives.DEFAULT_ALIGNMENT.values()) <= set(choices.ALIGNMENTS)

@@ -23,6 +23,11 @@ def cosine(x, y) -> float:
 SCORES = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.0], dtype=torch.float64)
 
 
+def test_a_batch_of_another_collator_is_refused():
+    with pytest.raises(ValueError, match="data_collator: its batches have no counts; leave it out"):
+        Rows.of_batch({"input_ids": torch.zeros(2, 3)})
+
+
 def test_infonce_with_hard_negatives():
     a, p, n = vectors(5, 6, 0), vectors(5, 6, 1), vectors(5, 6, 2)
     expected = 0.0

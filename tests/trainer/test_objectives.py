@@ -10,7 +10,7 @@ import torch
 from modeling_2dmse import Size, parse_ladder
 from trainer import step_loss
 from trainer.alignment import pca_distance, score_kl
-from trainer.arguments import FEATURE_KL_FORMS
+from trainer.choices import FEATURE_KL_FORMS
 from trainer.losses import Rows, base_loss
 from trainer.objectives import OBJECTIVES, Alignment, Objective, Term, geometric_dims
 from trainer.step_loss import plan_loss

@@ -16,9 +16,6 @@ from .limits import training_problems
 
 logger = logging.get_logger(__name__)
 
-# What shared.sampling can do.
-BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
-MIXINGS = ("proportional", "round_robin")
 # Reporters that transformers does not look for among the installed libraries.
 _UNCHECKED = ("flyte",)
 

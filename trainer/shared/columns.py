@@ -51,7 +51,7 @@ def _without_lists(table: Dataset) -> Dataset:
     # Polars writes large lists.
     kinds = {name: type(feature) for name, feature in table.features.items() if name != "score"}
     lists = [name for name, kind in kinds.items() if issubclass(kind, (List, LargeList))]
-    if not lists:
+    if not lists or "positive" not in table.column_names:
         return table
     most = max((len(row["negative"] or []) for row in table), default=0) if "negative" in lists else 0
     numbered = (f"negative_{n}" for n in itertools.count(1))

@@ -76,6 +76,7 @@ def test_roles_by_hand():
         ({"query": ["a"], "answer": ["b"]}, ["query:first"], "columns: 'query:first' is not NAME:ROLE"),
         ({"query": ["a"], "answer": ["b"]}, ["title:anchor"], "train_file has no column title, only query, answer"),
         ({"query": ["a"], "answer": ["b"]}, ["query:anchor", "answer:anchor"], "two columns are given as anchor"),
+        ({"query": ["a"], "pos": [["b"]], "score": [0.5]}, None, "column sentence2 holds lists, not texts"),
         ({"text1": ["a"] * 3, "text2": ["b"] * 3, "label": [0, 1, 2]}, None, "label has three classes"),
     ],
 )

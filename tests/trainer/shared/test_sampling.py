@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trainer.shared.arguments import BATCH_SAMPLERS
+from trainer.choices import BATCH_SAMPLERS
 from trainer.shared.sampling import BlockSampler, ResumableOrderMixin
 
 
