@@ -77,7 +77,7 @@ class Work:
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
-        self.gates, args.exit_gates = args.exit_gates, False  # gates come last, in `fit` or `finish`
+        self.gates, args.exit_gates = args.exit_gates, False  # they are not left to the trainer, which adds them last
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
@@ -135,9 +135,10 @@ class Work:
                 self._fill_targets(self.encoder, name)
             else:
                 states = self._fit_to_teacher(self.teacher)
-            if not self.pairs:
+            if self.gates or not self.pairs:
                 options = {"gates": self.gates, "seed": self.args.seed, "states": states[:-1]}
                 refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, **options)
+            if not self.pairs:
                 dims = dims_of_last_exit(self.encoder, self.ladder)
                 rotate_last_exit(self.encoder, states[-1], states[-1], dims, seed=self.args.seed)
 
