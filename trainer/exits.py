@@ -32,9 +32,11 @@ def refine_exits(
 ) -> None:
     """Train the projections of exits, and their gates together with them.
 
+    Gates are trained on the first texts only. If there are more, projections are trained once more, on all of them.
+
     Args:
         encoder: the model with exit projections, which is changed in place.
-        texts: as for `refine_exit_projections`; with gates in random order, and the first ones are used.
+        texts: as for `refine_exit_projections`; with gates in random order.
         targets: (len(texts), any dim), the embeddings whose similarities the sizes learn.
         sizes: the sizes to train.
         gates: whether a model that has no gates gets them.
@@ -45,9 +47,11 @@ def refine_exits(
     """
     if gates or encoder.exit_gates is not None:
         longest = encode.get("max_length")
-        fit_exit_gates(encoder, texts, targets, sizes, seed=seed, max_length=longest, layers=layers)
-    else:
-        refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=layers, **encode)
+        used = fit_exit_gates(encoder, texts, targets, sizes, seed=seed, max_length=longest, layers=layers)
+        if used == len(texts):
+            return
+        states = None  # they were those without these gates
+    refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=layers, **encode)
 
 
 def refine_trained(

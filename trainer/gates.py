@@ -52,7 +52,7 @@ def fit_exit_gates(
     seed: int = 0,
     max_length: int | None = None,
     layers: Sequence[int] | None = None,
-) -> None:
+) -> int:
     """Train the gate and the projection of each exit, so that similarities at its sizes are those of the targets.
 
     A gate says how much each token of a text counts at its exit (`ExitGate`). It is trained together with a matrix
@@ -72,6 +72,9 @@ def fit_exit_gates(
         layers: the exits to train, by default all but the last. Only those that `sizes` name and that pool all tokens
             are trained.
 
+    Returns:
+        how many texts were used; 0 if there is no exit to train.
+
     Raises:
         ValueError: the model has no exit projections, its exits are offloaded, or there are not as many targets as
             texts.
@@ -88,12 +91,13 @@ def fit_exit_gates(
     named = sorted({size.num_layers for size in sizes}.intersection(exits))
     layers = [n for n in named if encoder.config.pooling_of(n) in WEIGHED_POOLING_MODES]
     if not layers:
-        return
+        return 0
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     scales, batches = _token_states(encoder, texts, wanted, layers, max_length)
     for place, n in enumerate(layers):
         dims = sorted({size.dim for size in sizes if size.num_layers == n})
         _train(encoder, n, place, scales[place], dims, batches, steps, torch.Generator().manual_seed(seed))
+    return sum(len(batch.targets) for batch in batches)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Gates of exits: fitted alone, trained with the rest, and left alone where the full size ends."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import LADDER, SENTENCES
@@ -7,7 +9,7 @@ from datasets import Dataset
 
 from modeling_2dmse import TwoDMSEModel, parse_ladder
 from modeling_2dmse.encoding import to_embeddings
-from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, fit_exit_gates, fit_exit_projections, gates
+from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, exits, fit_exit_gates, fit_exit_projections, gates
 from trainer.alignment import query_kl
 from trainer.averaging import initial_shares
 from trainer.exits import keep_last_gate
@@ -178,6 +180,19 @@ def test_gates_come_after_training_and_change_no_layer_and_no_similarity_of_the_
     torch.testing.assert_close(found @ found.T, wanted @ wanted.T)
     for size in parse_ladder(LADDER)[:2]:
         assert distance(gated, wanted, size) < distance(plain, wanted, size)
+
+
+@pytest.mark.parametrize("most", [60, 250_000])
+def test_projections_are_refined_on_the_texts_that_gates_were_not_trained_on(most, tiny_model, monkeypatch):
+    model, refined = tiny_model(), []
+    fit_exit_projections(model, TEXTS)
+    targets = torch.from_numpy(model.encode(TEXTS))
+    monkeypatch.setattr(gates, "_TOKENS", most)
+    monkeypatch.setattr(exits, "fit_exit_gates", partial(fit_exit_gates, steps=2))
+    monkeypatch.setattr(exits, "refine_exit_projections", lambda *a, **b: refined.append((a[1], b["states"])))
+    exits.refine_exits(model, TEXTS, targets, SIZES, gates=True, states=torch.zeros(3, len(TEXTS), 32))
+    assert not model.exit_gates[0].is_neutral
+    assert refined == ([(TEXTS, None)] if most == 60 else []), "on all texts, whose states the gates have changed"
 
 
 def test_gates_that_a_model_has_are_trained_with_the_rest(tiny_model, tmp_path):
