@@ -295,7 +295,7 @@ CASES = {
     **{f"index: flipped {name}": bad_index("checksum", flip(name)) for name in ("vectors.f32", "ids", "graph.faiss")},
     "index: gone": bad_index("vectors.f32 is missing", gone("vectors.f32")),
     "index: model": bad_index("name", put("index.json", "model", "name", value=3)),
-    "index: another pooling": bad_index("the pooling are not", put("index.json", "model", "pooling", value="cls")),
+    "index: another pooling": bad_index("not have the pooling", put("index.json", "model", "pooling", value="cls")),
     "embeddings: empty npy": bad_embeddings("00000.npy", text("4x32/00000.npy", "")),
     "embeddings: cut npy": bad_embeddings("00001.npy", cut("4x32/00001.npy")),
     "embeddings: flipped npy": bad_embeddings("00001.npy", flip("4x32/00001.npy", 0.9)),

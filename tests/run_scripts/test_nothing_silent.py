@@ -92,7 +92,7 @@ def test_encode_refuses_what_another_model_has_made(start, capsys, monkeypatch):
     config, tokens = start / "model" / "config.json", start / "model" / "tokenizer.json"
     good = json.loads(config.read_text()), tokens.read_text()
     for change, message in (
-        ({"pooling": "cls"}, "made with pooling mean, not cls"),
+        ({"pooling": "cls"}, "made with pooling 'mean', not 'cls'"),
         ({"backbone_config": good[0]["backbone_config"] | {"hidden_act": "relu"}}, "made with config "),
         ({"prompts": {"q": "ask "}, "default_prompt_name": "q"}, "made with prompt , not ask"),
     ):
