@@ -158,7 +158,8 @@ def test_lora_checkpoints_resume_and_export_merged(files, tmp_path):
     assert abs(expected - untrained).max() > 1e-3
 
 
-def test_lora_with_projections_keeps_them_in_its_checkpoints(files, tmp_path):
+@pytest.mark.parametrize("gates", ["false", "true"])
+def test_lora_with_projections_and_gates_keeps_them_in_its_checkpoints(gates, files, tmp_path, few_refining_steps):
     settings = {
         "--lora_r": ["2"],
         "--max_eval_samples": ["0"],
@@ -166,9 +167,11 @@ def test_lora_with_projections_keeps_them_in_its_checkpoints(files, tmp_path):
         "--save_strategy": ["steps"],
     }
     settings |= {"--save_steps": ["2"], "--max_steps": ["4"], "--exit_projections": ["true"]}
+    settings |= {"--exit_gates": [gates]}
     finetune.main(flags(files | settings))
     whole, last = TwoDMSEModel.from_pretrained(tmp_path / "out"), tmp_path / "out" / "checkpoint-4"
     assert whole.config.exit_projections
+    assert (whole.exit_gates is not None and not whole.exit_gates[0].is_neutral) == (gates == "true")
     again = models.load_encoder(str(last))
     for n, d in ((1, 8), (4, 32)):
         assert again.encode(SENTENCES, n, d) == pytest.approx(whole.encode(SENTENCES, n, d), abs=1e-6)
