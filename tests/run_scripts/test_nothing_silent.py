@@ -94,7 +94,7 @@ def test_encode_refuses_what_another_model_has_made(start, capsys, monkeypatch):
     for change, message in (
         ({"pooling": "cls"}, "made with pooling 'mean', not 'cls'"),
         ({"backbone_config": good[0]["backbone_config"] | {"hidden_act": "relu"}}, "made with config "),
-        ({"prompts": {"q": "ask "}, "default_prompt_name": "q"}, "made with prompt , not ask"),
+        ({"prompts": {"q": "ask "}, "default_prompt_name": "q"}, "made with prompt '', not 'ask '"),
     ):
         config.write_text(json.dumps(good[0] | change))
         refused(encode.main, encode_flags(start), message, capsys)
