@@ -1,4 +1,4 @@
-"""What is done to the exits of a model after it is trained, or instead."""
+"""What is done to the exits of a model alone, before or after its layers are trained."""
 
 from collections.abc import Sequence
 from typing import Any, cast
