@@ -203,6 +203,15 @@ def test_gates_that_a_model_has_are_trained_with_the_rest(tiny_model, tmp_path):
         False, False, True, True]  # fmt: skip
 
 
+def test_gates_in_chunks_are_trained_as_in_one_batch(tiny_model, tmp_path):
+    models = [fitted(tiny_model, steps=2)[0] for _ in range(2)]
+    for model, chunk in zip(models, (None, 3), strict=True):
+        trainer_of(model, tmp_path, gradient_cache_chunk_size=chunk, dropout=False).train()
+    for size in parse_ladder(LADDER):
+        one, other = (torch.from_numpy(model.encode(TEXTS, *size)) for model in models)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
 def test_batches_of_long_texts_have_fewer_tokens(tiny_model, monkeypatch):
     monkeypatch.setattr(gates, "_BATCH_TOKENS", 60)
     model = tiny_model()
