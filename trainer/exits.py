@@ -66,23 +66,25 @@ def refine_trained(
     """Refine the exits of a trained model below its last one, towards its own full size and its teacher.
 
     The mean similarity of both is a better target than that of either (docs/lab-notes.md). The last exit is rotated
-    towards its own full size, so that it can be cut to the dims of the other sizes.
+    towards its own full size, so that it can be cut to the dims of the other sizes. Gates that the layers were trained
+    with stay as they are: on the texts that are refined on, other gates are better, but not on others.
 
     Args:
         encoder: the trained model with exit projections, which is changed in place.
         texts: some thousands of different texts of the kind that will be embedded; with gates in random order.
         sizes: the sizes to train.
         teacher: (len(texts), any dim), embeddings of the teacher; None for none.
-        gates: whether exits that have no gate get one.
+        gates: whether a model that has no gates gets them.
         seed: seed of the batches.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
     """
-    gated = gates or encoder.exit_gates is not None
-    layers = sorted({size.num_layers for size in sizes if not gated} | {encoder.num_layers})
+    adds_gates = gates and encoder.exit_gates is None
+    layers = sorted({size.num_layers for size in sizes if not adds_gates} | {encoder.num_layers})
     *below, last = encoder.encode_states(list(texts), layers, **encode)
     targets = join_targets([last] if teacher is None else [last, teacher], encoder.config.similarity)
-    if gated or below:
-        states = torch.stack(below) if below else None
-        exits = None if gated else layers[:-1]
-        refine_exits(encoder, texts, targets, sizes, gates, seed=seed, layers=exits, states=states, **encode)
+    if adds_gates:
+        refine_exits(encoder, texts, targets, sizes, gates, seed=seed, **encode)
+    elif below:
+        states, exits = torch.stack(below), layers[:-1]
+        refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=exits)
     rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)

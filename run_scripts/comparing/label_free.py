@@ -20,7 +20,6 @@ from run_scripts.comparing.fitting import fit_principal_components
 from run_scripts.shared import checks, cli, models, output
 from run_scripts.training import elasticizing
 from trainer import TwoDMSETrainer
-from trainer.exits import refine_exits
 from trainer.refining import refine_exit_projections
 from trainer.shared.inference import evaluation_mode
 
@@ -144,9 +143,8 @@ class Baselines:
         trainer.train()
         with evaluation_mode(trainer.encoder):
             if size.num_layers < layers:
-                texts, last = work.fit_texts, [size.num_layers]
-                options = {"gates": work.gates, "seed": work.args.seed, "layers": last}
-                refine_exits(trainer.encoder, texts, work.fit_targets, [size], **options)
+                options = {"seed": work.args.seed, "layers": [size.num_layers]}
+                refine_exit_projections(trainer.encoder, work.fit_texts, work.fit_targets, [size], **options)
             return trainer.results(work.tasks, [size], max_length=None)
 
 

@@ -195,6 +195,16 @@ def test_projections_are_refined_on_the_texts_that_gates_were_not_trained_on(mos
     assert refined == ([(TEXTS, None)] if most == 60 else []), "on all texts, whose states the gates have changed"
 
 
+def test_gates_that_layers_were_trained_with_stay_as_they_are_when_exits_are_refined(tiny_model):
+    model, _ = fitted(tiny_model, steps=2)
+    full = torch.from_numpy(model.encode(TEXTS))
+    before = [gate.weight.detach().clone() for gate in model.exit_gates]
+    far = [distance(model, full, size) for size in SIZES[:3]]
+    exits.refine_trained(model, TEXTS, SIZES, gates=True)
+    assert all(torch.equal(gate.weight, old) for gate, old in zip(model.exit_gates, before, strict=True))
+    assert all(distance(model, full, size) < old for size, old in zip(SIZES, far, strict=False))
+
+
 def test_gates_that_a_model_has_are_trained_with_the_rest(tiny_model, tmp_path):
     model, _ = fitted(tiny_model, steps=2)
     before = [gate.weight.detach().clone() for gate in model.exit_gates]
