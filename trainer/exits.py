@@ -67,7 +67,7 @@ def refine_trained(
 
     The mean similarity of both is a better target than that of either (docs/lab-notes.md). The last exit is rotated
     towards its own full size, so that it can be cut to the dims of the other sizes. Gates that the layers were trained
-    with stay as they are: on the texts that are refined on, other gates are better, but not on others.
+    with stay as they are: trained once more here, they find less (docs/lab-notes.md).
 
     Args:
         encoder: the trained model with exit projections, which is changed in place.
