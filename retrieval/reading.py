@@ -24,6 +24,8 @@ NO_IDS = ""
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 # csv refuses longer fields unless it is told a limit; a text may be as long as it is.
 _FIELD_LIMIT = 2**31 - 1
+# What a cell of a tsv file that has tabs and line breaks is: hardly ever one that somebody has written.
+_JOINED = "a quotation mark that opens a cell joins it with an earlier line; write such a mark twice, in quotation marks"
 # Half of a pair in JSON, or a byte of a table that is not UTF-8. No text in UTF-8 has one.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -197,6 +199,8 @@ def _table(file: BinaryIO, delimiter: str, text_column: str, id_column: str | No
                 continue
             if isinstance(values, Malformed):
                 yield values
+            elif delimiter == "\t" and any("\t" in value and "\n" in value for value in values):
+                yield Malformed(reader.line_num, _JOINED)
             elif len(values) != len(names):
                 yield Malformed(reader.line_num, f"it does not have {len(names)} columns")
             else:

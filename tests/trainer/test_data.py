@@ -73,6 +73,7 @@ def test_parquet_gz(tmp_path):
         ("t.csv", "anchor,positive\n", "has no rows"),
         ("t.txt", "a", "unknown format; use one of .csv, .tsv"),
         ("t.csv", "anchor,negative\na,b\n", r"accepted sets: \(anchor, positive\[, negative"),
+        ("t.tsv", 'anchor\tpositive\na\t"No\nb\tYes"\nc\td\n', "line 3 of .* is joined with an earlier one by a quot"),
         ("t.csv", "anchor,extra\na,b\n", "the columns .anchor, extra. are not one of"),
         ("t.csv", "sentence1,sentence2\na,b\n", "are not one of the accepted sets"),
         ("t.csv", "anchor,positive\na,\nb,c\n", "column positive holds an empty text in row 1"),

@@ -128,8 +128,8 @@ def read_reason(error: Exception) -> str:
 def check_csv(path: str, suffix: str, argument: str) -> None:
     """ValueError for what pandas would read in another way than it is meant, in a csv or tsv file.
 
-    It renames the second of two columns of one name, joins lines if a quotation mark is not closed, and moves the
-    columns if rows are longer than the heading.
+    It renames the second of two columns of one name, joins lines if a quotation mark opens a cell and is not closed
+    there, and moves the columns if rows are longer than the heading.
     """
     if suffix not in (".csv", ".tsv"):
         return
@@ -140,7 +140,12 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
             lines = io.TextIOWrapper(cast(IO[bytes], file), encoding="utf-8-sig", newline="")
             rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
             names = next(rows, [])
-            longer = next((rows.line_num for row in rows if len(row) > len(names)), None)
+            longer = joined = 0
+            for row in rows:
+                if len(row) > len(names):
+                    longer = longer or rows.line_num
+                if suffix == ".tsv" and any("\t" in cell and "\n" in cell for cell in row):
+                    joined = joined or rows.line_num
     except csv.Error as error:
         raise ValueError(f"{argument}: line {rows.line_num} of {path} is not {suffix[1:]}: {error}") from error
     except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
@@ -150,9 +155,14 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
     twice = next((name for name in names if name.strip() and names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{argument}: {path} has the column {twice} twice; name each column once")
-    if longer is not None:
+    if longer:
         columns = "one column" if len(names) == 1 else f"{len(names)} columns"
         raise ValueError(f"{argument}: line {longer} of {path} has more than the {columns} of the first line")
+    if joined:
+        raise ValueError(
+            f"{argument}: line {joined} of {path} is joined with an earlier one by a quotation mark that opens a cell; "
+            "write such a mark twice, in quotation marks"
+        )
 
 
 def is_saved(path: str) -> bool:
