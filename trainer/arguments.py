@@ -88,7 +88,12 @@ class TwoDMSETrainingArguments(BestKeepingTrainingArguments):
     initial_share: float = field(
         default=0.0,
         metadata={"help": "After training, average with the initial weights (WiSE-FT): their share, 0 to 1, in the "
-                  "last layer; 0 in the first."},
+                  "last layer."},
+    )  # fmt: skip
+    initial_share_by_layer: str = field(
+        default="linear",
+        metadata={"help": "The share in the other layers: linear, rising from 0 in the first, or step, 0 up to the "
+                  "smallest size's last layer and all of it above."},
     )  # fmt: skip
     exit_projections: bool = field(
         default=False,

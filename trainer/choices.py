@@ -16,6 +16,8 @@ TEACHER_LOSSES = ("distill_kl", "margin_mse")
 LOSSES = (*PAIR_LOSSES, *TEACHER_LOSSES, "cosent", "angle", "cosine_mse")
 # modeling_2dmse.configuration_2dmse.SIMILARITIES.
 SIMILARITIES = ("cosine", "dot")
+# How the share of the initial weights differs between layers (averaging.py).
+INITIAL_SHARES = ("linear", "step")
 # What shared.sampling can do.
 BATCH_SAMPLERS = ("random", "no_duplicates", "group_by_length")
 MIXINGS = ("proportional", "round_robin")
@@ -28,6 +30,7 @@ CHOICES = {
     "teacher": TEACHERS,
     "loss": LOSSES,
     "similarity": SIMILARITIES,
+    "initial_share_by_layer": INITIAL_SHARES,
     "batch_sampler": BATCH_SAMPLERS,
     "mixing": MIXINGS,
 }

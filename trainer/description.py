@@ -38,6 +38,7 @@ def describe_run(trainer: TwoDMSETrainer) -> dict[str, object]:
             ("exit gates", trainer.encoder.exit_gates is not None, False),
             ("refined projections", args.refine_projections, False),
             ("initial share", args.initial_share, 0),
+            ("initial share by layer", args.initial_share_by_layer, "linear"),
             ("similarity", config.similarity, "cosine"),
             ("query prompt", config.prompts.get("query", ""), ""),
             ("document prompt", config.prompts.get("document", ""), ""),

@@ -236,7 +236,7 @@ class TwoDMSETrainer(SearchMixin, ScoringMixin, CheckpointMixin, PartLogMixin, A
         output = super().train(*args, **kwargs)
         fitted, initial = self._fitted, self._initial
         if initial is not None:
-            average_with_initial(self.encoder, initial, self.args.initial_share)
+            average_with_initial(self.encoder, initial, self.args.initial_share, self.args.initial_share_by_layer)
         if self.args.refine_projections or self._adds_gates:
             self._refine_on_training_texts()
         others = set(range(1, self.encoder.num_layers + 1)).difference(self.training_objective.exits)

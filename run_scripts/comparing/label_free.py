@@ -118,19 +118,19 @@ class Baselines:
     def _separate(self, start: str, size: Size) -> dict:
         """The start, cut to a size, trained on the same pairs for the same steps, all of them at this size.
 
-        Its teacher, its refining and the share of the start in each layer are those of elasticize.py. The full size is
-        not refined.
+        Its teacher and its refining are those of elasticize.py; the full size is not refined. Below the full size, the
+        weights are not averaged with the start, because there is no larger size to keep.
         """
         work = self.work
         full = models.load_encoder(start)
         layers = full.num_layers
-        share = work.args.initial_share * (size.num_layers - 1) / max(1, layers - 1)
         args = dataclasses.replace(
             work.args,
             objective="separate",
             sizes=[str(size)],
             shallow_steps=0.0,
-            initial_share=share,
+            initial_share=work.args.initial_share if size.num_layers == layers else 0.0,
+            initial_share_by_layer="linear",
             save_strategy="no",
             output_dir=os.path.join(str(work.args.output_dir), str(size)),
         )

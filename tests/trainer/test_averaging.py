@@ -21,25 +21,32 @@ def train(model, folder, **kwargs) -> TwoDMSETrainer:
     return trainer
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
-def test_each_layer_keeps_its_share_of_the_initial_weights(family, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "by_layer", "shares"),
+    [
+        ("bert", "linear", [0.0, 0.2, 0.4, 0.6]),
+        ("modernbert", "linear", [0.0, 0.2, 0.4, 0.6]),
+        ("qwen3", "step", [0.0, 0.6, 0.6, 0.6]),
+    ],
+)
+def test_each_layer_keeps_its_share_of_the_initial_weights(family, by_layer, shares, tiny_model, tmp_path):
     start = {name: value.clone() for name, value in tiny_model(family).state_dict().items()}
     plain, averaged = tiny_model(family), tiny_model(family)
     train(plain, tmp_path / "plain")
-    trainer = train(averaged, tmp_path / "averaged", initial_share=0.6)
+    trainer = train(averaged, tmp_path / "averaged", initial_share=0.6, initial_share_by_layer=by_layer)
     stack, norm, moved = plain.config.layer_stack, plain.config.final_norm, set()
     for name, value in averaged.named_parameters():
         share = 0.0
         for index in range(4):
             if f".{stack}.{index}." in name:
-                share = 0.6 * index / 3
+                share = shares[index]
         if norm and f".{norm}." in name:
             share = 0.6
         trained = dict(plain.named_parameters())[name]
         torch.testing.assert_close(value, share * start[name] + (1 - share) * trained, atol=1e-7, rtol=1e-5)
         if share and not torch.equal(trained, start[name]):
             moved.add(share)
-    assert moved == {0.6 / 3, 0.6 * 2 / 3, 0.6}, "the comparison must not be empty"
+    assert moved == {share for share in shares if share}, "the comparison must not be empty"
     assert trainer.describe()["initial share"] == 0.6
 
 
@@ -50,8 +57,17 @@ def test_a_share_of_1_keeps_the_initial_last_layer(tiny_model, tmp_path):
     torch.testing.assert_close(model.backbone.encoder.layer[3].output.dense.weight, before)
 
 
-def test_a_model_of_one_layer_is_not_averaged(tiny_model):
-    assert set(initial_shares(tiny_model().truncate(1), 0.5).values()) == {0.0}
+@pytest.mark.parametrize("by_layer", ["linear", "step"])
+def test_a_model_of_one_layer_is_not_averaged(by_layer, tiny_model):
+    assert set(initial_shares(tiny_model().truncate(1), 0.5, by_layer).values()) == {0.0}
+
+
+def test_a_step_leaves_all_layers_of_the_smallest_size_as_trained(tiny_model):
+    model = tiny_model()
+    model.config.set_ladder(["2x16", "4x32"])
+    shares = initial_shares(model, 0.5, "step")
+    by_layer = {int(name.split(".")[3]): share for name, share in shares.items() if ".layer." in name}
+    assert by_layer == {0: 0.0, 1: 0.0, 2: 0.5, 3: 0.5}
 
 
 def test_averages_that_are_not_possible_are_refused(tiny_model, tmp_path):
