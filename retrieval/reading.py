@@ -25,7 +25,7 @@ _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 # csv refuses longer fields unless it is told a limit; a text may be as long as it is.
 _FIELD_LIMIT = 2**31 - 1
 # What a cell of a tsv file that has tabs and line breaks is: hardly ever one that somebody has written.
-_JOINED = "a quotation mark that opens a cell joins it with an earlier line; write such a mark twice, in quotation marks"
+_JOINED = "a quotation mark that opens a cell joins it with an earlier line; write such a mark twice, in quotes"
 # Half of a pair in JSON, or a byte of a table that is not UTF-8. No text in UTF-8 has one.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

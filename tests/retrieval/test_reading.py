@@ -98,7 +98,9 @@ def test_malformed_lines_are_named(tmp_path):
 def test_quotation_marks_that_join_lines_of_a_tsv_are_named(tmp_path):
     (tmp_path / "a.tsv").write_text('id\ttext\n1\t"No\n2\tYes"\n3\tfine\n4\t"two\nlines"\n')
     first, *others = read_texts(str(tmp_path / "a.tsv"))
-    assert isinstance(first, Malformed) and first.line == 3 and "joins it with an earlier line" in first.reason
+    assert isinstance(first, Malformed)
+    assert first.line == 3
+    assert "joins it with an earlier line" in first.reason
     assert others == [Text("3", "fine"), Text("4", "two\nlines")]
     (tmp_path / "a.csv").write_text('id,text\n1,"two\n\tlines"\n')  # a tab is nothing special there
     assert list(read_texts(str(tmp_path / "a.csv"))) == [Text("1", "two\n\tlines")]

@@ -161,7 +161,7 @@ def check_csv(path: str, suffix: str, argument: str) -> None:
     if joined:
         raise ValueError(
             f"{argument}: line {joined} of {path} is joined with an earlier one by a quotation mark that opens a cell; "
-            "write such a mark twice, in quotation marks"
+            "write such a mark twice, in quotes"
         )
 
 
