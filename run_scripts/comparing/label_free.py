@@ -130,7 +130,7 @@ class Baselines:
             sizes=[str(size)],
             shallow_steps=0.0,
             initial_share=work.args.initial_share if size.num_layers == layers else 0.0,
-            initial_share_by_layer="linear",
+            initial_share_by_layer="linear",  # a step at the only size would leave every layer as trained
             save_strategy="no",
             output_dir=os.path.join(str(work.args.output_dir), str(size)),
         )
