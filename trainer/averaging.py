@@ -17,13 +17,14 @@ def initial_shares(model: TwoDMSEModel, last: float, by_layer: str = "linear") -
     """The share of the initial weights in the average of each parameter.
 
     The projection and the gate of an exit have the share of its layer, the embeddings have 0, and the final norm after
-    the last layer has that of the last layer. In a model of one layer, every share is 0.
+    the last layer has that of the last layer.
 
     Args:
         model: the model.
         last: the share in the last layer, from 0 to 1.
-        by_layer: `linear`: it rises linearly from 0 in the first layer to `last`. `step`: it is 0 up to the last layer
-            of the ladder's smallest size, and `last` above it.
+        by_layer: `linear`: it rises linearly from 0 in the first layer to `last`, and is 0 in a model of one layer.
+            `step`: it is 0 up to the last layer of the ladder's smallest size and `last` above it. If all sizes have
+            all layers, it is `last` in each of them.
 
     Returns:
         the share of each parameter, by name.
@@ -31,7 +32,8 @@ def initial_shares(model: TwoDMSEModel, last: float, by_layer: str = "linear") -
     count = model.num_layers
     if by_layer == "step":
         smallest = min(model.config.ladder).num_layers
-        by_index = [0.0 if index < smallest else last for index in range(count)]
+        kept = smallest if smallest < count else 0  # without shallow sizes no layer has to change a lot
+        by_index = [0.0 if index < kept else last for index in range(count)]
     else:
         by_index = [last * index / max(1, count - 1) for index in range(count)]
     stack, norm = f"backbone.{model.config.layer_stack}.", f"backbone.{model.config.final_norm}."

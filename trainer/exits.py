@@ -28,11 +28,13 @@ def refine_exits(
     seed: int = 0,
     layers: Sequence[int] | None = None,
     states: torch.Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] = (),
     **encode: Any,
 ) -> None:
     """Train the projections of exits, and their gates together with them.
 
-    Gates are trained on the first texts only. If there are more, projections are trained once more, on all of them.
+    Gates are trained on the first texts only, and not on pairs. If there are more texts, or pairs, projections are
+    trained once more, on all of them.
 
     Args:
         encoder: the model with exit projections, which is changed in place.
@@ -43,15 +45,17 @@ def refine_exits(
         seed: seed of the batches.
         layers: the exits to train, by default all but the last. Only those that `sizes` name are trained.
         states: as for `refine_exit_projections`, which saves computing them if there are no gates.
+        pairs: as for `refine_exit_projections`.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
     """
     if gates or encoder.exit_gates is not None:
         longest = encode.get("max_length")
         used = fit_exit_gates(encoder, texts, targets, sizes, seed=seed, max_length=longest, layers=layers)
-        if used == len(texts):
+        if used == len(texts) and not pairs:
             return
         states = None  # they were those without these gates
-    refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=layers, **encode)
+    options = {"seed": seed, "states": states, "layers": layers, "pairs": pairs}
+    refine_exit_projections(encoder, texts, targets, sizes, **options, **encode)
 
 
 def refine_trained(
@@ -61,6 +65,7 @@ def refine_trained(
     teacher: torch.Tensor | None = None,
     gates: bool = False,
     seed: int = 0,
+    pairs: Sequence[tuple[int, int]] = (),
     **encode: Any,
 ) -> None:
     """Refine the exits of a trained model below its last one, towards its own full size and its teacher.
@@ -76,6 +81,7 @@ def refine_trained(
         teacher: (len(texts), any dim), embeddings of the teacher; None for none.
         gates: whether a model that has no gates gets them.
         seed: seed of the batches.
+        pairs: as for `refine_exit_projections`.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
     """
     adds_gates = gates and encoder.exit_gates is None
@@ -83,8 +89,8 @@ def refine_trained(
     *below, last = encoder.encode_states(list(texts), layers, **encode)
     targets = join_targets([last] if teacher is None else [last, teacher], encoder.config.similarity)
     if adds_gates:
-        refine_exits(encoder, texts, targets, sizes, gates, seed=seed, **encode)
+        refine_exits(encoder, texts, targets, sizes, gates, seed=seed, pairs=pairs, **encode)
     elif below:
-        states, exits = torch.stack(below), layers[:-1]
-        refine_exit_projections(encoder, texts, targets, sizes, seed=seed, states=states, layers=exits)
+        options = {"seed": seed, "states": torch.stack(below), "layers": layers[:-1], "pairs": pairs}
+        refine_exit_projections(encoder, texts, targets, sizes, **options)
     rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)

@@ -94,19 +94,30 @@ def make_pairs(documents: Sequence[Document], count: int, seed: int, max_words: 
     Returns:
         (query, passage) pairs. Those of one document are as far apart as can be.
     """
+    return list(_draw_pairs(documents, count, seed, max_words))
+
+
+def make_queries(documents: Sequence[Document], count: int, seed: int, max_words: int) -> list[tuple[str, int]]:
+    """The queries of `make_pairs`, each with the place in `documents` of the one that it is made from."""
+    pairs = _draw_pairs(documents, count, seed, max_words)
+    return [(query, place) for (query, _), place in pairs.items()]
+
+
+def _draw_pairs(documents: Sequence[Document], count: int, seed: int, max_words: int) -> dict[tuple[str, str], int]:
+    """The place of the document of each pair."""
     rng = random.Random(seed)
-    pairs: dict[tuple[str, str], None] = {}
+    pairs: dict[tuple[str, str], int] = {}
     fruitless = 0
     while len(pairs) < count and fruitless < _FRUITLESS:
         before = len(pairs)
-        for document in rng.sample(documents, len(documents)):
-            pair = _pair(document, rng, max_words)
+        for place in rng.sample(range(len(documents)), len(documents)):
+            pair = _pair(documents[place], rng, max_words)
             if pair is not None:
-                pairs.setdefault(pair)
+                pairs.setdefault(pair, place)
             if len(pairs) == count:
                 break
         fruitless = fruitless + 1 if len(pairs) == before else 0
-    return list(pairs)
+    return pairs
 
 
 def _pair(document: Document, rng: random.Random, max_words: int) -> tuple[str, str] | None:

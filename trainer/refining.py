@@ -1,7 +1,7 @@
 """Training exit projections alone, on states that are computed once: seconds instead of minutes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.utils.parametrizations import orthogonal
@@ -16,6 +16,8 @@ from .projections import check_at_hand
 STEPS, RATE, SCALE = 300, 2e-3, 20.0
 # Texts of a step whose similarities are learned, and the most texts that they are compared with.
 QUERIES, _DOCUMENTS = 256, 4096
+# What InfoNCE of the queries counts beside the divergence (docs/lab-notes.md).
+_PAIR_WEIGHT = 0.3
 # The first share of the steps, in which the rate rises.
 _WARM_UP = 0.1
 
@@ -29,6 +31,7 @@ def refine_exit_projections(
     seed: int = 0,
     states: torch.Tensor | None = None,
     layers: Sequence[int] | None = None,
+    pairs: Sequence[tuple[int, int]] = (),
     **encode: Any,
 ) -> None:
     """Train the exit projections so that similarities at each size are those of the targets; nothing else changes.
@@ -40,6 +43,9 @@ def refine_exit_projections(
     include a text's near neighbors, which a batch rarely does. By default the exit of the last layer is left alone: it
     is the full size's.
 
+    With `pairs`, half of the texts that search are queries, only documents are searched, and a query also learns to
+    find its own document (InfoNCE over the same similarities, with a weight of 0.3).
+
     Args:
         encoder: the model with exit projections, which is changed in place.
         texts: some thousands of different texts of the kind that will be embedded.
@@ -49,6 +55,7 @@ def refine_exit_projections(
         seed: seed of the batches.
         states: (len(layers), len(texts), hidden), the states of the texts at these exits; computed by default.
         layers: the exits to refine, by default all but the last. Only those that `sizes` name are refined.
+        pairs: the places in `texts` of queries and of the document of each. All other texts are documents too.
         **encode: `max_length`, `batch_size` and `show_progress_bar` of `TwoDMSEModel.encode_states`.
 
     Raises:
@@ -71,7 +78,8 @@ def refine_exit_projections(
     similarity, device = encoder.config.similarity, encoder.input_device
     wanted = to_embeddings(targets, targets.shape[1], similarity).to(device)
     dims = [sorted({size.dim for size in sizes if size.num_layers == n}) for n in layers]
-    matrices = _train(states.to(device), wanted, dims, similarity, steps, torch.Generator().manual_seed(seed))
+    batches = _Batches(wanted, similarity, torch.Generator().manual_seed(seed), pairs)
+    matrices = _train(states.to(device), batches, dims, steps)
     projections = cast(list[ExitProjection], list(encoder.exit_projections))
     for n, matrix in zip(layers, matrices, strict=True):
         weight = projections[n - 1].weight
@@ -136,24 +144,15 @@ def rotate_last_exit(
     weight.data[:width] = turned.to(weight.dtype)
 
 
-def _train(
-    states: torch.Tensor,
-    targets: torch.Tensor,
-    dims: Sequence[Sequence[int]],
-    similarity: str,
-    steps: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
+def _train(states: torch.Tensor, batches: "_Batches", dims: Sequence[Sequence[int]], steps: int) -> torch.Tensor:
     """(L, hidden, hidden), float64: the matrices P of L exits, whose sizes have the `dims` of each.
 
     The exits do not depend on each other. They are trained on the same rows, whose targets are computed once.
 
     Args:
         states: (L, texts, hidden).
-        targets: (texts, any dim).
     """
     matrices = torch.eye(states.shape[-1], device=states.device).repeat(len(states), 1, 1).requires_grad_()
-    batches = _Batches(targets, similarity, generator)
 
     def outputs(rows: torch.Tensor) -> list[torch.Tensor]:
         exits = zip(states, matrices, dims, strict=True)
@@ -163,6 +162,20 @@ def _train(
     return matrices.detach().double()
 
 
+class _Drawn(NamedTuple):
+    """The texts of a step.
+
+    Attributes:
+        rows: (texts,), those that search, and then those that are found.
+        searching: how many of them search.
+        own: (queries,), the place among those that are found of the document of each of the first ones that search.
+    """
+
+    rows: torch.Tensor
+    searching: int
+    own: torch.Tensor
+
+
 class _Batches:
     """Texts of a step: some of them search, the others are found.
 
@@ -170,35 +183,73 @@ class _Batches:
         targets: (texts, any dim), of unit norm for `cosine`.
         similarity: `cosine` or `dot`.
         generator: draws the texts of each step.
+        pairs: the places of queries and of the document of each; none if all texts are alike.
     """
 
-    def __init__(self, targets: torch.Tensor, similarity: str, generator: torch.Generator):
+    def __init__(
+        self,
+        targets: torch.Tensor,
+        similarity: str,
+        generator: torch.Generator,
+        pairs: Sequence[tuple[int, int]] = (),
+    ):
         self.targets, self.similarity, self.generator = targets, similarity, generator
+        self.pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+        is_document = torch.ones(len(targets), dtype=torch.bool)
+        is_document[self.pairs[:, 0]] = False
+        self.documents = is_document.nonzero()[:, 0]
 
     def loss(
         self, outputs: Callable[[torch.Tensor], Sequence[torch.Tensor]], dims: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """The divergences of exits at the dims of each, on new rows; `outputs` gives what each exit puts out for the
         rows, (at most 4,352, any dim)."""
-        rows = torch.randperm(len(self.targets), generator=self.generator)[: QUERIES + _DOCUMENTS]
-        rows = rows.to(self.targets.device)
-        return divergence(outputs(rows), self.targets[rows], dims, self.similarity)
+        drawn = self._draw() if len(self.pairs) else self._draw_alike()
+        rows = drawn.rows.to(self.targets.device)
+        return divergence(outputs(rows), self.targets[rows], dims, self.similarity, drawn.searching, drawn.own)
+
+    def _draw_alike(self) -> _Drawn:
+        rows = self._shuffled(torch.arange(len(self.targets)))[: QUERIES + _DOCUMENTS]
+        return _Drawn(rows, min(QUERIES, len(rows) // 2), torch.empty(0, dtype=torch.long))
+
+    def _draw(self) -> _Drawn:
+        """Queries and documents that search documents, among which are those of the queries."""
+        documents = self._shuffled(self.documents)
+        half = min(QUERIES, len(documents)) // 2
+        searching, found = documents[:half], documents[half : half + _DOCUMENTS]
+        places = torch.full((len(self.targets),), -1)
+        places[found] = torch.arange(len(found))
+        pairs = self._shuffled(self.pairs[places[self.pairs[:, 1]] >= 0])[: QUERIES // 2]
+        return _Drawn(torch.cat([pairs[:, 0], searching, found]), len(pairs) + half, places[pairs[:, 1]])
+
+    def _shuffled(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[torch.randperm(len(rows), generator=self.generator)]
 
 
 def divergence(
-    outputs: Sequence[torch.Tensor], targets: torch.Tensor, dims: Sequence[Sequence[int]], similarity: str
+    outputs: Sequence[torch.Tensor],
+    targets: torch.Tensor,
+    dims: Sequence[Sequence[int]],
+    similarity: str,
+    searching: int | None = None,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum over exits and their dims of how far the similarities of the first rows to the others are from the
     targets', () with gradient.
 
     Args:
         outputs: what each exit puts out, (rows, any dim).
-        targets: (rows, any dim), of unit norm for `cosine`. The first `QUERIES` rows search, at most half of all.
+        targets: (rows, any dim), of unit norm for `cosine`.
         dims: of each exit.
         similarity: `cosine` or `dot`.
+        searching: how many of the first rows search, by default `QUERIES`, and at most half of all.
+        own: (queries,), the place among the others of the document of each of the first rows, which adds InfoNCE.
     """
-    queries, scale = min(QUERIES, len(targets) // 2), SCALE if similarity == "cosine" else 1.0
+    queries = min(QUERIES, len(targets) // 2) if searching is None else searching
+    scale = SCALE if similarity == "cosine" else 1.0
     wanted = (scale * targets[:queries] @ targets[queries:].T).softmax(dim=-1)
+    if own is not None and len(own):  # the mean over these rows, in a mean over all that search
+        wanted[torch.arange(len(own)), own.to(wanted.device)] += _PAIR_WEIGHT * queries / len(own)
     loss = torch.zeros((), device=targets.device)
     for output, widths in zip(outputs, dims, strict=True):
         for dim in widths:

@@ -110,8 +110,9 @@ class Baselines:
     def _refined(self) -> dict:
         work = self.work
         with evaluation_mode(work.encoder):
+            options = {"seed": work.args.seed, "pairs": work.fit_pairs}
             refine_exit_projections(
-                work.encoder, work.fit_texts, work.fit_targets, work.encoder.config.ladder, seed=work.args.seed
+                work.encoder, work.fit_texts, work.fit_targets, work.encoder.config.ladder, **options
             )
             return work.measure()
 
@@ -130,7 +131,7 @@ class Baselines:
             sizes=[str(size)],
             shallow_steps=0.0,
             initial_share=work.args.initial_share if size.num_layers == layers else 0.0,
-            initial_share_by_layer="linear",  # a step at the only size would leave every layer as trained
+            initial_share_by_layer="linear",  # a step would average every layer of the only size
             save_strategy="no",
             output_dir=os.path.join(str(work.args.output_dir), str(size)),
         )
@@ -143,7 +144,7 @@ class Baselines:
         trainer.train()
         with evaluation_mode(trainer.encoder):
             if size.num_layers < layers:
-                options = {"seed": work.args.seed, "layers": [size.num_layers]}
+                options = {"seed": work.args.seed, "layers": [size.num_layers], "pairs": work.fit_pairs}
                 refine_exit_projections(trainer.encoder, work.fit_texts, work.fit_targets, [size], **options)
             return trainer.results(work.tasks, [size], max_length=None)
 

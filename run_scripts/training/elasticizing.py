@@ -38,7 +38,7 @@ from trainer.model_card import measure_costs
 from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections, full_dim
-from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, normalize
+from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, make_queries, normalize
 from trainer.refining import dims_of_last_exit, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
@@ -97,6 +97,7 @@ class Work:
         self.trainer = TwoDMSETrainer(model=encoder, args=args, **training)
         self.ladder = self.trainer.ladder
         self.gates = self.gates and self.ladder[0].num_layers < encoder.num_layers
+        self._draw_fit_rows()
         self.before: dict = {}
         self.directions: torch.Tensor | None = None
         self.started = time.perf_counter()
@@ -137,7 +138,9 @@ class Work:
                 states = self._fit_to_teacher(self.teacher)
             if self.gates or not self.pairs:
                 options = {"gates": self.gates, "seed": self.args.seed, "states": states[:-1]}
-                refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, **options)
+                # What trains next has the pairs of its own.
+                pairs = [] if self.pairs else self.fit_pairs
+                refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, pairs=pairs, **options)
             if not self.pairs:
                 dims = dims_of_last_exit(self.encoder, self.ladder)
                 rotate_last_exit(self.encoder, states[-1], states[-1], dims, seed=self.args.seed)
@@ -177,14 +180,19 @@ class Work:
     def _document_prompt(self) -> str:
         return self.encoder.config.prompts.get("document", "")
 
-    def texts_to_fit(self, model: TwoDMSEModel | None = None) -> list[str]:
-        """Whole documents, as they will be embedded, and texts as short as queries, with the prompts of the encoder or
-        of another model."""
-        rng = random.Random(self.args.seed)
+    def _draw_fit_rows(self) -> None:
+        """Whole documents, as they will be embedded, and queries made from them, in random order."""
         documents = self.documents[: _FITTED * 2 // 3]
-        short = make_pairs(self.documents, _FITTED // 3, self.args.seed + 1, self.max_words)
-        rows = [("document", document.whole) for document in documents] + [("query", query) for query, _ in short]
-        return with_prompts(model or self.encoder, rng.sample(rows, len(rows)))
+        queries = make_queries(documents, _FITTED // 3, self.args.seed + 1, self.max_words)
+        rows = [("document", document.whole) for document in documents] + [("query", query) for query, _ in queries]
+        order = random.Random(self.args.seed).sample(range(len(rows)), len(rows))
+        self.fit_rows = [rows[place] for place in order]
+        places = {place: new for new, place in enumerate(order)}
+        self.fit_pairs = [(places[len(documents) + i], places[place]) for i, (_, place) in enumerate(queries)]
+
+    def texts_to_fit(self, model: TwoDMSEModel | None = None) -> list[str]:
+        """The texts that projections are fitted to, with the prompts of the encoder or of another model."""
+        return with_prompts(model or self.encoder, self.fit_rows)
 
     def measure(self) -> dict:
         """The scores of every size of the ladder, in the form of results.json."""
@@ -200,7 +208,8 @@ class Work:
         others = sorted(set(range(1, encoder.num_layers + 1)) - {size.num_layers for size in self.ladder})
         with evaluation_mode(encoder):
             if self.pairs:
-                refine_trained(encoder, self.fit_texts, self.ladder, self.fit_targets, self.gates, self.args.seed)
+                options = {"gates": self.gates, "seed": self.args.seed, "pairs": self.fit_pairs}
+                refine_trained(encoder, self.fit_texts, self.ladder, self.fit_targets, **options)
                 if others:
                     fit_exit_projections(encoder, self.fit_texts, layers=others)
             trainer.save_model()

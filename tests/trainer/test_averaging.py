@@ -57,17 +57,20 @@ def test_a_share_of_1_keeps_the_initial_last_layer(tiny_model, tmp_path):
     torch.testing.assert_close(model.backbone.encoder.layer[3].output.dense.weight, before)
 
 
-@pytest.mark.parametrize("by_layer", ["linear", "step"])
-def test_a_model_of_one_layer_is_not_averaged(by_layer, tiny_model):
-    assert set(initial_shares(tiny_model().truncate(1), 0.5, by_layer).values()) == {0.0}
+def test_a_share_that_rises_is_0_in_a_model_of_one_layer(tiny_model):
+    assert set(initial_shares(tiny_model().truncate(1), 0.5).values()) == {0.0}
 
 
-def test_a_step_leaves_all_layers_of_the_smallest_size_as_trained(tiny_model):
+@pytest.mark.parametrize(
+    ("ladder", "expected"), [(["2x16", "4x32"], [0.0, 0.0, 0.5, 0.5]), (["4x16", "4x32"], [0.5, 0.5, 0.5, 0.5])]
+)
+def test_a_step_leaves_the_layers_of_a_shallow_smallest_size_as_trained(ladder, expected, tiny_model):
     model = tiny_model()
-    model.config.set_ladder(["2x16", "4x32"])
+    model.config.set_ladder(ladder)
     shares = initial_shares(model, 0.5, "step")
     by_layer = {int(name.split(".")[3]): share for name, share in shares.items() if ".layer." in name}
-    assert by_layer == {0: 0.0, 1: 0.0, 2: 0.5, 3: 0.5}
+    assert by_layer == dict(enumerate(expected))
+    assert {share for name, share in shares.items() if ".embeddings." in name} == {0.0}
 
 
 def test_averages_that_are_not_possible_are_refused(tiny_model, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from modeling_2dmse import parse_ladder
 from modeling_2dmse.encoding import to_embeddings
 from modeling_2dmse.pooling import cut_and_normalize
-from trainer import fit_exit_projections
+from trainer import fit_exit_projections, refining
 from trainer.alignment import score_kl
 from trainer.refining import SCALE, dims_of_last_exit, join_targets, refine_exit_projections, rotate_last_exit
 
@@ -42,6 +42,51 @@ def test_similarities_of_shallow_sizes_come_nearer_and_nothing_else_changes(tiny
     assert changed == {"exit_projections.0.weight", "exit_projections.1.weight"}, (
         "not the last exit, nor off the ladder"
     )
+
+
+PAIRS = [(2 * place, 2 * place + 1) for place in range(20)]
+
+
+def own_document_probability(model, size) -> float:
+    """What a query gives to its own document among those of all pairs, in the mean of the logarithm."""
+    vectors = to_embeddings(model.encode_states(TEXTS)[size.num_layers - 1], size.dim, "cosine")
+    queries, documents = vectors[[query for query, _ in PAIRS]], vectors[[document for _, document in PAIRS]]
+    return (SCALE * queries @ documents.T).log_softmax(dim=-1).diagonal().mean().item()
+
+
+def test_queries_find_their_documents_better_by_pairs(tiny_model):
+    models = [refined(tiny_model, pairs=pairs)[0] for pairs in ([], PAIRS)]
+    for size in SIZES[:3]:
+        alone, paired = (own_document_probability(model, size) for model in models)
+        assert paired > alone + 0.05, size
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_loss_of_pairs_is_a_divergence_over_documents_and_infonce(similarity, monkeypatch):
+    monkeypatch.setattr(refining, "QUERIES", 8)
+    generator = torch.Generator().manual_seed(0)
+    states, targets = (torch.randn(30, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = to_embeddings(targets, 6, similarity).double()
+    pairs = [(place, 29 - place) for place in range(10)]
+    batches = refining._Batches(targets, similarity, torch.Generator().manual_seed(1), pairs)
+    drawn = []
+    outputs = lambda rows: drawn.append(rows.tolist()) or [states[rows]]
+    got = batches.loss(outputs, [[4]])
+    queries, searching, found = drawn[0][:4], drawn[0][4:8], drawn[0][8:]
+    own = dict(pairs)
+    assert set(queries) <= set(own)
+    assert set(searching) | set(found) == set(range(10, 30)), "documents, none of them twice"
+    scale = SCALE if similarity == "cosine" else 1.0
+    cut = [row[:4] / (row[:4].norm() if similarity == "cosine" else 1) for row in states]
+    divergences, infonce = [], []
+    for row in queries + searching:
+        wanted = torch.stack([scale * targets[row] @ targets[other] for other in found]).softmax(0)
+        scores = torch.stack([scale * cut[row] @ cut[other] for other in found]).log_softmax(0)
+        divergences.append(-(wanted * scores).sum())
+        if row in own:
+            infonce.append(-scores[found.index(own[row])])
+    expected = sum(divergences) / 8 + 0.3 * sum(infonce) / 4
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_seed_gives_the_same_projections(tiny_model):
