@@ -43,8 +43,8 @@ def refine_exit_projections(
     include a text's near neighbors, which a batch rarely does. By default the exit of the last layer is left alone: it
     is the full size's.
 
-    With `pairs`, half of the texts that search are queries, only documents are searched, and a query also learns to
-    find its own document (InfoNCE over the same similarities, with a weight of 0.3).
+    With `pairs`, half of the texts that search are queries of these, only documents are searched, and a query also
+    learns to find its own document (InfoNCE over the same similarities, with a weight of 0.3).
 
     Args:
         encoder: the model with exit projections, which is changed in place.
@@ -213,14 +213,17 @@ class _Batches:
         return _Drawn(rows, min(QUERIES, len(rows) // 2), torch.empty(0, dtype=torch.long))
 
     def _draw(self) -> _Drawn:
-        """Queries and documents that search documents, among which are those of the queries."""
-        documents = self._shuffled(self.documents)
-        half = min(QUERIES, len(documents)) // 2
-        searching, found = documents[:half], documents[half : half + _DOCUMENTS]
+        """Queries and any texts that search documents, among which are those of the queries.
+
+        A document that searches may find itself: without these, the exits move further from the targets.
+        """
+        documents = self._shuffled(self.documents)[:_DOCUMENTS]
         places = torch.full((len(self.targets),), -1)
-        places[found] = torch.arange(len(found))
+        places[documents] = torch.arange(len(documents))
         pairs = self._shuffled(self.pairs[places[self.pairs[:, 1]] >= 0])[: QUERIES // 2]
-        return _Drawn(torch.cat([pairs[:, 0], searching, found]), len(pairs) + half, places[pairs[:, 1]])
+        others = self._shuffled(torch.arange(len(self.targets)))[: QUERIES // 2]
+        rows = torch.cat([pairs[:, 0], others, documents])
+        return _Drawn(rows, len(pairs) + len(others), places[pairs[:, 1]])
 
     def _shuffled(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[torch.randperm(len(rows), generator=self.generator)]

@@ -110,9 +110,8 @@ class Baselines:
     def _refined(self) -> dict:
         work = self.work
         with evaluation_mode(work.encoder):
-            options = {"seed": work.args.seed, "pairs": work.fit_pairs}
             refine_exit_projections(
-                work.encoder, work.fit_texts, work.fit_targets, work.encoder.config.ladder, **options
+                work.encoder, work.fit_texts, work.fit_targets, work.encoder.config.ladder, seed=work.args.seed
             )
             return work.measure()
 

@@ -138,9 +138,7 @@ class Work:
                 states = self._fit_to_teacher(self.teacher)
             if self.gates or not self.pairs:
                 options = {"gates": self.gates, "seed": self.args.seed, "states": states[:-1]}
-                # What trains next has the pairs of its own.
-                pairs = [] if self.pairs else self.fit_pairs
-                refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, pairs=pairs, **options)
+                refine_exits(self.encoder, self.fit_texts, self.fit_targets, self.ladder, **options)
             if not self.pairs:
                 dims = dims_of_last_exit(self.encoder, self.ladder)
                 rotate_last_exit(self.encoder, states[-1], states[-1], dims, seed=self.args.seed)

@@ -12,6 +12,7 @@ from modeling_2dmse import Size, TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared.output_dir import is_fresh
 from run_scripts.training import elasticizing, finetuning
+from trainer import exits
 from trainer.teacher_embeddings import TargetCollator
 
 MODULES = "sentence_transformers.sentence_transformer.modules"
@@ -58,6 +59,23 @@ def test_a_prompt_of_the_flags_and_a_teacher_with_its_own(start, prompted, monke
     folder = start.run(teacher_model_name_or_path=prompted, query_prompt="a cat sleeps ")
     assert all(text.startswith(tuple(PROMPTS.values())) for text in seen)
     assert TwoDMSEModel.from_pretrained(folder).config.prompts == {"query": "a cat sleeps "}
+
+
+def test_exits_are_refined_to_find_the_document_of_each_query(start, prompted, monkeypatch):  # noqa: F811
+    seen = []
+    refine = exits.refine_exit_projections
+    record = lambda *args, **options: seen.append((args[1], options)) or refine(*args, **options)
+    monkeypatch.setattr(exits, "refine_exit_projections", record)
+    monkeypatch.setattr(elasticizing, "_FITTED", 18)
+    start.run(effort="short", model_name_or_path=prompted)
+    texts, options = seen[-1]
+    pairs = [(texts[query], texts[document]) for query, document in options["pairs"]]
+    assert len(pairs) == 6
+    assert len(texts) == 18
+    for query, document in pairs:
+        assert query.startswith(PROMPTS["query"])
+        assert document.startswith(PROMPTS["document"])
+        assert query.removeprefix(PROMPTS["query"]) in document
 
 
 def test_documents_need_no_ids(tmp_path):

@@ -193,6 +193,8 @@ def test_projections_are_refined_on_the_texts_that_gates_were_not_trained_on(mos
     exits.refine_exits(model, TEXTS, targets, SIZES, gates=True, states=torch.zeros(3, len(TEXTS), 32))
     assert not model.exit_gates[0].is_neutral
     assert refined == ([(TEXTS, None)] if most == 60 else []), "on all texts, whose states the gates have changed"
+    exits.refine_exits(model, TEXTS, targets, SIZES, states=torch.zeros(3, len(TEXTS), 32), pairs=[(0, 1)])
+    assert refined[-1] == (TEXTS, None), "gates are not trained on pairs"
 
 
 def test_gates_that_layers_were_trained_with_stay_as_they_are_when_exits_are_refined(tiny_model):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from trainer import pseudo_pairs
-from trainer.pseudo_pairs import Document, draw_documents, make_pairs
+from trainer.pseudo_pairs import Document, draw_documents, make_pairs, make_queries
 
 TITLED = Document("the first sentence is here. the second one follows. a third ends it.", "a title")
 
@@ -153,6 +153,14 @@ def test_pairs_are_distinct_deterministic_and_never_of_a_text_with_itself():
     assert len(pairs) == len(set(pairs)) == 100
     assert all(query and passage and query != passage for query, passage in pairs)
     assert make_pairs(documents, 100, 0, 8) == pairs != make_pairs(documents, 100, 1, 8)
+
+
+def test_queries_come_with_the_place_of_their_document():
+    documents = [Document(f"d{n} one is here. d{n} two is there.", f"d{n}") for n in range(20)]
+    queries = make_queries(documents, 50, 0, max_words=8)
+    assert [query for query, _ in queries] == [query for query, _ in make_pairs(documents, 50, 0, 8)]
+    assert len(queries) == 50
+    assert all(query.split()[0] == f"d{place}" for query, place in queries)
 
 
 def test_pairs_of_a_document_are_far_apart():
