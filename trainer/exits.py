@@ -54,7 +54,7 @@ def refine_exits(
         if used == len(texts) and not pairs:
             return
         states = None  # they were those without these gates
-    options = {"seed": seed, "states": states, "layers": layers, "pairs": pairs}
+    options: dict[str, Any] = {"seed": seed, "states": states, "layers": layers, "pairs": pairs}
     refine_exit_projections(encoder, texts, targets, sizes, **options, **encode)
 
 
@@ -91,6 +91,6 @@ def refine_trained(
     if adds_gates:
         refine_exits(encoder, texts, targets, sizes, gates, seed=seed, pairs=pairs, **encode)
     elif below:
-        options = {"seed": seed, "states": torch.stack(below), "layers": layers[:-1], "pairs": pairs}
+        options: dict[str, Any] = {"seed": seed, "states": torch.stack(below), "layers": layers[:-1], "pairs": pairs}
         refine_exit_projections(encoder, texts, targets, sizes, **options)
     rotate_last_exit(encoder, last, last, dims_of_last_exit(encoder, sizes), seed=seed)
