@@ -29,12 +29,20 @@ _WRITTEN = {
 }
 
 
-def mark(folder: str, script: str) -> None:
-    """Write into a folder that it is the output of a run of `script`."""
+def mark(folder: str, script: str, **facts: str) -> None:
+    """Write into a folder that a run of `script` writes it, and what the run has to know when it resumes."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, MARKER), "w", encoding="utf-8") as file:
-        json.dump({"run_of": script}, file)
+        json.dump({"run_of": script, **facts}, file)
         file.write("\n")
+
+
+def read_mark(folder: str) -> dict[str, str]:
+    """What `mark` has written; empty if there is nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, MARKER), encoding="utf-8") as file:
+        found = json.load(file)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def check_replaceable(folder: str, arguments: Iterable[object]) -> None:

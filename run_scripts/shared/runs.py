@@ -59,15 +59,20 @@ class TrainingRun:
         if self._overwrite and not self.resume:
             folders.check_replaceable(self.args.output_dir, arguments)
 
-    def begin(self, trainer) -> None:
-        """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program."""
+    def begin(self, trainer, **facts: str) -> None:
+        """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program.
+
+        Args:
+            trainer: the trainer of the run.
+            **facts: what is written into the folder beside the name of the script.
+        """
         check_optimizer(self.args, trainer.model)
         # A slower process would find the files that this one is about to write, and refuse the folder.
         trainer.accelerator.wait_for_everyone()
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:
-            folders.mark(self.args.output_dir, os.path.basename(sys.argv[0]))
+            folders.mark(self.args.output_dir, os.path.basename(sys.argv[0]), **facts)
         self.trainer = trainer
 
     def train(self) -> None:

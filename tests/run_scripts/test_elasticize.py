@@ -90,7 +90,7 @@ def start(tmp_path, backbone_path, few_refining_steps):
         elasticize.main(words(**more))
         return (settings | more)["output_dir"]
 
-    return SimpleNamespace(words=words, run=run)
+    return SimpleNamespace(words=words, run=run, model=settings["model_name_or_path"])
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

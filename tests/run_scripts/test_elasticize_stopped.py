@@ -6,9 +6,10 @@ import signal
 
 import pytest
 import torch
-from test_elasticize import start, stop_in_training, weights  # noqa: F401
+from test_elasticize import TEXTS, start, stop_in_training, weights  # noqa: F401
 
 from modeling_2dmse import TwoDMSEModel
+from run_scripts.shared import output_dir
 from run_scripts.training import elasticizing, finetuning
 
 RESUME, OVERWRITE = {"resume_from_checkpoint": "true"}, {"overwrite": "true"}
@@ -126,3 +127,27 @@ def test_a_signal_during_training_names_what_works(more, start, monkeypatch, cap
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("Stopped by SIGTERM after step 2; ")
     assert way_on(line) == (OVERWRITE if "save_only_model" in more else RESUME)
     start.run(**more, **way_on(line))
+
+
+@pytest.mark.parametrize("changed", ["a text", "the encoder", "an earlier version"])
+def test_a_run_does_not_resume_from_another_start(changed, start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    stop_in_training(start, signal.SIGINT, monkeypatch)
+    flags, marker = {"resume_from_checkpoint": "true"}, tmp_path / "out" / output_dir.MARKER
+    if changed == "a text":
+        (tmp_path / "corpus.txt").write_text("\n".join([*TEXTS[1:], "a text that was not there"]))
+    elif changed == "the encoder":
+        model = TwoDMSEModel.from_backbone(start.model)
+        model.backbone.embeddings.word_embeddings.weight.data[9, 0] += 1
+        model.save_pretrained(tmp_path / "moved")
+        flags["model_name_or_path"] = tmp_path / "moved"
+    else:
+        output_dir.mark(str(marker.parent), "elasticize.py")
+    before = marker.read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        start.run(**flags)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "error: resume_from_checkpoint: " in line
+    assert "is of a run with another encoder or other texts" in line
+    assert marker.read_text() == before
+    start.run(**flags | {"resume_from_checkpoint": None, "overwrite": "true"})
