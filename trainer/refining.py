@@ -43,7 +43,7 @@ def refine_exit_projections(
     include a text's near neighbors, which a batch rarely does. By default the exit of the last layer is left alone: it
     is the full size's.
 
-    With `pairs`, half of the texts that search are queries of these, only documents are searched, and a query also
+    With `pairs`, half of the texts that search are queries of these, documents alone are searched, and a query also
     learns to find its own document (InfoNCE over the same similarities, with a weight of 0.3).
 
     Args:
@@ -213,15 +213,14 @@ class _Batches:
         return _Drawn(rows, min(QUERIES, len(rows) // 2), torch.empty(0, dtype=torch.long))
 
     def _draw(self) -> _Drawn:
-        """Queries and any texts that search documents, among which are those of the queries.
-
-        A document that searches may find itself: without these, the exits move further from the targets.
-        """
-        documents = self._shuffled(self.documents)[:_DOCUMENTS]
+        """Queries and any texts that search the other documents, among which are those of the queries."""
+        others = self._shuffled(torch.arange(len(self.targets)))[: min(QUERIES, len(self.documents)) // 2]
+        searches = torch.zeros(len(self.targets), dtype=torch.bool)
+        searches[others] = True
+        documents = self._shuffled(self.documents[~searches[self.documents]])[:_DOCUMENTS]
         places = torch.full((len(self.targets),), -1)
         places[documents] = torch.arange(len(documents))
         pairs = self._shuffled(self.pairs[places[self.pairs[:, 1]] >= 0])[: QUERIES // 2]
-        others = self._shuffled(torch.arange(len(self.targets)))[: QUERIES // 2]
         rows = torch.cat([pairs[:, 0], others, documents])
         return _Drawn(rows, len(pairs) + len(others), places[pairs[:, 1]])
 
