@@ -122,7 +122,8 @@ class Work:
     def start(self) -> str:
         """A checksum of the encoders and the texts, by which everything before the first step can be told."""
         models_used = [models.fingerprint(model) for model in (self.encoder, self.teacher) if model is not None]
-        known = [models_used, self.gates, self.fit_rows, self.fit_pairs, self.pairs]
+        sizes, texts = list(map(str, self.ladder)), self.texts_to_fit()
+        known = [models_used, sizes, self.gates, texts, self.fit_pairs, self.pairs]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def check_resumed(self, checkpoint: str | None) -> None:

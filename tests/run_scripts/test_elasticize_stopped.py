@@ -129,12 +129,14 @@ def test_a_signal_during_training_names_what_works(more, start, monkeypatch, cap
     start.run(**more, **way_on(line))
 
 
-@pytest.mark.parametrize("changed", ["a text", "the encoder", "an earlier version"])
+@pytest.mark.parametrize("changed", ["a text", "a prompt", "the encoder", "an earlier version"])
 def test_a_run_does_not_resume_from_another_start(changed, start, tmp_path, monkeypatch, capsys):  # noqa: F811
     stop_in_training(start, signal.SIGINT, monkeypatch)
     flags, marker = {"resume_from_checkpoint": "true"}, tmp_path / "out" / output_dir.MARKER
     if changed == "a text":
         (tmp_path / "corpus.txt").write_text("\n".join([*TEXTS[1:], "a text that was not there"]))
+    elif changed == "a prompt":
+        flags["query_prompt"] = "a question: "
     elif changed == "the encoder":
         model = TwoDMSEModel.from_backbone(start.model)
         model.backbone.embeddings.word_embeddings.weight.data[9, 0] += 1
