@@ -251,7 +251,8 @@ def divergence(
     scale = SCALE if similarity == "cosine" else 1.0
     wanted = (scale * targets[:queries] @ targets[queries:].T).softmax(dim=-1)
     if own is not None and len(own):  # the mean over these rows, in a mean over all that search
-        wanted[torch.arange(len(own)), own.to(wanted.device)] += _PAIR_WEIGHT * queries / len(own)
+        asking = torch.arange(len(own), device=wanted.device)
+        wanted[asking, own.to(wanted.device)] += _PAIR_WEIGHT * queries / len(own)
     loss = torch.zeros((), device=targets.device)
     for output, widths in zip(outputs, dims, strict=True):
         for dim in widths:
