@@ -91,7 +91,6 @@ def main(argv=None) -> None:
         from run_scripts.training import elasticizing
 
         work = elasticizing.prepare(*run.arguments)
-        work.check_resumed(run.resume)
         run.begin(work.trainer, start=work.start)
         with run.saving():
             work.fit()

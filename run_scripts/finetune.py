@@ -103,7 +103,7 @@ def main(argv=None, trainer_class: type[TwoDMSETrainer] | None = None) -> None:
 
         model_args, data_args, args = run.arguments
         trainer, tasks = finetuning.make_trainer(model_args, data_args, args, trainer_class)
-        run.begin(trainer)
+        run.begin(trainer, start=finetuning.find_start(trainer))
         started = time.perf_counter()
         before = trainer.results(tasks, trainer.ladder) if tasks else {}
         run.train()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,11 @@ _WRITTEN = {
     *("classify.json", "classify_rows.npz", "encoder", "backbone", "rasa", TEACHER, "__pycache__"),
     *(path.name for path in Path(__file__).resolve().parents[2].glob("modeling_*/*.py")),
 }
+
+
+def checksum(facts: object) -> str:
+    """A checksum of what `json` can write."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def mark(folder: str, script: str, **facts: str) -> None:

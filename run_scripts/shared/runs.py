@@ -59,19 +59,25 @@ class TrainingRun:
         if self._overwrite and not self.resume:
             folders.check_replaceable(self.args.output_dir, arguments)
 
-    def begin(self, trainer, **facts: str) -> None:
+    def begin(self, trainer, start: str | None = None) -> None:
         """All checks have passed: move an earlier run aside. From here on, a ValueError is an error of the program.
 
         Args:
             trainer: the trainer of the run.
-            **facts: what is written into the folder beside the name of the script.
+            start: a checksum of what the run starts from, if a run from another start must not resume it.
+
+        Raises:
+            ValueError: the optimizer cannot train the model, or the checkpoint to resume is of another start.
         """
         check_optimizer(self.args, trainer.model)
+        if self.resume is not None and start is not None:
+            check_same_start(self.resume, start)
         # A slower process would find the files that this one is about to write, and refuse the folder.
         trainer.accelerator.wait_for_everyone()
         if self._overwrite and not self.resume:
             self._previous = move_aside(self.args)
         if self.args.should_save:
+            facts = {} if start is None else {"start": start}
             folders.mark(self.args.output_dir, os.path.basename(sys.argv[0]), **facts)
         self.trainer = trainer
 
@@ -191,6 +197,21 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
         raise ValueError(f"resume_from_checkpoint: {wanted} cannot be resumed: {problem}")
     check_not_beyond(wanted, args.max_steps)
     return wanted
+
+
+def check_same_start(checkpoint: str, start: str) -> None:
+    """ValueError if the folder of a checkpoint says that its run had another start.
+
+    After another fit, the weights of the checkpoint would be averaged with, or learn from, those of other principal
+    directions, which is of no use at any size.
+    """
+    begun = folders.read_mark(os.path.dirname(os.path.abspath(checkpoint)))
+    if begun and begun.get("start") != start:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is of a run with another encoder or other texts (the data, the "
+            "model, a flag or the version of this project has changed); resume with those, or pass --overwrite "
+            "instead to start again"
+        )
 
 
 def check_not_beyond(checkpoint: str, max_steps: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import itertools
-import json
 import os
 import random
 import shutil
@@ -124,20 +122,7 @@ class Work:
         models_used = [models.fingerprint(model) for model in (self.encoder, self.teacher) if model is not None]
         sizes, texts = list(map(str, self.ladder)), self.texts_to_fit()
         known = [models_used, sizes, self.gates, texts, self.fit_pairs, self.pairs]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-    def check_resumed(self, checkpoint: str | None) -> None:
-        """ValueError if another fit came before a checkpoint: its weights would be averaged with those of this one.
-
-        The principal directions of other texts are others, so that the average would be of no use at any size.
-        """
-        begun = output_dir.read_mark(os.path.dirname(os.path.abspath(checkpoint))) if checkpoint else {}
-        if begun and begun.get("start") != self.start:
-            raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} is of a run with another encoder or other texts (the corpus, "
-                "the model, a flag or the version of this project has changed); resume with those, or pass "
-                "--overwrite instead to start again"
-            )
+        return output_dir.checksum(known)
 
     def fit(self, trains: bool = True) -> None:
         """Measure the encoder as it is, fit the projections, and compute what the sizes learn to reproduce, unless

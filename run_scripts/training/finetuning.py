@@ -15,11 +15,11 @@ from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
 from modeling_2dmse.configuration_2dmse import default_ladder
-from run_scripts.shared import cli, models, output, plots, secrets
+from run_scripts.shared import cli, models, output, output_dir, plots, secrets
 from run_scripts.shared.quickstart import DATASET_NAME, MODEL_NAME, python_docs
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments, model_card
 from trainer.base_card import BaseFacts, read_base_facts
-from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns
+from trainer.data import check_table, draw_texts, join_tables, query_document_prompts, text_columns, texts_to_fit
 from trainer.evaluation import (
     RetrievalData,
     StsData,
@@ -77,6 +77,17 @@ def make_trainer(
     )
     check_metric(args, tasks)
     return trainer, tasks
+
+
+def find_start(trainer: TwoDMSETrainer) -> str | None:
+    """A checksum of what the initial weights come from; None if a resumed run does not need them."""
+    args, encoder = trainer.args, trainer.encoder
+    if not args.initial_share and args.teacher != "start":
+        return None
+    texts: list[str] = []
+    if args.exit_projections:
+        texts = texts_to_fit(trainer.train_tables, trainer.train_dataset, args.seed, encoder.config.prompts)
+    return output_dir.checksum([models.fingerprint(encoder), list(map(str, trainer.ladder)), texts])
 
 
 def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[list[Dataset], Dataset | None]:

@@ -214,6 +214,35 @@ def test_resume_and_overwrite(files, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if "previous" in path.name] == []
 
 
+@pytest.mark.parametrize("needs", ["--initial_share", "--teacher"])
+def test_a_run_does_not_resume_from_the_fit_of_other_texts(needs, files, tmp_path, capsys):
+    files |= {"--exit_projections": ["true"], "--max_eval_samples": ["0"], "--save_strategy": ["steps"]}
+    needed = {needs: {"--initial_share": ["0.5"], "--teacher": ["start"]}[needs]}
+    finetune.main(flags(files | needed | {"--save_steps": ["2"]}))
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    table.write_text(table.read_text().replace("again", "twice"))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    resume = {"--resume_from_checkpoint": [str(out / "checkpoint-2")]}
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(flags(files | needed | resume))
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"error: resume_from_checkpoint: {out / 'checkpoint-2'} is of a run with another encoder or other" in line
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    table.write_text(table.read_text().replace("twice", "again"))
+    finetune.main(flags(files | needed | resume))
+    assert (out / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
+def test_a_run_that_does_not_need_its_start_resumes_with_other_texts(files, tmp_path):
+    files |= {"--exit_projections": ["true"], "--max_eval_samples": ["0"], "--save_strategy": ["steps"]}
+    finetune.main(flags(files | {"--save_steps": ["2"]}))
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    before = (out / "model.safetensors").read_bytes()
+    table.write_text(table.read_text().replace("again", SENTENCES[0]))
+    finetune.main(flags(files | {"--resume_from_checkpoint": [str(out / "checkpoint-2")]}))
+    assert (out / "model.safetensors").read_bytes() != before
+
+
 def test_a_table_as_people_have_it(files, tmp_path, capsys):
     rows = {"id": list(range(22)), "Question": [*SENTENCES, "a", ""], "answer": [*SENTENCES[::-1], "b", "c"]}
     parts = {"train": Dataset.from_dict(rows), "dev": Dataset.from_dict(rows).select(range(9))}
