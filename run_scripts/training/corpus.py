@@ -1,11 +1,12 @@
 """The documents of a corpus, from whatever encode.py reads, a saved dataset or the Hub."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
 
+from modeling_2dmse import TwoDMSEModel
 from retrieval.reading import NO_IDS, Malformed, read_texts, read_title
 from run_scripts.shared import output
 from trainer.pseudo_pairs import Document
@@ -14,6 +15,10 @@ from trainer.shared.tables import is_saved, open_saved
 
 # Lines that cannot be read are named one by one up to this many.
 _NAMED = 5
+# Documents whose tokens are looked at, and characters of each.
+_LOOKED_AT, _CHARACTERS = 1000, 1000
+# The share of unknown tokens from which a line says so. Text of a language that a model was made for has a hundredth.
+_UNKNOWN = 0.1
 
 
 def read_corpus(
@@ -87,3 +92,20 @@ def _rows(rows: Iterable[dict], text_column: str, argument: str) -> Iterator[Doc
 def _say_untitled(count: int) -> None:
     if count:
         output.say(f"rows whose title is neither a text nor a number: {count}; they are taken without a title")
+
+
+def check_known(model: TwoDMSEModel, documents: Sequence[Document], name: str) -> None:
+    """Say so if a model does not know a large part of the tokens of a corpus: it cannot tell such texts apart.
+
+    Raises:
+        ValueError: it knows none of them, so that all texts are the same to it.
+    """
+    tokenizer = model.tokenizer
+    texts = [document.whole[:_CHARACTERS] for document in documents[:_LOOKED_AT]]
+    ids = [token for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for token in row]
+    share = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+    advice = "take an encoder that was made for this language (--model_name_or_path)"
+    if share == 1:
+        raise ValueError(f"{name}: the encoder knows none of its words or characters; {advice}")
+    if share > _UNKNOWN:
+        output.say(f"{share:.0%} of the tokens of the corpus are unknown to this encoder; {advice}")

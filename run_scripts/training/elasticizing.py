@@ -20,7 +20,7 @@ from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import cli, models, output, output_dir, plots
 from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
-from run_scripts.training.corpus import read_corpus
+from run_scripts.training.corpus import check_known, read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.agreement import agreement, reference_similarities
 from trainer.data import check_table
@@ -104,14 +104,18 @@ class Work:
 
     def _make_pairs(self) -> list[tuple[str, str]]:
         batch, found = self.args.per_device_train_batch_size, len(self.documents)
+        argument, _ = _source(self.data_args)
         if found < batch:
             raise ValueError(
-                f"corpus_file: {found} different documents to train on are fewer than one batch of {batch}; add "
+                f"{argument}: {found} different documents to train on are fewer than one batch of {batch}; add "
                 "documents, lower --per_device_train_batch_size, or use --effort fit"
             )
         pairs = make_pairs(self.documents, self.data_args.num_pairs, self.args.seed, self.max_words)
         if len(pairs) < batch:
-            raise ValueError(f"corpus_file: its documents are too short: they make {len(pairs)} pairs, not {batch}")
+            raise ValueError(
+                f"{argument}: its documents make {len(pairs)} pairs of texts with letters or digits, fewer than one "
+                f"batch of {batch}; add longer documents, or use --effort fit"
+            )
         if len(pairs) < self.data_args.num_pairs:
             output.say(f"the corpus makes {len(pairs)} pairs, fewer than the {self.data_args.num_pairs} of --num_pairs")
         return pairs
@@ -268,13 +272,21 @@ def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoD
     # What is read fast comes first: a corpus may take long.
     encoder, teacher = load_encoder(model_args, args, data_args.effort), load_teacher(model_args)
     tasks = load_tasks(data_args)
-    return Work(model_args, data_args, args, encoder, teacher, read_documents(data_args, args.seed), tasks)
+    documents = read_documents(data_args, args.seed)
+    check_known(encoder, documents[0], _source(data_args)[0])
+    return Work(model_args, data_args, args, encoder, teacher, documents, tasks)
+
+
+def _source(data_args: CorpusArguments) -> tuple[str, str]:
+    """The flag that names the corpus, and its value."""
+    if data_args.corpus_file is not None:
+        return "corpus_file", data_args.corpus_file
+    return "dataset_name", str(data_args.dataset_name)
 
 
 def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
     """Different documents, drawn from the whole corpus: those to learn from, and those that are held out."""
-    argument = "corpus_file" if data_args.corpus_file is not None else "dataset_name"
-    name = data_args.corpus_file or data_args.dataset_name
+    argument, name = _source(data_args)
     stream = read_corpus(
         data_args.corpus_file,
         data_args.dataset_name,

@@ -344,7 +344,7 @@ WRONG = {
         "different documents to train on are fewer than one batch of 64",
     ),
     "few pairs": ({"per_device_train_batch_size": 64}, "num_pairs: 48 is fewer than one batch of 64"),
-    "words": ({"corpus_file": "words.txt"}, "its documents are too short: they make 0 pairs"),
+    "words": ({"corpus_file": "words.txt"}, "its documents make 0 pairs of texts with letters or digits"),
     "column": ({"corpus_file": "pairs.csv", "text_column": "body"}, "corpus_file: there is no column body among text"),
     "saved": ({"corpus_file": "saved", "text_column": "body"}, "text_column: corpus_file has no column body"),
     "split": ({"corpus_file": "splits", "dataset_split": "dev"}, "dataset_split: {tmp}/splits has no split dev"),

@@ -12,7 +12,9 @@ from modeling_2dmse import Size, TwoDMSEModel
 from run_scripts import elasticize
 from run_scripts.shared.output_dir import is_fresh
 from run_scripts.training import elasticizing, finetuning
+from run_scripts.training.corpus import check_known
 from trainer import exits
+from trainer.pseudo_pairs import Document
 from trainer.teacher_embeddings import TargetCollator
 
 MODULES = "sentence_transformers.sentence_transformer.modules"
@@ -230,3 +232,19 @@ def test_sizes_of_any_depth_are_trained(sizes, cheap, start, capsys):  # noqa: F
     folder = start.run(effort="short", sizes=sizes)
     assert TwoDMSEModel.from_pretrained(folder).config.sizes == sizes
     assert ("every step trains all sizes" in capsys.readouterr().out) != cheap
+
+
+def test_texts_that_the_encoder_does_not_know_are_refused(start, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "emoji.txt").write_text("\n".join(chr(0x1F600 + i) * 3 for i in range(40)))
+    line = refused(lambda: start.run(effort="fit", corpus_file=tmp_path / "emoji.txt"), capsys)
+    assert "error: corpus_file: the encoder knows none of its words or characters; take an encoder" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("unknown", "said"), [(20, "50% of the tokens"), (2, None)])
+def test_a_line_says_how_much_the_encoder_does_not_know(unknown, said, backbone_path, capsys):
+    model = TwoDMSEModel.from_backbone(backbone_path("bert"))
+    known, strange = Document("a man"), Document(chr(0x1F600) + " " + chr(0x1F601))
+    check_known(model, [strange] * unknown + [known] * 20, "corpus_file")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{said} of the corpus are unknown to this encoder; take an") if said else not printed
