@@ -90,6 +90,7 @@ def main(argv=None) -> None:
     with runs.training_run(parser, with_recipe(argv), check) as run:
         from run_scripts.training import elasticizing
 
+        check_teacher(*run.arguments[1:])
         work = elasticizing.prepare(*run.arguments)
         run.begin(work.trainer, start=work.start)
         with run.saving():
@@ -132,6 +133,15 @@ def check(model_args: EncoderArguments, data_args: CorpusArguments) -> None:
     checks.check_model(model_args.model_name_or_path)
     if model_args.teacher_model_name_or_path is not None:
         checks.check_model(model_args.teacher_model_name_or_path, "teacher_model_name_or_path")
+
+
+def check_teacher(data_args: CorpusArguments, args: TwoDMSETrainingArguments) -> None:
+    """ValueError for a teacher that elasticize does not have."""
+    if data_args.effort != "fit" and args.teacher != "embeddings":
+        raise ValueError(
+            f"teacher: {args.teacher} is not allowed; sizes learn from the encoder as it was, or from the one that "
+            "--teacher_model_name_or_path names"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ NEIGHBOURS = 10
 _PAIRS = 20_000
 
 
+def count_neighbours(texts: int) -> int:
+    """How many of the nearest others of each of so many texts are compared."""
+    return max(1, min(NEIGHBOURS, (texts - 1) // 2))
+
+
 def reference_similarities(model: TwoDMSEModel, texts: Sequence[str], **encode: Any) -> torch.Tensor:
     """(n, n), float32: the similarities of the texts to each other at the model's full size.
 
@@ -45,7 +50,7 @@ def agreement(
     """
     layers = sorted({size.num_layers for size in sizes})
     states = dict(zip(layers, model.encode_states(list(texts), layers, **encode), strict=True))
-    neighbours = max(1, min(NEIGHBOURS, (len(texts) - 1) // 2))
+    neighbours = count_neighbours(len(texts))
     nearest, rows = _nearest(reference, neighbours), _pairs(len(texts))
     result: dict[str, Any] = {"n": len(texts), "overlap@10": {}, "spearman": {}}
     for size in sizes:

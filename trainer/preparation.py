@@ -237,7 +237,10 @@ def make_objective(
 
 def _check_shallow_steps(objective: Objective) -> None:
     if objective.name != "starbucks" or objective.kind == "none" or objective.teacher == "largest":
-        raise ValueError("shallow_steps: they need the objective starbucks and the teacher start or embeddings")
+        raise ValueError(
+            "shallow_steps: they need the objective starbucks and the teacher start or embeddings; set "
+            "--shallow_steps 0 for others"
+        )
     if all(size.num_layers > objective.middle_layers for size in objective.ladder):
         raise ValueError(
             f"shallow_steps: no size has at most {objective.middle_layers} layers, two thirds of the model's; "

@@ -109,15 +109,13 @@ class Budget:
 
     def rows(self, seed: int) -> Dataset:
         """The rows that finetune.py draws with a seed."""
-        from datasets import load_dataset
-
         from trainer.data import check_table
-        from trainer.shared.tables import draw_rows, read_table
+        from trainer.shared.tables import draw_rows, load_hub_dataset, read_table
 
         if self.train_file is not None:
             table = check_table(read_table(self.train_file), "train_file")
         else:
-            table = load_dataset(self.dataset_name, self.dataset_config, split="train")
+            table = load_hub_dataset(str(self.dataset_name), self.dataset_config, split="train")
             table = check_table(table, "dataset_name")
         return draw_rows(table, self.max_train_samples, seed)
 

@@ -5,6 +5,7 @@ import os
 import datasets
 
 from trainer.shared.pictures import decode_when_read
+from trainer.shared.tables import load_hub_dataset
 
 
 def read_pictures(
@@ -31,21 +32,21 @@ def read_pictures(
         ValueError: the folder does not exist or cannot be read, a column is missing, or the image column has no images.
     """
     if folder is None:
-        table, source = datasets.load_dataset(dataset_name, config, split=split), dataset_name
+        table, source = load_hub_dataset(str(dataset_name), config, split=split), dataset_name
     else:
         table, source = _read_folder(folder, role), folder
         label_column = label_column and "label"
         image_column = "image"
+    argument = "dataset_name" if folder is None else f"{role}_dir"
     wanted = [image_column, *([label_column] if label_column else [])]
     for name in wanted:
         if name not in table.column_names:
-            raise ValueError(f"{role}_dir: {source} has no column {name} among {', '.join(table.column_names)}")
+            raise ValueError(f"{argument}: {source} has no column {name} among {', '.join(table.column_names)}")
     if not isinstance(table.features[image_column], datasets.Image):
         raise ValueError(f"image_column: {image_column} of {source} has no images")
     table = table.select_columns(wanted)
     names = dict(zip(wanted, ("image", "label"), strict=False))
     table = table.rename_columns({old: new for old, new in names.items() if old != new})
-    argument = "dataset_name" if folder is None else f"{role}_dir"
     return decode_when_read(table.add_column("index", list(range(len(table)))), argument)
 
 

@@ -11,7 +11,7 @@ from retrieval.reading import NO_IDS, Malformed, read_texts, read_title
 from run_scripts.shared import output
 from trainer.pseudo_pairs import Document
 from trainer.shared.headings import read_names
-from trainer.shared.tables import is_saved, open_saved
+from trainer.shared.tables import is_saved, load_hub_dataset, open_saved
 
 # Lines that cannot be read are named one by one up to this many.
 _NAMED = 5
@@ -37,7 +37,8 @@ def read_corpus(
         ValueError: the corpus cannot be read, or does not have the column.
     """
     if path is None:
-        return _rows(datasets.load_dataset(name, config, split=split, streaming=True), text_column, "dataset_name")
+        rows = load_hub_dataset(str(name), config, split=split, streaming=True)
+        return _rows(rows, text_column, "dataset_name")
     if is_saved(path):
         saved: Any = open_saved(path, "corpus_file")
         if isinstance(saved, datasets.DatasetDict):
@@ -64,7 +65,8 @@ def _texts(path: str, text_column: str) -> Iterator[Document]:
                 text = item.text.removeprefix(title) if is_beir else item.text
                 yield Document(text.strip(), title)
     except ValueError as error:
-        raise ValueError(str(error).replace("input:", "corpus_file:", 1)) from error
+        message = str(error).replace("input: there is no column", f"text_column: corpus_file {path} has no column", 1)
+        raise ValueError(message.replace("input:", "corpus_file:", 1)) from error
     if malformed > _NAMED:
         output.say(f"{malformed} lines were left out")
     _say_untitled(untitled)

@@ -22,7 +22,7 @@ from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
 from run_scripts.training.corpus import check_known, read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
-from trainer.agreement import agreement, reference_similarities
+from trainer.agreement import agreement, count_neighbours, reference_similarities
 from trainer.data import check_table
 from trainer.evaluation import (
     RetrievalData,
@@ -304,7 +304,8 @@ def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document
     learned, unseen = documents[held:], [document for document in documents[:held] if body(document) not in known]
     if len(unseen) < _FEWEST_HELD:
         learned, unseen = documents, []
-    output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report")
+    too_few = f" (fewer than {_FEWEST_HELD} say nothing)" if data_args.held_out and not unseen else ""
+    output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report{too_few}")
     return learned, unseen
 
 
@@ -387,7 +388,8 @@ def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
     found, before = {}, results["before"]
     if "agreement" in results:
         count = results["agreement"]["n"]
-        for key, what in (("overlap@10", "Share of the 10 nearest"), ("spearman", "Spearman of the similarities")):
+        nearest = f"Share of the {count_neighbours(count)} nearest"
+        for key, what in (("overlap@10", nearest), ("spearman", "Spearman of the similarities")):
             title = f"{what}, compared with the encoder as it was, {count} held-out documents"
             found[title] = (before["agreement"][key], results["agreement"][key])
     for kind, metric, shown in (("retrieval", "ndcg@10", "nDCG@10"), ("sts", "spearman", "Spearman")):

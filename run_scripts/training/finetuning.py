@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import datasets
 from datasets import Dataset
 
 from modeling_2dmse import Size, TwoDMSEModel, parse_ladder
@@ -35,7 +34,7 @@ from trainer.preparation import resolve_ladder, set_comparison
 from trainer.projections import fit_exit_projections
 from trainer.scoring import check_metric
 from trainer.shared.hub import find_token, stage, upload
-from trainer.shared.tables import draw_rows, hold_out, is_saved, read_splits, read_table
+from trainer.shared.tables import draw_rows, hold_out, is_saved, load_hub_dataset, read_splits, read_table
 from trainer.unlabeled import read_unlabeled_texts
 
 if TYPE_CHECKING:
@@ -99,9 +98,9 @@ def load_tables(data: DataArguments, args: TwoDMSETrainingArguments) -> tuple[li
         evaluation = evaluation.shuffle(seed=args.seed).select(range(min(data.max_eval_samples, len(evaluation))))
         tables = [train]
     elif data.dataset_name is not None:
-        tables = [datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)]
+        tables = [load_hub_dataset(data.dataset_name, data.dataset_config, split=data.train_split)]
         if data.eval_split is not None:
-            evaluation = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
+            evaluation = load_hub_dataset(data.dataset_name, data.dataset_config, split=data.eval_split)
     else:
         tables = [table for path in data.train_file or [] for table in _read_training(path, data.train_split)]
     evaluation = _read_evaluation(data) or evaluation

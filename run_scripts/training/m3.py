@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import datasets
 from datasets import Dataset
 
 from run_scripts.shared.llava import load_llava
 from trainer.m3.arguments import M3TrainingArguments
 from trainer.m3.conversations import ConversationCollator, check_conversations, read_conversations
 from trainer.m3.trainer import M3Trainer
+from trainer.shared.tables import load_hub_dataset
 
 if TYPE_CHECKING:
     from run_scripts.train_m3 import DataArguments, ModelArguments
@@ -37,7 +37,7 @@ def _load_rows(data: DataArguments) -> tuple[Dataset, Dataset | None]:
     if data.train_file is not None:
         train = read_conversations(data.train_file, data.image_dir)
     else:
-        table = datasets.load_dataset(data.dataset_name, data.dataset_config, split=data.train_split)
+        table = load_hub_dataset(str(data.dataset_name), data.dataset_config, split=data.train_split)
         train = check_conversations(table, data.image_dir or "", "dataset_name")
     if data.eval_file is None:
         return train, None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import datasets
-
 from modeling_2dmse import StarbucksConfig, StarbucksForMaskedAutoencoding, parse_ladder
 from run_scripts.shared import models, output, remote_code
+from trainer.shared.tables import load_hub_dataset
 from trainer.shared.texts import check_corpus, read_corpus
 from trainer.smae.arguments import SmaeTrainingArguments
 from trainer.smae.corpus import endless, pack
@@ -66,9 +65,8 @@ def _load_texts(data: DataArguments, args: SmaeTrainingArguments, tokenizer, len
     if data.train_file is not None:
         train = read_corpus(data.train_file, data.text_column, data.streaming)
     else:
-        train = datasets.load_dataset(
-            data.dataset_name, data.dataset_config, split=data.train_split, streaming=data.streaming
-        )
+        name, config = str(data.dataset_name), data.dataset_config
+        train = load_hub_dataset(name, config, split=data.train_split, streaming=data.streaming)
         train = check_corpus(train, data.text_column, "dataset_name")
     evaluation = None
     if data.eval_file is not None:

@@ -2,14 +2,15 @@
 
 import json
 
+import datasets
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import LADDER, SENTENCES
 from datasets import Dataset
 from test_elasticize import TEXTS, start, write_beir, write_jsonl  # noqa: F401
 
 from modeling_2dmse import Size, TwoDMSEModel
-from run_scripts import elasticize
+from run_scripts import elasticize, finetune, pretrain
 from run_scripts.shared.output_dir import is_fresh
 from run_scripts.training import elasticizing, finetuning
 from run_scripts.training.corpus import check_known
@@ -248,3 +249,38 @@ def test_a_line_says_how_much_the_encoder_does_not_know(unknown, said, backbone_
     check_known(model, [strange] * unknown + [known] * 20, "corpus_file")
     printed = capsys.readouterr().out
     assert printed.startswith(f"{said} of the corpus are unknown to this encoder; take an") if said else not printed
+
+
+def test_the_table_of_few_documents_says_how_many_neighbours_are_compared():
+    scores = {"n": 8, "overlap@10": {"1x8": 0.5}, "spearman": {"1x8": 0.5}}
+    nearest, _ = elasticizing._columns({"agreement": scores, "before": {"agreement": scores}})
+    assert nearest == "Share of the 3 nearest, compared with the encoder as it was, 8 held-out documents"
+
+
+@pytest.mark.parametrize(
+    "flags", [["elasticize"], ["finetune", "run_scripts/recipes/minilm-nli.yaml"],
+              ["pretrain", "run_scripts/recipes/smae-quick.yaml"]],
+)  # fmt: skip
+def test_a_dataset_that_cannot_be_read_is_named(flags, start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    name, *recipe = flags
+    words = ["--model_name_or_path", start.model, "--dataset_name", "no/such", "--output_dir", str(tmp_path / "out")]
+    main = {"elasticize": elasticize, "finetune": finetune, "pretrain": pretrain}[name].main
+    line = refused(lambda: main([*recipe, *words, "--sizes", *LADDER, "--max_length", "32"]), capsys)
+    assert "error: dataset_name: no/such cannot be read: Couldn't reach the Hub" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(2, "0 held out for the report (fewer than 3 say nothing)"),
+                                               (0, "0 held out for the report"), (3, "3 held out")])  # fmt: skip
+def test_a_line_says_why_nothing_is_held_out(held_out, said, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    elasticizing.read_documents(
+        elasticize.CorpusArguments(corpus_file=str(tmp_path / "a.txt"), held_out=held_out), seed=0
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(said) or held_out == 3
+    assert said in last

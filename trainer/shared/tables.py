@@ -217,6 +217,18 @@ def load_file(builder: str, path: str, **options: Any) -> Any:
         datasets.logging.set_verbosity(verbosity)
 
 
+def load_hub_dataset(name: str, config: str | None, **options: Any) -> Any:
+    """A dataset of the Hub; ValueError with its name if it cannot be reached, or has no such configuration or split.
+
+    `options` are passed to `datasets.load_dataset`.
+    """
+    try:
+        return datasets.load_dataset(name, config, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"dataset_name: {name} cannot be read: {reason}") from error
+
+
 def text_columns(table: Dataset) -> list[str]:
     """The columns that contain texts, in the order of their roles."""
     return [name for name in table.column_names if name != "score" and not name.endswith("_score")]
