@@ -1,5 +1,6 @@
 """The documents of a corpus, from whatever encode.py reads, a saved dataset or the Hub."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,10 +16,10 @@ from trainer.shared.tables import is_saved, load_hub_dataset, open_saved
 
 # Lines that cannot be read are named one by one up to this many.
 _NAMED = 5
-# Documents whose tokens are looked at, and characters of each.
-_LOOKED_AT, _CHARACTERS = 1000, 1000
-# The share of unknown tokens from which a line says so. Text of a language that a model was made for has a hundredth.
-_UNKNOWN = 0.1
+# Documents whose tokens are looked at, and characters of each for a token that the model reads.
+_LOOKED_AT, _PER_TOKEN = 500, 20
+# The share of unknown tokens, and of documents that begin alike, from which a line says so.
+_MANY = 0.1
 
 
 def read_corpus(
@@ -96,18 +97,33 @@ def _say_untitled(count: int) -> None:
         output.say(f"rows whose title is neither a text nor a number: {count}; they are taken without a title")
 
 
-def check_known(model: TwoDMSEModel, documents: Sequence[Document], name: str) -> None:
-    """Say so if a model does not know a large part of the tokens of a corpus: it cannot tell such texts apart.
+def check_read(model: TwoDMSEModel, documents: Sequence[Document], name: str) -> None:
+    """Say so if a model cannot tell documents apart: it does not know their tokens, or what it reads of them is alike.
+
+    Args:
+        model: the model, with its tokenizer and the number of tokens that it reads.
+        documents: different documents, in a random order.
+        name: the flag that names them.
 
     Raises:
-        ValueError: it knows none of them, so that all texts are the same to it.
+        ValueError: all of them are the same to the model.
     """
-    tokenizer = model.tokenizer
-    texts = [document.whole[:_CHARACTERS] for document in documents[:_LOOKED_AT]]
-    ids = [token for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for token in row]
-    share = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
-    advice = "take an encoder that was made for this language (--model_name_or_path)"
-    if share == 1:
-        raise ValueError(f"{name}: the encoder knows none of its words or characters; {advice}")
-    if share > _UNKNOWN:
-        output.say(f"{share:.0%} of the tokens of the corpus are unknown to this encoder; {advice}")
+    tokenizer, longest = model.tokenizer, model.max_length
+    texts = [document.whole[: _PER_TOKEN * longest] for document in documents[:_LOOKED_AT]]
+    rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+    tokens = list(itertools.chain.from_iterable(rows))
+    unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
+    language = "take an encoder that was made for this language (--model_name_or_path)"
+    if unknown == 1:
+        raise ValueError(f"{name}: the encoder knows none of its words or characters; {language}")
+    if unknown > _MANY:
+        output.say(f"{unknown:.0%} of the tokens of the corpus are unknown to this encoder; {language}")
+    different = len(set(map(tuple, rows)))
+    if different == 1:
+        raise ValueError(
+            f"{name}: the encoder reads the first {longest} tokens of a document, and they are the same in all; leave "
+            "out what documents begin with"
+        )
+    alike = 1 - different / len(rows)
+    if alike > _MANY:
+        output.say(f"{alike:.0%} of the documents are like others in the {longest} tokens that the encoder reads")

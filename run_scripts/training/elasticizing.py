@@ -20,7 +20,7 @@ from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import cli, models, output, output_dir, plots
 from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
-from run_scripts.training.corpus import check_known, read_corpus
+from run_scripts.training.corpus import check_read, read_corpus
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.agreement import agreement, count_neighbours, reference_similarities
 from trainer.data import check_table
@@ -273,7 +273,7 @@ def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoD
     encoder, teacher = load_encoder(model_args, args, data_args.effort), load_teacher(model_args)
     tasks = load_tasks(data_args)
     documents = read_documents(data_args, args.seed)
-    check_known(encoder, documents[0], _source(data_args)[0])
+    check_read(encoder, documents[0], _source(data_args)[0])
     return Work(model_args, data_args, args, encoder, teacher, documents, tasks)
 
 

@@ -13,7 +13,7 @@ from modeling_2dmse import Size, TwoDMSEModel
 from run_scripts import elasticize, finetune, pretrain
 from run_scripts.shared.output_dir import is_fresh
 from run_scripts.training import elasticizing, finetuning
-from run_scripts.training.corpus import check_known
+from run_scripts.training.corpus import check_read
 from trainer import exits
 from trainer.pseudo_pairs import Document
 from trainer.teacher_embeddings import TargetCollator
@@ -235,20 +235,31 @@ def test_sizes_of_any_depth_are_trained(sizes, cheap, start, capsys):  # noqa: F
     assert ("every step trains all sizes" in capsys.readouterr().out) != cheap
 
 
-def test_texts_that_the_encoder_does_not_know_are_refused(start, tmp_path, capsys):  # noqa: F811
-    (tmp_path / "emoji.txt").write_text("\n".join(chr(0x1F600 + i) * 3 for i in range(40)))
-    line = refused(lambda: start.run(effort="fit", corpus_file=tmp_path / "emoji.txt"), capsys)
-    assert "error: corpus_file: the encoder knows none of its words or characters; take an encoder" in line
+@pytest.mark.parametrize(("kind", "message"), [
+    ("emoji", "the encoder knows none of its words or characters; take an encoder that was made for this language"),
+    ("header", "the encoder reads the first 48 tokens of a document, and they are the same in all; leave out what"),
+])  # fmt: skip
+def test_documents_that_are_the_same_to_the_encoder_are_refused(kind, message, start, tmp_path, capsys):  # noqa: F811
+    texts = {"emoji": [chr(0x1F600 + i) * 3 for i in range(40)], "header": [60 * "the " + text for text in TEXTS]}
+    (tmp_path / "a.txt").write_text("\n".join(texts[kind]))
+    line = refused(lambda: start.run(effort="fit", corpus_file=tmp_path / "a.txt"), capsys)
+    assert f"error: corpus_file: {message}" in line
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("unknown", "said"), [(20, "50% of the tokens"), (2, None)])
-def test_a_line_says_how_much_the_encoder_does_not_know(unknown, said, backbone_path, capsys):
+@pytest.mark.parametrize(("strange", "said"), [
+    ([f"a {chr(0x1F600 + i)}" for i in range(20)], ["25% of the tokens of the corpus are unknown to this encoder; take",
+                                                   "48% of the documents are like others in the 48 tokens"]),
+    (["a \U0001F600", "a \U0001F601"], []),
+])  # fmt: skip
+def test_lines_say_what_the_encoder_cannot_tell_apart(strange, said, backbone_path, capsys):
     model = TwoDMSEModel.from_backbone(backbone_path("bert"))
-    known, strange = Document("a man"), Document(chr(0x1F600) + " " + chr(0x1F601))
-    check_known(model, [strange] * unknown + [known] * 20, "corpus_file")
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{said} of the corpus are unknown to this encoder; take an") if said else not printed
+    known = [f"a {word}" for text in SENTENCES for word in text.split()]
+    known = list(dict.fromkeys(known))[:20]
+    check_read(model, [Document(text) for text in strange + known], "corpus_file")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said)
+    assert all(map(str.startswith, lines, said)), lines
 
 
 def test_the_table_of_few_documents_says_how_many_neighbours_are_compared():

@@ -24,6 +24,13 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
+def test_fp16_needs_a_gpu(kind, tmp_path):
+    with pytest.raises(ValueError, match="fp16: true needs a GPU; a CPU trains in --bf16 true or --bf16 false"):
+        kind(output_dir=str(tmp_path), fp16=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_process_uses_one_gpu_of_several(kind, tmp_path):
     """With more, Trainer would split the rows of a step, and each part would have its own loss."""
     args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)

@@ -96,6 +96,8 @@ class BaseTrainingArguments(TrainingArguments):
         if problems:
             raise ValueError("; ".join(problems))
         on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
+        if self.fp16 and on_cpu:  # accelerate would leave it out and say nothing
+            raise ValueError("fp16: true needs a GPU; a CPU trains in --bf16 true or --bf16 false")
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
             chosen = launched == "no" and (cpu_has_bf16() if on_cpu else gpu_has_bf16())
