@@ -13,14 +13,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_2dmse import Size, TwoDMSEModel
 from modeling_2dmse.backbone import layers_of
 
+from .agreement import count_neighbours
 from .citations import CITATIONS
 from .evaluation import best_for_cost, main_scores, metric_name
 from .objectives import Objective
 from .shared.hub import OWNER
 
 _TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_cards", "template.md")
-
-_AGREEMENT = "share of the 10 nearest"
 
 
 @dataclass
@@ -185,15 +184,21 @@ def _task_lines(results: dict, similarity: str, meanings: dict[str, str]) -> str
     for name, task in results.get("mteb", {}).items():
         lines.append(f"{name}: MTEB's task of type {task['type']}; {task['metric']}")
     if "agreement" in results:
+        count = results["agreement"]["n"]
         lines.append(
-            f"{_AGREEMENT}: of the 10 nearest others of each of {results['agreement']['n']} held-out documents, as the "
-            "untrained full size finds them, the share that is found"
+            f"{_agreement(results)}: of the {count_neighbours(count)} nearest others of each of {count} held-out "
+            "documents, as the untrained full size finds them, the share that is found"
         )
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _meaning(name: str, meanings: dict[str, str]) -> str:
     return f"; {meanings[name]}" if name in meanings else ""
+
+
+def _agreement(results: dict) -> str:
+    """The title of the column of the nearest documents."""
+    return f"share of the {count_neighbours(results['agreement']['n'])} nearest"
 
 
 def _score_columns(results: dict) -> dict[str, dict[str, float]]:
@@ -208,7 +213,7 @@ def _score_columns(results: dict) -> dict[str, dict[str, float]]:
             columns[title] = scores
     for when, found in (("before", results.get("before") or {}), ("after", results)):
         if "agreement" in found:
-            columns[f"{_AGREEMENT} {when}"] = found["agreement"]["overlap@10"]
+            columns[f"{_agreement(found)} {when}"] = found["agreement"]["overlap@10"]
     return columns
 
 

@@ -394,5 +394,7 @@ def _columns(results: dict) -> dict[str, tuple[dict, dict]]:
             found[title] = (before["agreement"][key], results["agreement"][key])
     for kind, metric, shown in (("retrieval", "ndcg@10", "nDCG@10"), ("sts", "spearman", "Spearman")):
         for name, task in results.get(kind, {}).items():
-            found[f"{shown}, {name}"] = (before[kind][name][metric], task[metric])
+            rows = task.get("n_queries", task.get("n"))
+            what = "queries" if kind == "retrieval" else "pairs"
+            found[f"{shown}, {name}, {rows} {what}"] = (before[kind][name][metric], task[metric])
     return found

@@ -196,8 +196,16 @@ def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsy
         assert set(scores["sts"]["scored"]["spearman"]) == set(LADDER)
     assert results["before"]["retrieval"]["beir"] != results["retrieval"]["beir"]
     for title, before, after in (
-        ("nDCG@10, beir", results["before"]["retrieval"]["beir"]["ndcg@10"], results["retrieval"]["beir"]["ndcg@10"]),
-        ("Spearman, scored", results["before"]["sts"]["scored"]["spearman"], results["sts"]["scored"]["spearman"]),
+        (
+            "nDCG@10, beir, 5 queries",
+            results["before"]["retrieval"]["beir"]["ndcg@10"],
+            results["retrieval"]["beir"]["ndcg@10"],
+        ),
+        (
+            "Spearman, scored, 10 pairs",
+            results["before"]["sts"]["scored"]["spearman"],
+            results["sts"]["scored"]["spearman"],
+        ),
     ):
         lines = printed.split(f"\n{title}\n")[1].splitlines()
         for size in LADDER:
@@ -205,7 +213,7 @@ def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsy
             assert line.split()[1:3] == [f"{before[size]:.4f}", f"{after[size]:.4f}"]
     card = (folder / "README.md").read_text()
     lines = ("license: mit", "- corpus: `corpus.txt`", "- effort: `short`", "- teacher: `embeddings`")
-    for line in (*lines, "- share of the 10 nearest: ", "with which it is to be found", "cost](shares.png)"):
+    for line in (*lines, "- share of the 2 nearest: ", "with which it is to be found", "cost](shares.png)"):
         assert line in card
     assert "heatmap.png" not in card
     assert str(tmp_path) not in card

@@ -81,8 +81,8 @@ def test_the_agreement_of_a_run_without_labels_is_on_its_card(tiny_model):
     scores = {"n": 9, "overlap@10": {"1x8": 0.7, "4x32": 1.0}, "spearman": {"1x8": 0.5, "4x32": 1.0}}
     before = {"agreement": scores | {"overlap@10": {"1x8": 0.25, "4x32": 1.0}}}
     card = build_card(tiny_model(), objective(), Run("m", results={"agreement": scores, "before": before})).text
-    assert "- share of the 10 nearest: of the 10 nearest others of each of 9 held-out documents" in card
-    assert "| size | share of the 10 nearest before | share of the 10 nearest after |\n|---|---:|---:|\n" in card
+    assert "- share of the 4 nearest: of the 4 nearest others of each of 9 held-out documents" in card
+    assert "| size | share of the 4 nearest before | share of the 4 nearest after |\n|---|---:|---:|\n" in card
     assert "| 1x8 | 0.2500 | 0.7000 |" in card
 
 
