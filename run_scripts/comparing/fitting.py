@@ -97,10 +97,14 @@ def fit_principal_components(encoder: TwoDMSEModel, texts: list[str], **encode) 
 
 
 def write_start(seed: int, budget: Budget, folder: str) -> None:
-    """Write the full model from which `best` starts with a seed: it is fitted, if the recipe has projections."""
+    """Write the full model from which `best` starts with a seed: it is fitted, if the recipe has projections.
+
+    If the recipe has gates and another teacher than the start, it has gates as well: see `train_same_recipe`.
+    """
     model_args, _, args = _arguments(budget.best_recipe, seed, budget)
     if args.exit_projections:
-        fit(PROJECTIONS, budget.best_recipe, seed, budget, folder, budget.unlabeled_file)
+        method = GATES if args.exit_gates and args.teacher != "start" else PROJECTIONS
+        fit(method, budget.best_recipe, seed, budget, folder, budget.unlabeled_file)
     else:
         finetuning.load_model(model_args, args).save_pretrained(folder)
 
@@ -111,8 +115,9 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
 
     The model is `start`, cut to the size: its projection is fitted to the embeddings of the full size. If the recipe's
     teacher is the start, the size learns the similarities of the whole embeddings of `start`, on texts without labels
-    too. If it is the largest size of the step, there is none. If the recipe refines projections, that of a
-    small size is refined as well.
+    too, and if the recipe refines projections or adds gates, the exit of a small size is refined as well. If the teacher
+    is the largest size of the step, there is none, and nothing that is trained without the small size to refine it
+    towards. Then a gate of the recipe is fitted before training, and trained with the rest.
 
     Args:
         start: folder of the model that `write_start` writes.
@@ -120,6 +125,8 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
     model_args, _, args = _arguments(budget.best_recipe, seed, budget)
     flags = [budget.best_recipe, *budget.data_flags, *QUIET, *budget.flags, "--learning_rate", str(rate)]
     flags += ["--seed", str(seed), "--objective", "separate", "--sizes", unit.size, "--model_name_or_path", start]
+    # Refused: the only exit of this model is its last one.
+    flags += ["--refine_projections", "false", "--exit_gates", "false"]
     if args.teacher != "start":
         finetune.main([*flags, "--alignment", "none", "--embedding_weight", "0", "--output_dir", folder])
         return
@@ -131,8 +138,6 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
         teacher = _teacher(full, given["model"], given["args"], given["train_dataset"], given["unlabeled_texts"])
         return TwoDMSETrainer(**given, teacher_embeddings=teacher)
 
-    # Refused: the only exit of this model is its last one.
-    flags += ["--refine_projections", "false", "--exit_gates", "false"]
     finetune.main([*flags, "--teacher", "embeddings", "--output_dir", folder], make_trainer)
     if args.refine_projections or args.exit_gates:
         _refine_separate(folder, start, seed, budget)
