@@ -132,6 +132,20 @@ def test_a_separate_model_has_no_teacher_if_that_of_best_is_the_largest_size(fol
     assert not torch.equal(small.exit_projections[3].weight, start.exit_projections[3].weight)
 
 
+def test_gates_of_separate_models_without_a_teacher_are_fitted_first_and_trained(folder):  # noqa: F811
+    recipe = (folder / "best.yaml").read_text().replace("teacher: start", "teacher: largest\nexit_gates: true")
+    (folder / "best.yaml").write_text(recipe + "\nrefine_projections: true\n")
+    fitting.write_start(0, make_budget(), "start")
+    start = TwoDMSEModel.from_pretrained("start")
+    assert [gate.is_neutral for gate in start.exit_gates][0::3] == [False, True]
+    for size, place in (("1x8", 0), ("4x32", 3)):
+        fitting.train_same_recipe(methods.Unit(methods.SAME_RECIPE, size), 1e-2, 0, make_budget(), size, "start")
+        small = TwoDMSEModel.from_pretrained(size)
+        assert len(small.exit_gates) == place + 1
+        assert small.exit_gates[place].is_neutral == (size == "4x32")
+        assert torch.equal(small.exit_gates[place].weight, start.exit_gates[place].weight) == (size == "4x32")
+
+
 def test_separate_models_are_refined_as_the_exits_of_best_are(folder):  # noqa: F811
     budget = make_budget()
     fitting.write_start(0, budget, "start")
