@@ -73,11 +73,20 @@ def read_texts(path: str, text_column: str = "text", id_column: str | None = Non
         return _objects(_open(path), text_column, id_column, title=False)
     if suffix in (".csv", ".tsv"):
         return _table(_open(path), "\t" if suffix == ".tsv" else ",", text_column, id_column)
-    if suffix == ".parquet" and not path.lower().endswith(".gz"):
-        return _parquet(path, text_column, id_column)
-    raise ValueError(
-        f"input: {path} has an unknown format; use one of {', '.join(SUFFIXES)}, all but the last also .gz"
-    )
+    check_format(path)
+    return _parquet(path, text_column, id_column)
+
+
+def check_format(path: str, text_column: str = "text", argument: str = "input") -> None:
+    """ValueError for a file of a format that `read_texts` does not read, or a column of one that has none."""
+    suffix = ".txt" if path == STDIN else _suffix(path)
+    if suffix not in SUFFIXES or path.lower().endswith(".parquet.gz"):
+        raise ValueError(
+            f"{argument}: {path} has an unknown format; use one of {', '.join(SUFFIXES)}, all but the last also .gz"
+        )
+    if suffix == ".txt" and text_column != "text":
+        where = "standard input" if path == STDIN else path
+        raise ValueError(f"text_column: {text_column} is not allowed; {where} has a text per line and no columns")
 
 
 def read_title(value: object) -> str | None:
@@ -160,10 +169,10 @@ def _objects(file: Iterable[bytes], text_column: str, id_column: str | None, tit
         try:
             row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            yield Malformed(number, f"it is not JSON: {error}")
+            yield Malformed(number, f"it is not JSON ({error}); each line has to be an object")
             continue
         if not isinstance(row, dict):
-            yield Malformed(number, "it is not a JSON object")
+            yield Malformed(number, "it is not a JSON object; each line has to be one")
             continue
         if title and text_column != "title" and isinstance(row.get(text_column), str):
             before = read_title(row.get("title"))

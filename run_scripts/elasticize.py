@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from retrieval.reading import STDIN
+from retrieval.reading import STDIN, check_format
 from run_scripts.shared import checks, cli, early, remote_code, runs  # noqa: F401 (early acts when imported)
 from trainer.arguments import TwoDMSETrainingArguments
 from trainer.pseudo_pairs import FEWEST
@@ -122,6 +122,8 @@ def check(model_args: EncoderArguments, data_args: CorpusArguments) -> None:
     corpus = data_args.corpus_file
     if corpus is not None and corpus != STDIN and not os.path.exists(corpus):
         raise ValueError(f"corpus_file: {corpus} is not a file or a folder")
+    if corpus is not None and not os.path.isdir(corpus):
+        check_format(corpus, data_args.text_column, "corpus_file")
     files = [] if corpus is None else [corpus, os.path.join(corpus, "corpus.jsonl")]
     for path in filter(os.path.isfile, files):
         check_encoding(path, "corpus_file")

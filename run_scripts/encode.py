@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval.reading import STDIN, Malformed, Text, count_lines, read_texts
+from retrieval.reading import STDIN, Malformed, Text, check_format, count_lines, read_texts
 from retrieval.shards import FORMATS, Corpus, Store, check_settings, encode_shards, finish, is_ours, make_shards
 from run_scripts.evaluate import choose_sizes
 from run_scripts.shared import checks, cli, remote_code
@@ -226,6 +226,8 @@ def check(args: EncodeArguments) -> None:
         raise ValueError(f"output_dir: {args.output_dir} holds something else; choose another folder")
     if args.sizes:
         checks.check_chosen_sizes(args.sizes, args.model_name_or_path)
+    if args.input == STDIN or os.path.isfile(args.input):
+        check_format(args.input, args.text_column)
     if os.path.isfile(args.input):
         check_heading(args.input, "input")
 

@@ -129,7 +129,7 @@ def _pair(document: Document, rng: random.Random, max_words: int) -> tuple[str, 
         query, passage = document.title, document.text
     elif kind == "sentence":
         chosen = rng.randrange(len(sentences))
-        rest = " ".join(sentences[:chosen] + sentences[chosen + 1 :])
+        rest = ("" if _is_unspaced(document.text) else " ").join(sentences[:chosen] + sentences[chosen + 1 :])
         query, passage = sentences[chosen], Document(rest, document.title if rng.random() < 0.5 else "").whole
     else:
         passage = document.whole
@@ -146,12 +146,17 @@ def _has_words(text: str) -> bool:
 def _window(text: str, words: int, rng: random.Random) -> str:
     """The text, or as many words of it if it is longer; half of the windows start at its beginning."""
     units, joint = text.split(), " "
-    if len(text) > _LONG_WORD * len(units):
+    if _is_unspaced(text):
         units, joint, words = list(text), "", words * _WORD_CHARACTERS
     if len(units) <= words:
         return text
     start = rng.choice((0, rng.randrange(len(units) - words + 1)))
     return joint.join(units[start : start + words]).strip()
+
+
+def _is_unspaced(text: str) -> bool:
+    """Whether a text has no spaces between its words."""
+    return len(text) > _LONG_WORD * len(text.split())
 
 
 def _excerpt(text: str, length: int, rng: random.Random) -> str:

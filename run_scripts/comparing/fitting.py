@@ -115,9 +115,9 @@ def train_same_recipe(unit: Unit, rate: float, seed: int, budget: Budget, folder
 
     The model is `start`, cut to the size: its projection is fitted to the embeddings of the full size. If the recipe's
     teacher is the start, the size learns the similarities of the whole embeddings of `start`, on texts without labels
-    too, and if the recipe refines projections or adds gates, the exit of a small size is refined as well. If the teacher
-    is the largest size of the step, there is none, and nothing that is trained without the small size to refine it
-    towards. Then a gate of the recipe is fitted before training, and trained with the rest.
+    too, and if the recipe refines projections or adds gates, the exit of a small size is refined as well. If it is the
+    largest size of the step, there is no teacher, and nothing to refine a small size towards. Then a gate of the recipe
+    is fitted before training, and trained with the rest.
 
     Args:
         start: folder of the model that `write_start` writes.

@@ -1,25 +1,64 @@
 """The documents of a corpus, from whatever encode.py reads, a saved dataset or the Hub."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 
 from modeling_2dmse import TwoDMSEModel
 from retrieval.reading import NO_IDS, Malformed, read_texts, read_title
 from run_scripts.shared import output
-from trainer.pseudo_pairs import Document
+from trainer.pseudo_pairs import FEWEST, Document, draw_documents, normalize
 from trainer.shared.headings import read_names
 from trainer.shared.tables import is_saved, load_hub_dataset, open_saved
 
+if TYPE_CHECKING:
+    from run_scripts.elasticize import CorpusArguments
+
 # Lines that cannot be read are named one by one up to this many.
 _NAMED = 5
+# Similarities of fewer texts say nothing.
+_FEWEST_HELD = 3
 # Documents whose tokens are looked at, and characters of each for a token that the model reads.
 _LOOKED_AT, _PER_TOKEN = 500, 20
 # The share of unknown tokens, and of documents that begin alike, from which a line says so.
 _MANY = 0.1
+
+
+def find_source(data_args: CorpusArguments) -> tuple[str, str]:
+    """The flag that names the corpus, and its value."""
+    if data_args.corpus_file is not None:
+        return "corpus_file", data_args.corpus_file
+    return "dataset_name", str(data_args.dataset_name)
+
+
+def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
+    """Different documents, drawn from the whole corpus: those to learn from, and those that are held out."""
+    argument, name = find_source(data_args)
+    stream = read_corpus(
+        data_args.corpus_file,
+        data_args.dataset_name,
+        data_args.dataset_config,
+        data_args.dataset_split,
+        data_args.text_column,
+    )
+    documents = draw_documents(stream, data_args.max_documents, seed)
+    if len(documents) < FEWEST:
+        what = "no text" if not documents else f"{len(documents)} different texts, and {FEWEST} are needed"
+        raise ValueError(f"{argument}: {name} has {what}")
+    held = min(data_args.held_out, len(documents) // 10)
+    body = lambda document: normalize(document.text or document.title)
+    known = set(map(body, documents[held:]))  # a text may be there again under another title
+    learned, unseen = documents[held:], [document for document in documents[:held] if body(document) not in known]
+    if len(unseen) < _FEWEST_HELD:
+        learned, unseen = documents, []
+    too_few = f" (fewer than {_FEWEST_HELD} say nothing)" if data_args.held_out and not unseen else ""
+    output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report{too_few}")
+    return learned, unseen
 
 
 def read_corpus(

@@ -20,7 +20,7 @@ from modeling_2dmse.configuration_2dmse import default_ladder
 from run_scripts.shared import cli, models, output, output_dir, plots
 from run_scripts.shared.shares import save_shares
 from run_scripts.training import finetuning
-from run_scripts.training.corpus import check_read, read_corpus
+from run_scripts.training.corpus import check_read, find_source, read_documents
 from trainer import TwoDMSETrainer, TwoDMSETrainingArguments
 from trainer.agreement import agreement, count_neighbours, reference_similarities
 from trainer.data import check_table
@@ -38,7 +38,7 @@ from trainer.model_card import measure_costs
 from trainer.objectives import two_thirds
 from trainer.preparation import set_comparison
 from trainer.projections import fit_exit_projections, full_dim
-from trainer.pseudo_pairs import FEWEST, Document, draw_documents, make_pairs, make_queries, normalize
+from trainer.pseudo_pairs import Document, make_pairs, make_queries
 from trainer.refining import dims_of_last_exit, rotate_last_exit
 from trainer.shared.inference import evaluation_mode
 from trainer.shared.tables import read_table
@@ -47,8 +47,6 @@ from trainer.teacher_embeddings import TeacherEmbeddings, compute_teacher_embedd
 if TYPE_CHECKING:
     from run_scripts.elasticize import CorpusArguments, EncoderArguments
 
-# Similarities of fewer texts say nothing.
-_FEWEST_HELD = 3
 # Texts that projections are fitted to.
 _FITTED = 6000
 # Words of a passage for a token of max_length: English has about 1.3 tokens a word.
@@ -77,7 +75,9 @@ class Work:
     ):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.encoder, self.teacher = encoder, teacher
-        self.gates, args.exit_gates = args.exit_gates, False  # they are not left to the trainer, which adds them last
+        # Nothing is left to the trainer, which adds gates last, and would fit projections to the training texts again.
+        self.gates, args.exit_gates = args.exit_gates, False
+        args.exit_projections = args.refine_projections = False
         self.documents, held = documents
         self.max_words = max(1, int(_WORDS_PER_TOKEN * min(args.max_length, encoder.max_length)))
         self.held_texts = [document.whole for document in held]
@@ -104,7 +104,7 @@ class Work:
 
     def _make_pairs(self) -> list[tuple[str, str]]:
         batch, found = self.args.per_device_train_batch_size, len(self.documents)
-        argument, _ = _source(self.data_args)
+        argument, _ = find_source(self.data_args)
         if found < batch:
             raise ValueError(
                 f"{argument}: {found} different documents to train on are fewer than one batch of {batch}; add "
@@ -273,40 +273,8 @@ def prepare(model_args: EncoderArguments, data_args: CorpusArguments, args: TwoD
     encoder, teacher = load_encoder(model_args, args, data_args.effort), load_teacher(model_args)
     tasks = load_tasks(data_args)
     documents = read_documents(data_args, args.seed)
-    check_read(encoder, documents[0], _source(data_args)[0])
+    check_read(encoder, documents[0], find_source(data_args)[0])
     return Work(model_args, data_args, args, encoder, teacher, documents, tasks)
-
-
-def _source(data_args: CorpusArguments) -> tuple[str, str]:
-    """The flag that names the corpus, and its value."""
-    if data_args.corpus_file is not None:
-        return "corpus_file", data_args.corpus_file
-    return "dataset_name", str(data_args.dataset_name)
-
-
-def read_documents(data_args: CorpusArguments, seed: int) -> tuple[list[Document], list[Document]]:
-    """Different documents, drawn from the whole corpus: those to learn from, and those that are held out."""
-    argument, name = _source(data_args)
-    stream = read_corpus(
-        data_args.corpus_file,
-        data_args.dataset_name,
-        data_args.dataset_config,
-        data_args.dataset_split,
-        data_args.text_column,
-    )
-    documents = draw_documents(stream, data_args.max_documents, seed)
-    if len(documents) < FEWEST:
-        what = "no text" if not documents else f"{len(documents)} different texts, and {FEWEST} are needed"
-        raise ValueError(f"{argument}: {name} has {what}")
-    held = min(data_args.held_out, len(documents) // 10)
-    body = lambda document: normalize(document.text or document.title)
-    known = set(map(body, documents[held:]))  # a text may be there again under another title
-    learned, unseen = documents[held:], [document for document in documents[:held] if body(document) not in known]
-    if len(unseen) < _FEWEST_HELD:
-        learned, unseen = documents, []
-    too_few = f" (fewer than {_FEWEST_HELD} say nothing)" if data_args.held_out and not unseen else ""
-    output.say(f"{len(learned)} documents to learn from, {len(unseen)} held out for the report{too_few}")
-    return learned, unseen
 
 
 def load_encoder(model_args: EncoderArguments, args: TwoDMSETrainingArguments, effort: str) -> TwoDMSEModel:

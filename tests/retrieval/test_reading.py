@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval.reading import NO_IDS, Malformed, Text, count_lines, read_texts
+from retrieval.reading import NO_IDS, Malformed, Text, check_format, count_lines, read_texts
 
 TEXTS = ["a cat", "größer, heller", 'he said "no"']
 
@@ -112,7 +112,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_text("a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress("\n".join(map(str, range(9999))).encode())[:-900])
+    (tmp_path / "a.parquet.gz").write_text("a")
     for name, message in (
+        ("a.parquet.gz", "unknown format; use one of"),
         ("a.csv", "there is no column text among id, txt"),
         ("a.doc", r"unknown format; use one of \.txt, \.csv"),
         ("a.parquet", "cannot be read as parquet"),
@@ -122,3 +124,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list(read_texts(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(("path", "where"), [("-", "standard input"), ("a.TXT.gz", r"a\.TXT\.gz")])
+def test_lines_of_text_have_no_columns(path, where):
+    check_format(path)
+    check_format("a.csv", "body")
+    with pytest.raises(ValueError, match=f"text_column: body is not allowed; {where} has a text per line and no col"):
+        check_format(path, "body")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import LADDER, SENTENCES
 from datasets import Dataset
-from test_elasticize import TEXTS, start, write_beir, write_jsonl  # noqa: F401
+from test_elasticize import TEXTS, start, weights, write_beir, write_jsonl  # noqa: F401
 
 from modeling_2dmse import Size, TwoDMSEModel
 from run_scripts import elasticize, finetune, pretrain
@@ -295,3 +295,21 @@ def test_a_line_says_why_nothing_is_held_out(held_out, said, tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(said) or held_out == 3
     assert said in last
+
+
+def test_projections_are_not_fitted_again_by_the_trainer(start, tmp_path):  # noqa: F811
+    plain = weights(start.run(output_dir=tmp_path / "plain"))
+    asked = weights(start.run(exit_projections="true", refine_projections="true"))
+    assert all(torch.equal(value, asked[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"text_column": "body"}, "text_column: body is not allowed; "), ({"corpus_file": "a.doc"}, "an unknown format")],
+)
+def test_the_format_of_a_corpus_is_checked_first(changed, message, start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "a.doc").write_text("x")
+    if "corpus_file" in changed:
+        changed = {"corpus_file": tmp_path / "a.doc"}
+    monkeypatch.setattr(elasticizing, "prepare", lambda *args: 1 / 0)
+    assert message in refused(lambda: start.run(**changed), capsys)

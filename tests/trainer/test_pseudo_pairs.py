@@ -180,6 +180,10 @@ def test_texts_without_spaces_are_cut_by_characters():
     for query, passage in make_pairs([Document("".join(sentences))], 3, 0, max_words=50):
         assert query in sentences
         assert query not in passage
+    text = "".join(sentences * 30)
+    for _, passage in make_pairs([Document(text), Document(text[7:], "title")], 40, 0, max_words=12):
+        assert len(passage) <= 24, "what is left of a text without a sentence is cut by characters, too"
+        assert " " not in passage.removeprefix("title ")
 
 
 def test_making_pairs_ends_when_there_is_nothing_new():
