@@ -195,18 +195,11 @@ def test_short_trains_every_size_and_scores_what_is_asked(start, tmp_path, capsy
         assert set(scores["retrieval"]["beir"]["ndcg@10"]) == set(LADDER)
         assert set(scores["sts"]["scored"]["spearman"]) == set(LADDER)
     assert results["before"]["retrieval"]["beir"] != results["retrieval"]["beir"]
-    for title, before, after in (
-        (
-            "nDCG@10, beir, 5 queries",
-            results["before"]["retrieval"]["beir"]["ndcg@10"],
-            results["retrieval"]["beir"]["ndcg@10"],
-        ),
-        (
-            "Spearman, scored, 10 pairs",
-            results["before"]["sts"]["scored"]["spearman"],
-            results["sts"]["scored"]["spearman"],
-        ),
+    for title, kind, name, metric in (
+        ("nDCG@10, beir, 5 queries", "retrieval", "beir", "ndcg@10"),
+        ("Spearman, scored, 10 pairs", "sts", "scored", "spearman"),
     ):
+        before, after = (scores[kind][name][metric] for scores in (results["before"], results))
         lines = printed.split(f"\n{title}\n")[1].splitlines()
         for size in LADDER:
             (line,) = [line for line in lines[:7] if line.startswith(f"{size} ")]
